@@ -1,0 +1,32 @@
+# Every target sets itself up in .venv from nothing but Python >= 3.10 and make.
+PYTHON ?= python3
+DATA ?= ../shared/data
+BIN := .venv/bin
+
+.PHONY: demo test lint accuracy bench clean
+
+demo: .venv/demo
+	$(BIN)/python demo/run.py
+
+test: .venv/test
+	$(BIN)/python -m pytest --cov --cov-report=term
+
+lint: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Real photographs and weights, where DATA holds them (docs/accuracy.md says what is looked for).
+accuracy: .venv/test
+	$(BIN)/python bench/accuracy.py --data $(DATA)
+
+bench: .venv/test
+	$(BIN)/python bench/cpu_speedup.py
+
+.venv/%: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	@touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

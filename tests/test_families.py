@@ -1,0 +1,198 @@
+"""Patched models against timm itself, for every family and every pool.
+
+* Keep everything: dense timm, to rounding.
+* Keep a subset: dense timm with the dropped keys masked out of attention and pooling.
+* Keep a subset and add the summary token: dense attention over exactly those tokens, written out here.
+
+The models are timm's own constructors, made small (few blocks, few channels, few patches) so that all of them run.
+"""
+
+import pytest
+import timm
+import torch
+from conftest import tiny_guidance, tiny_vit, with_random_weights
+
+import tinydrop_kernels as tdk
+
+SMALL = {"num_classes": 5, "embed_dim": 32, "depth": 2, "num_heads": 2}
+
+# name of the timm model, options, image size
+MODELS = {
+    "augreg": ("vit_small_patch16_224", {"img_size": 64}, (64, 64)),
+    "not square": ("vit_small_patch16_224", {"img_size": (64, 96)}, (64, 96)),
+    "patch 32": ("vit_base_patch32_224", {"img_size": 96}, (96, 96)),
+    "deit": ("deit_small_patch16_224", {"img_size": 64}, (64, 64)),
+    "deit distilled": ("deit_tiny_distilled_patch16_224", {"img_size": 64}, (64, 64)),
+    "deit-3": ("deit3_small_patch16_224", {"img_size": 64}, (64, 64)),
+    "dinov2": ("vit_small_patch14_dinov2", {"img_size": 70}, (70, 70)),
+    "dinov2 at 518": ("vit_small_patch14_dinov2", {"depth": 1}, (518, 518)),
+    "dinov2 registers": ("vit_small_patch14_reg4_dinov2", {"img_size": 70}, (70, 70)),
+    "clip": ("vit_base_patch16_clip_224", {"img_size": 64}, (64, 64)),
+    "clip quickgelu": ("vit_base_patch32_clip_quickgelu_224", {"img_size": 96}, (96, 96)),
+    "siglip map": ("vit_base_patch16_siglip_224", {"img_size": 64}, (64, 64)),
+    "siglip gap": ("vit_base_patch16_siglip_gap_224", {"img_size": 64}, (64, 64)),
+    "siglip2, whole patches do not fill the image": ("vit_so400m_patch14_siglip_gap_378", {"img_size": 75}, (75, 75)),
+    "flexivit": ("flexivit_small", {"img_size": 64}, (64, 64)),
+    "gap": ("vit_medium_patch16_gap_240", {"img_size": 64}, (64, 64)),
+    "gap and registers": ("vit_medium_patch16_reg4_gap_256", {"img_size": 64}, (64, 64)),
+    "beit3, norm inside": ("beit3_base_patch16_224", {"img_size": 64}, (64, 64)),
+    "aimv2": ("aimv2_large_patch14_224", {"img_size": 70}, (70, 70)),
+    "max": ("vit_small_patch16_224", {"img_size": 64, "global_pool": "max"}, (64, 64)),
+    "avgmax": ("vit_small_patch16_224", {"img_size": 64, "global_pool": "avgmax", "class_token": False}, (64, 64)),
+    "avg with prefix": ("vit_small_patch16_224", {"img_size": 64, "global_pool": "avg", "pool_include_prefix": True}, (64, 64)),
+    "map with class token": ("vit_small_patch16_224", {"img_size": 64, "global_pool": "map"}, (64, 64)),
+    "qk norm": ("vit_small_patch16_224", {"img_size": 64, "qk_norm": True, "scale_attn_norm": True}, (64, 64)),
+    "dynamic size": ("vit_small_patch16_224", {"img_size": 64, "dynamic_img_size": True}, (48, 112)),
+    "dynamic size and pad": ("vit_small_patch16_224", {"dynamic_img_size": True, "dynamic_img_pad": True}, (50, 71)),
+    "no positions": ("vit_small_patch16_224", {"img_size": 64, "pos_embed": "none"}, (64, 64)),
+    "no classes": ("vit_small_patch16_224", {"img_size": 64, "num_classes": 0}, (64, 64)),
+    "convolutional stem": ("vit_small_r26_s32_224", {"img_size": 128}, (128, 128)),
+}
+
+def make(key):
+    name, options, size = MODELS[key]
+    model = with_random_weights(timm.create_model(name, **(SMALL | options)))
+    return model, torch.randn(3, 3, *size)
+
+
+def close(out, wanted):
+    """Within 1e-4 of the largest logit, the bound the project promises in float32."""
+    assert out.shape == wanted.shape
+    assert (out - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("key", MODELS)
+def test_keep_everything_is_dense_timm(key):
+    model, images = make(key)
+    with torch.inference_mode():
+        wanted = model(images)
+        for summary in (False, True):
+            tdk.patch(model, tiny_guidance(), tdk.DropPolicy.fixed(1.0, summary=summary))
+            close(model(images), wanted)
+            tdk.unpatch(model)
+
+
+@pytest.mark.parametrize("key", MODELS)
+def test_keep_a_subset_is_dense_timm_masked(key):
+    model, images = make(key)
+    rows, columns = model.patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))
+    prefix, total = model.num_prefix_tokens, model.num_prefix_tokens + rows * columns
+    tdk.patch(model, tiny_guidance(), tdk.DropPolicy(tau=None, gamma=1.0, min_keep=0.1))
+    with torch.inference_mode():
+        out = model(images)
+        kept = model.tinydrop.last.kept
+        tdk.unpatch(model)
+        for b, patches in enumerate(kept):
+            seen = torch.zeros(total, dtype=torch.bool)
+            seen[:prefix] = True
+            seen[prefix + patches.long()] = True
+            assert prefix < seen.sum() < total, "some are kept and some dropped, or nothing is tested"
+            tokens = model.forward_features(images[b : b + 1], attn_mask=seen.expand(1, 1, total, total))
+            close(out[b : b + 1], model.forward_head(tokens[:, seen]))
+
+
+@pytest.mark.parametrize("key", ["augreg", "gap and registers", "siglip map", "dinov2 registers", "convolutional stem"])
+def test_summary_token_written_out(key):
+    model, images = make(key)
+    prefix = model.num_prefix_tokens
+    tdk.patch(model, tiny_guidance(), tdk.DropPolicy.fixed(0.4, summary=True))
+    with torch.inference_mode():
+        out = model(images)
+        kept = model.tinydrop.last.kept
+        tdk.unpatch(model)
+        embedded = model._pos_embed(model.patch_embed(images))
+        for b, patches in enumerate(kept):
+            patch_tokens = embedded[b, prefix:]
+            dropped = [i for i in range(len(patch_tokens)) if i not in patches.tolist()]
+            tokens = torch.cat([embedded[b, :prefix], patch_tokens[patches.long()], patch_tokens[dropped].mean(0)[None]])
+            tokens = model.norm(model.blocks(model.norm_pre(tokens[None])))
+            close(out[b : b + 1], model.forward_head(tokens))
+
+
+def test_every_image_as_if_alone():
+    """Nothing of one image reaches another: exits, other counts and NaN beside it change no bit that matters."""
+    vit = tdk.patch(tiny_vit(), tiny_guidance(sharpness=30), tdk.DropPolicy(tau=0.6, gamma=1.0, min_keep=0.1))
+    images = 3 * torch.randn(12, 3, 32, 32)
+    images[5] = float("nan")
+    with torch.inference_mode():
+        together = vit(images)
+        exited = vit.tinydrop.last.exited
+        assert exited.any() and not exited.all()
+        for b in range(12):
+            alone = vit(images[b : b + 1])
+            torch.testing.assert_close(together[b : b + 1], alone, atol=1e-5, rtol=1e-4, equal_nan=True)
+    assert together[5].isnan().all() and not together[:5].isnan().any() and not together[6:].isnan().any()
+
+
+def test_exits_answer_with_the_guidance_model():
+    vit, guidance = tiny_vit(), tiny_guidance()
+    images = torch.randn(6, 3, 32, 32)
+    tdk.patch(vit, guidance, tdk.DropPolicy(tau=0.01))
+    with torch.inference_mode():
+        out = vit(images)
+        assert vit.tinydrop.last.exited.all()
+        resized = torch.nn.functional.interpolate(
+            images, size=vit.tinydrop.guidance.input_size, mode="bilinear", antialias=True
+        )
+        std, mean = torch.tensor(vit.pretrained_cfg["std"]), torch.tensor(vit.pretrained_cfg["mean"])
+        raw = resized * std[:, None, None] + mean[:, None, None]
+        own = vit.tinydrop.guidance
+        normalised = (raw - torch.tensor(own.mean)[:, None, None]) / torch.tensor(own.std)[:, None, None]
+        torch.testing.assert_close(out, guidance(normalised), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("swin_tiny_patch4_window7_224", "SwinTransformer"),
+        ("beit_base_patch16_224", "Beit"),
+        ("eva02_tiny_patch14_224", "Eva"),
+        ("naflexvit_base_patch16_gap", "NaFlexVit"),
+        ("resnet18", "ResNet"),
+        ("vit_relpos_small_patch16_224", "VisionTransformerRelPos"),
+    ],
+)
+def test_other_families_are_refused_by_name(name, reason):
+    model = timm.create_model(name)
+    before = dict(vars(model))
+    with pytest.raises(tdk.UnsupportedModelError, match=f"got {reason}.*supported: VisionTransformer"):
+        tdk.patch(model, tiny_guidance(1000))
+    assert vars(model) == before
+
+
+def parallel_scaling():
+    from timm.models.vision_transformer import ParallelScalingBlock
+
+    return tiny_vit(block_fn=ParallelScalingBlock)
+
+
+def parallel_things():
+    from timm.models.vision_transformer import ParallelThingsBlock
+
+    return tiny_vit(block_fn=ParallelThingsBlock)
+
+
+def overridden():
+    class Other(timm.models.VisionTransformer):
+        def forward_features(self, x, attn_mask=None, is_causal=False):
+            return 2 * super().forward_features(x)
+
+    return Other(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, num_classes=5)
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (parallel_scaling, "ParallelScalingBlock"),
+        (parallel_things, "ParallelThingsBlock"),
+        (lambda: tiny_vit(attn_layer="diff"), "DiffAttention"),
+        (lambda: tiny_vit(global_pool="prr"), "prr"),
+        (lambda: tiny_vit(global_pool=""), "global_pool=''"),
+        (overridden, "forward_features is not timm's"),
+    ],
+)
+def test_unsupported_parts_are_refused_by_name(build, reason):
+    model = build()
+    with pytest.raises(tdk.UnsupportedModelError, match=reason):
+        tdk.patch(model, tiny_guidance())
+    assert "tinydrop" not in vars(model)

@@ -1,0 +1,171 @@
+"""timm's ``VisionTransformer`` and ``VisionTransformerDistilled``: ViT, DeiT, DeiT-3, DINOv2, CLIP, SigLIP, FlexiViT.
+
+Read against timm 1.0.31. What is relied upon is checked in :func:`refusal`, by identity with timm's own classes and
+methods, so that a model or a timm that does something else is refused and not mistaken.
+"""
+
+import torch
+from timm.layers import Attention, AttentionPoolLatent, PatchEmbed, resample_abs_pos_embed
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
+from torch import Tensor, nn
+
+from tinydrop_kernels import ops
+from tinydrop_kernels.ragged import RaggedLayout
+
+NAME = "VisionTransformer (ViT, DeiT, DeiT distilled, DeiT-3, DINOv2, CLIP and SigLIP towers, FlexiViT)"
+POOLS = ("token", "avg", "max", "avgmax", "map")
+_METHODS = ("forward", "forward_features", "forward_head", "pool", "_pos_embed")
+_ATTENTION_PARTS = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"}
+_MAP_POOL_PARTS = {"q", "kv", "q_norm", "k_norm", "proj", "proj_drop", "norm", "mlp"}
+
+
+def accepts(model: nn.Module) -> bool:
+    """Whether the model is of this family at all; :func:`refusal` says whether every part of it is supported."""
+    return isinstance(model, VisionTransformer)
+
+
+def refusal(model: VisionTransformer) -> str | None:
+    """Why the model cannot be patched, or None."""
+    base = VisionTransformerDistilled if isinstance(model, VisionTransformerDistilled) else VisionTransformer
+    for method in _METHODS:
+        if getattr(type(model), method) is not getattr(base, method) or method in vars(model):
+            return f"its {method} is not timm's"
+    if model.global_pool not in POOLS:
+        return f"global_pool={model.global_pool!r}; supported are {', '.join(POOLS)}"
+    for block in model.blocks:
+        if type(block) not in (Block, ResPostBlock):
+            return f"blocks of type {type(block).__name__}; supported are Block and ResPostBlock"
+        if type(block.attn) is not Attention or "forward" in vars(block.attn):
+            return f"attention of type {type(block.attn).__name__}; supported is timm.layers.Attention"
+        unknown = {name for name, _ in block.attn.named_children()} - _ATTENTION_PARTS
+        if unknown:
+            return f"attention with {', '.join(sorted(unknown))}, which this version does not know"
+    if model.global_pool == "map":
+        pool = model.attn_pool
+        unknown = {name for name, _ in pool.named_children()} - _MAP_POOL_PARTS
+        if type(pool) is not AttentionPoolLatent or pool.pos_embed is not None or pool.pool != "token" or unknown:
+            return "an attention pool other than timm's AttentionPoolLatent as SigLIP has it"
+    return None
+
+
+def attentions(model: VisionTransformer) -> list[nn.Module]:
+    """The modules that must know about segments; :func:`attend` stands in for their forward."""
+    return [block.attn for block in model.blocks]
+
+
+def attend(attention: Attention, x: Tensor, attn_mask=None, is_causal: bool = False) -> Tensor:
+    """``Attention.forward`` on packed tokens ``(total, dim)`` when handed a layout; timm's own otherwise."""
+    if not isinstance(attn_mask, RaggedLayout):
+        return type(attention).forward(attention, x, attn_mask=attn_mask, is_causal=is_causal)
+    layout = attn_mask
+    qkv = attention.qkv(x).view(-1, 3, attention.num_heads, attention.head_dim)
+    query, key, value = qkv.unbind(1)
+    query, key = attention.q_norm(query), attention.k_norm(key)
+    cu_seqlens, longest = layout.cu_seqlens, layout.max_seqlen
+    out = ops.varlen_attention(query, key, value, cu_seqlens, cu_seqlens, longest, longest, attention.scale)
+    out = attention.norm(out.flatten(1))
+    gate = getattr(attention, "gate", None)
+    if gate is not None:
+        out = out * gate(x).sigmoid()
+    return attention.proj_drop(attention.proj(out))
+
+
+def check_images(model: VisionTransformer, images: Tensor) -> None:
+    """Raise ValueError where the model would refuse the size of the images."""
+    height, width = images.shape[-2:]
+    patch = model.patch_embed
+    if model.dynamic_img_size:
+        if not patch.dynamic_img_pad and (height % patch.patch_size[0] or width % patch.patch_size[1]):
+            raise ValueError(f"images: got {height} x {width}, accepted are multiples of the patch {patch.patch_size}")
+    elif patch.strict_img_size and (height, width) != tuple(patch.img_size):
+        raise ValueError(f"images: got {height} x {width}, accepted is {patch.img_size[0]} x {patch.img_size[1]}")
+
+
+def grid_size(model: VisionTransformer, images: Tensor) -> tuple[int, int]:
+    """Rows and columns of the patch grid of these images."""
+    return tuple(model.patch_embed.dynamic_feat_size(tuple(images.shape[-2:])))
+
+
+def embed(
+    model: VisionTransformer, images: Tensor, indices: Tensor, layout: RaggedLayout, grid: tuple[int, int], summary: bool
+) -> Tensor:
+    """Packed tokens ``(total, dim)`` as they enter the first block."""
+    patch_embed = model.patch_embed
+    where = (indices, layout.cu_seqlens, layout.total, summary)
+    plain = type(patch_embed) is PatchEmbed and isinstance(patch_embed.norm, nn.Identity)
+    if plain and not patch_embed.dynamic_img_pad:
+        prefix, pos_embed = _prefix_and_positions(model, grid)
+        projection = patch_embed.proj
+        tokens = ops.embed_tokens(images, projection.weight, projection.bias, prefix, pos_embed, *where)
+    else:
+        embedded = model._pos_embed(patch_embed(images))
+        prefix, patches = embedded.split([model.num_prefix_tokens, grid[0] * grid[1]], dim=1)
+        tokens = ops.gather_tokens(patches, prefix, None, *where)
+    return model.norm_pre(tokens)
+
+
+def _prefix_and_positions(model: VisionTransformer, grid: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+    """Prefix tokens with their positions ``(num_prefix_tokens, dim)`` and the patches' positions ``(T, dim)``."""
+    rows = [getattr(model, name, None) for name in ("cls_token", "dist_token", "reg_token")]
+    rows = [row[0] for row in rows if row is not None]
+    prefix = torch.cat(rows) if rows else model.patch_embed.proj.weight.new_empty(0, model.embed_dim)
+    if model.pos_embed is None:
+        return prefix, None
+    own = 0 if model.no_embed_class else model.num_prefix_tokens
+    pos_embed = model.pos_embed
+    if model.dynamic_img_size:
+        pos_embed = resample_abs_pos_embed(
+            pos_embed, new_size=list(grid), old_size=list(model.patch_embed.grid_size), num_prefix_tokens=own
+        )
+    return (prefix + pos_embed[0, :own] if own else prefix), pos_embed[0, own:]
+
+
+def encode(model: VisionTransformer, tokens: Tensor, layout: RaggedLayout) -> Tensor:
+    """The blocks and the final norm: ``(total, dim)`` to ``(total, dim)``."""
+    for block in model.blocks:
+        tokens = block(tokens, attn_mask=layout)
+    return model.norm(tokens)
+
+
+def classify(model: VisionTransformer, tokens: Tensor, layout: RaggedLayout) -> Tensor:
+    """Pool and head: ``(batch, num_classes)``; the rows of empty segments mean nothing."""
+    cu_seqlens = layout.cu_seqlens
+    if model.global_pool == "token":
+        rows = [ops.segment_pool(tokens, cu_seqlens, "first", skip=i) for i in range(model.num_prefix_tokens)]
+        return model.forward_head(torch.stack(rows, dim=1))
+    skip = 0 if model.pool_include_prefix else model.num_prefix_tokens
+    if model.global_pool == "map":
+        pooled = _map_pool(model.attn_pool, tokens, layout, skip)
+    else:
+        modes = {"avg": ["mean"], "max": ["max"], "avgmax": ["mean", "max"]}[model.global_pool]
+        pooled = sum(ops.segment_pool(tokens, cu_seqlens, mode, skip) for mode in modes) / len(modes)
+    return model.head(model.head_drop(model.fc_norm(pooled)))
+
+
+def _map_pool(pool: AttentionPoolLatent, tokens: Tensor, layout: RaggedLayout, skip: int) -> Tensor:
+    """``AttentionPoolLatent.forward`` on segments: the latent queries attend each image's tokens."""
+    cu_seqlens, longest = layout.cu_seqlens, layout.max_seqlen
+    if skip:
+        tokens, cu_seqlens, longest = _without_prefix(tokens, layout, skip)
+    batch, latents = len(cu_seqlens) - 1, pool.latent_len
+    query = pool.q(pool.latent[0]).view(latents, pool.num_heads, pool.head_dim)
+    key, value = pool.kv(tokens).view(-1, 2, pool.num_heads, pool.head_dim).unbind(1)
+    query, key = pool.q_norm(query), pool.k_norm(key)
+    cu_seqlens_q = torch.arange(0, (batch + 1) * latents, latents, dtype=torch.int32, device=tokens.device)
+    query = query.expand(batch, -1, -1, -1).flatten(0, 1).to(key.dtype)
+    x = ops.varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens, latents, longest, pool.scale)
+    x = pool.proj_drop(pool.proj(x.flatten(1)))
+    if pool.mlp is not None:
+        x = x + pool.mlp(pool.norm(x))
+    return x[::latents]
+
+
+def _without_prefix(tokens: Tensor, layout: RaggedLayout, skip: int) -> tuple[Tensor, Tensor, int]:
+    position = torch.arange(layout.total, device=tokens.device)
+    segment = torch.searchsorted(layout.cu_seqlens[1:], position, right=True)
+    patches = position - layout.cu_seqlens[segment] >= skip
+    stays = (layout.cu_seqlens.diff() > 0).int()
+    cu_seqlens = layout.cu_seqlens.clone()
+    cu_seqlens[1:] -= skip * stays.cumsum(0, dtype=torch.int32)
+    return tokens[patches], cu_seqlens, layout.max_seqlen - skip

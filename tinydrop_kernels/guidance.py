@@ -1,0 +1,252 @@
+"""The guidance model: a tiny classifier that says what it sees, how sure it is, and where it looked."""
+
+import copy
+import difflib
+import enum
+from typing import NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+DEFAULT_GUIDANCE = "efficientformer_l1.snap_dist_in1k"
+
+
+class GuidanceError(RuntimeError):
+    """The guidance model cannot be had, or cannot guide."""
+
+
+class Cam(enum.Enum):
+    """How the gradient of a logit with respect to the last feature map is had."""
+
+    ROWS = "constant: one row of weights per class"
+    POOLED = "constant over the map: one backward pass through the head at the pooled vector"
+    HEAD = "one backward pass through the head"
+    LAST_BLOCK = "one backward pass through the last block and the head"
+
+
+class Guided(NamedTuple):
+    """What the guidance model says of a batch. Either ``features`` or ``saliency`` is None."""
+
+    logits: Tensor  # (batch, classes)
+    features: Tensor | None  # (batch, cells, channels), any strides: to be weighted by ``Guidance.class_weight``
+    saliency: Tensor | None  # (batch, rows, columns): ready Grad-CAM
+
+
+class Guidance(nn.Module):
+    """A timm classifier with Grad-CAM on its last feature map (Selvaraju et al. 2017, arXiv 1610.02391, section 3.1).
+
+    How the gradient is had is found out by probing the model's own ``forward_head``, not from its class: a head that
+    is affine in the average-pooled features has its weights read off at the unit vectors, which folds BatchNorm and
+    averaged twin heads; a head that sees the map only through its average needs its gradient at one vector; for any
+    other head, and for class tokens (whose gradient on the last layer's patches is zero), there is one backward pass
+    through the head or the last block alone. The weights are read once, here: a guidance model is frozen.
+
+    Args:
+        model: a timm model with ``forward_features`` and ``forward_head``; is put into eval mode.
+        input_size: (height, width) it is fed; by default that of its ``pretrained_cfg`` or its fixed patch embedding.
+        mean, std: per channel normalisation it wants; by default those of its ``pretrained_cfg``.
+
+    Raises:
+        GuidanceError: the model has no such methods, no classes or no feature map.
+    """
+
+    class_weight: Tensor | None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        input_size: tuple[int, int] | None = None,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+    ):
+        super().__init__()
+        if not (hasattr(model, "forward_features") and hasattr(model, "forward_head")):
+            raise GuidanceError(
+                f"guidance: got {type(model).__name__}, accepted is a timm classifier "
+                "(a module with forward_features and forward_head)"
+            )
+        if not getattr(model, "num_classes", 0):
+            raise GuidanceError(f"guidance: {type(model).__name__} has num_classes=0, accepted is a classifier")
+        config = resolve_model_data_config(model)
+        self.model = model.eval()
+        self.num_classes: int = model.num_classes
+        self.in_chans: int = getattr(model, "in_chans", config["input_size"][0])
+        self.input_size = input_size or getattr(getattr(model, "patch_embed", None), "img_size", None)
+        self.input_size = tuple(self.input_size or config["input_size"][1:])
+        self.mean = tuple(mean or config["mean"])
+        self.std = tuple(std or config["std"])
+        self._probe()
+
+    @classmethod
+    def from_name(cls, name: str) -> "Guidance":
+        """The pretrained timm model of that name.
+
+        Raises:
+            ValueError: timm knows no such model.
+            GuidanceError: its weights cannot be loaded, as where the model hub is out of reach.
+        """
+        architecture = name.removeprefix("timm/").split(".")[0]
+        if ":" not in name and not timm.is_model(architecture):
+            near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
+            hint = f"; near to it: {', '.join(near)}" if near else ""
+            raise ValueError(f"guidance: got {name!r}, accepted is the name of a timm model{hint}")
+        try:
+            return cls(timm.create_model(name, pretrained=True))
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+            raise GuidanceError(
+                f"guidance: the pretrained weights of {name!r} could not be loaded ({type(error).__name__}: {reason}). "
+                "Where the model hub is out of reach, create the model with timm from a local file and pass it."
+            ) from error
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Guided:
+        """Classify and look.
+
+        Args:
+            images: floating ``(batch, in_chans, *input_size)``, normalised with ``mean`` and ``std``.
+        """
+        if self.cam is Cam.LAST_BLOCK:
+            return self._guided_by_last_block(images)
+        features = self.model.forward_features(images)
+        logits = self.model.forward_head(features)
+        if self.cam is Cam.ROWS:
+            return Guided(logits, self._cells(features), None)
+        if self.cam is Cam.POOLED:
+            cells = self._cells(features)
+            gradient, pooled = self._class_gradient(self._native(cells.mean(dim=1, keepdim=True)))
+            return Guided(logits, None, self._grad_cam(self._cells(gradient), cells))
+        gradient, features = self._class_gradient(features)
+        return Guided(logits, None, self._grad_cam(self._cells(gradient), self._cells(features)))
+
+    def _guided_by_last_block(self, images: Tensor) -> Guided:
+        """The layer is the input of the last block: there the patches still bear on the class token."""
+        captured = {}
+
+        def capture(module, args, kwargs):
+            captured["args"], captured["kwargs"] = args, kwargs
+
+        hook = self.model.blocks[-1].register_forward_pre_hook(capture, with_kwargs=True)
+        try:
+            logits = self.model.forward_head(self.model.forward_features(images))
+        finally:
+            hook.remove()
+        tokens, *args = captured["args"]
+
+        def rest(tokens):
+            tokens = self.model.blocks[-1](tokens, *_detached(args), **_detached(captured["kwargs"]))
+            return self.model.forward_head(self.model.norm(tokens))
+
+        gradient, tokens = self._class_gradient(tokens, rest)
+        skip = self.model.num_prefix_tokens
+        return Guided(logits, None, self._grad_cam(gradient[:, skip:], tokens[:, skip:]))
+
+    def _class_gradient(self, features: Tensor, head=None) -> tuple[Tensor, Tensor]:
+        """Gradient of each image's top logit with respect to its ``features``, and the features without graph."""
+        with torch.inference_mode(False), torch.enable_grad():
+            features = _detached(features).requires_grad_()
+            logits = (head or self.model.forward_head)(features)
+            (gradient,) = torch.autograd.grad(logits.amax(dim=1).sum(), features)
+        return gradient, features.detach()
+
+    def _grad_cam(self, gradient: Tensor, cells: Tensor) -> Tensor:
+        """``relu(cells . mean gradient)``: ``(batch, rows, columns)`` from two ``(batch, cells, channels)``."""
+        weight = gradient.float().mean(dim=1)
+        return torch.einsum("blc,bc->bl", cells.float(), weight).relu().view(-1, *self.feature_size)
+
+    def _cells(self, features: Tensor) -> Tensor:
+        """``(batch, cells, channels)``, a view of the model's own layout."""
+        if features.ndim == 3:
+            return features
+        return features.flatten(1, 2) if self._channels_last else features.flatten(2).transpose(1, 2)
+
+    def _native(self, cell: Tensor) -> Tensor:
+        """One cell, ``(batch, 1, channels)``, in the model's own layout."""
+        if self._feature_ndim == 3:
+            return cell
+        return cell[:, None] if self._channels_last else cell.transpose(1, 2)[..., None]
+
+    @torch.no_grad()
+    def _probe(self) -> None:
+        """Find the layout of the feature map and the kind of the head by trying them."""
+        self.register_buffer("class_weight", None, persistent=False)
+        weights = next(self.model.parameters())
+        image = torch.zeros(1, self.in_chans, *self.input_size, device=weights.device, dtype=weights.dtype)
+        try:
+            features = self.model.forward_features(image)
+        except Exception as error:
+            raise GuidanceError(
+                f"guidance: {type(self.model).__name__} fails on an image of its own input size {self.input_size}: "
+                f"{error}"
+            ) from error
+        if not isinstance(features, Tensor) or features.ndim not in (3, 4):
+            raise GuidanceError(f"guidance: {type(self.model).__name__} has no feature map that Grad-CAM could weigh")
+        self._feature_ndim = features.ndim
+        self._channels_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"
+        prefix = getattr(self.model, "num_prefix_tokens", 0) if features.ndim == 3 else 0
+        if features.ndim == 3:
+            self.feature_size = _rows_and_columns(features.shape[1] - prefix, self.input_size)
+        else:
+            self.feature_size = tuple(features.shape[1:3] if self._channels_last else features.shape[2:])
+        if prefix:
+            if not (hasattr(self.model, "blocks") and isinstance(getattr(self.model, "norm", None), nn.Module)):
+                raise GuidanceError(f"guidance: {type(self.model).__name__} has prefix tokens, but no blocks and norm")
+            self.cam = Cam.LAST_BLOCK
+            return
+        # In float32 whatever the model's own dtype, so that the verdict and the weights do not hang on it.
+        model = self.model if weights.dtype == torch.float32 else copy.deepcopy(self.model).float()
+        self.cam, class_weight = self._kind_of_head(model.forward_head, features.float())
+        self.class_weight = None if class_weight is None else class_weight.to(weights.dtype)
+
+    def _kind_of_head(self, head, features: Tensor) -> tuple[Cam, Tensor | None]:
+        channels = self._cells(features).shape[2]
+        noise = torch.randn(4, *features.shape[1:], generator=torch.Generator().manual_seed(0)).to(features.device)
+        mean = self._cells(noise).mean(dim=1, keepdim=True)
+        try:
+            logits = head(noise)
+            if not _agree(head(self._native(mean)), logits):
+                return Cam.HEAD, None
+            offset = head(self._native(torch.zeros_like(mean[:1])))
+            rows = head(self._native(torch.eye(channels, device=features.device)[:, None])) - offset
+        except (RuntimeError, ValueError):  # a head that wants the map at its full size
+            return Cam.HEAD, None
+        if not _agree(mean[:, 0] @ rows + offset, logits):
+            return Cam.POOLED, None
+        return Cam.ROWS, rows.T.contiguous()
+
+
+def _agree(a: Tensor, b: Tensor) -> bool:
+    return (a - b).abs().max().item() <= 1e-3 * b.abs().max().item()
+
+
+def _detached(tree):
+    """Copies that autograd may save, also of tensors made under inference mode."""
+    return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def _rows_and_columns(cells: int, input_size: tuple[int, int]) -> tuple[int, int]:
+    rows = round((cells * input_size[0] / input_size[1]) ** 0.5)
+    if rows < 1 or cells % rows:
+        raise GuidanceError(f"guidance: {cells} cells do not make a grid of the shape of a {input_size} image")
+    return rows, cells // rows
+
+
+def match_statistics(
+    source: tuple[tuple[float, ...], tuple[float, ...]], wanted: tuple[tuple[float, ...], tuple[float, ...]]
+) -> tuple[Tensor, Tensor] | None:
+    """Scale and offset, ``(channels, 1, 1)``, from images normalised with one (mean, std) to another; None if equal."""
+    if source == wanted:
+        return None
+    (source_mean, source_std), (mean, std) = (tuple(torch.tensor(s) for s in pair) for pair in (source, wanted))
+    return (source_std / std)[:, None, None], ((source_mean - mean) / std)[:, None, None]
+
+
+def resized(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Images at the guidance model's input size: bilinear, antialiased where that shrinks them."""
+    if tuple(images.shape[-2:]) == tuple(size):
+        return images
+    return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
