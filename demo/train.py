@@ -1,6 +1,6 @@
 """Train the demo's two small models from nothing and save them under ``demo/weights``.
 
-    python demo/train.py            # about an hour on two CPU cores
+    python demo/train.py            # about half an hour on two CPU cores
 
 The target is a stock timm ``VisionTransformer`` of 196 patch tokens, the guidance a stock timm ByobNet. Neither is
 trained for token dropping: the target always sees every token. Besides the class of the image it learns the class of
@@ -143,8 +143,8 @@ def save(model: nn.Module, folder: Path, input_size: int) -> None:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--guidance-steps", type=int, default=1000)
-    parser.add_argument("--target-steps", type=int, default=2600)
+    parser.add_argument("--guidance-steps", type=int, default=600)
+    parser.add_argument("--target-steps", type=int, default=1300)
     parser.add_argument("--only", choices=("guidance", "target"))
     args = parser.parse_args()
     torch.manual_seed(0)

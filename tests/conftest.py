@@ -52,7 +52,7 @@ def tiny_vit(**options) -> torch.nn.Module:
     return with_random_weights(timm.create_model("vit_tiny_patch16_224", **options))
 
 
-def tiny_guidance(num_classes: int = 5, in_chans: int = 3, sharpness: float = 5.0) -> torch.nn.Module:
+def tiny_guidance(num_classes: int = 5, in_chans: int = 3, sharpness: float = 12.0) -> torch.nn.Module:
     """timm's smallest convolutional classifier with a head that is linear after average pooling.
 
     ``sharpness`` spreads its confidences: random weights alone are about equally unsure of everything.
@@ -90,3 +90,9 @@ def patched(vit):
 @pytest.fixture
 def images():
     return torch.randn(4, 3, 32, 32)
+
+
+def varied_images(batch: int, size: int = 32) -> torch.Tensor:
+    """Images that differ enough, in colour and coarse shape, for a random guidance model to tell them apart."""
+    coarse = torch.nn.functional.interpolate(torch.randn(batch, 3, 4, 4), size=size, mode="nearest")
+    return 2 * coarse + 2 * torch.randn(batch, 3, 1, 1) + 0.1 * torch.randn(batch, 3, size, size)

@@ -10,7 +10,7 @@ The models are timm's own constructors, made small (few blocks, few channels, fe
 import pytest
 import timm
 import torch
-from conftest import tiny_guidance, tiny_vit, with_random_weights
+from conftest import tiny_guidance, tiny_vit, varied_images, with_random_weights
 
 import tinydrop_kernels as tdk
 
@@ -111,8 +111,8 @@ def test_summary_token_written_out(key):
 
 def test_every_image_as_if_alone():
     """Nothing of one image reaches another: exits, other counts and NaN beside it change no bit that matters."""
-    vit = tdk.patch(tiny_vit(), tiny_guidance(sharpness=30), tdk.DropPolicy(tau=0.6, gamma=1.0, min_keep=0.1))
-    images = 3 * torch.randn(12, 3, 32, 32)
+    vit = tdk.patch(tiny_vit(), tiny_guidance(), tdk.DropPolicy(tau=0.6, gamma=1.0, min_keep=0.1))
+    images = varied_images(12)
     images[5] = float("nan")
     with torch.inference_mode():
         together = vit(images)

@@ -72,7 +72,7 @@ class Guidance(nn.Module):
         if not getattr(model, "num_classes", 0):
             raise GuidanceError(f"guidance: {type(model).__name__} has num_classes=0, accepted is a classifier")
         config = resolve_model_data_config(model)
-        self.model = model.eval()
+        self.model = model.eval()  # the probe must see it as it will be used
         self.num_classes: int = model.num_classes
         self.in_chans: int = getattr(model, "in_chans", config["input_size"][0])
         self.input_size = input_size or getattr(getattr(model, "patch_embed", None), "img_size", None)
@@ -80,6 +80,7 @@ class Guidance(nn.Module):
         self.mean = tuple(mean or config["mean"])
         self.std = tuple(std or config["std"])
         self._probe()
+        self.eval()
 
     @classmethod
     def from_name(cls, name: str) -> "Guidance":
@@ -249,4 +250,6 @@ def resized(images: Tensor, size: tuple[int, int]) -> Tensor:
     """Images at the guidance model's input size: bilinear, antialiased where that shrinks them."""
     if tuple(images.shape[-2:]) == tuple(size):
         return images
-    return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
+    # in float32: on CPU there is no antialiasing in half precision
+    small = F.interpolate(images.float(), size=size, mode="bilinear", align_corners=False, antialias=True)
+    return small.to(images.dtype)

@@ -197,11 +197,11 @@ class TinyDrop:
             raise ValueError(f"images: got {images.ndim} dimensions, accepted is (batch, channels, height, width)")
         if images.shape[1] != self._model.in_chans:
             raise ValueError(f"images: got {images.shape[1]} channels, accepted are {self._model.in_chans}")
+        if images.device != weight.device:
+            raise ValueError(f"images: got them on {images.device}, accepted is the model's {weight.device}")
         castable = images.is_floating_point() and torch.is_autocast_enabled(images.device.type)
         if images.dtype != weight.dtype and not castable:
             raise TypeError(f"images: got {images.dtype}, accepted is the model's {weight.dtype}")
-        if images.device != weight.device:
-            raise ValueError(f"images: got them on {images.device}, accepted is the model's {weight.device}")
         family_of(self._model).check_images(self._model, images)
 
     def _check_classes(self, policy: DropPolicy) -> None:
@@ -260,7 +260,7 @@ def patch(
         raise ValueError("guidance: got the model itself, accepted is another, smaller model")
     if guidance.in_chans != model.in_chans:
         raise ValueError(f"guidance: it sees {guidance.in_chans} channels and the model {model.in_chans}")
-    tinydrop = TinyDrop(model, guidance, policy)
+    tinydrop = TinyDrop(model, guidance.eval(), policy)
     weight = model.patch_embed.proj.weight
     tinydrop._apply(lambda t: t.to(weight.device, weight.dtype if t.is_floating_point() else None))
 

@@ -9,8 +9,8 @@ from tinydrop_kernels.ops.reference import (
     segment_pool,
     select_from_saliency,
     select_tokens,
-    varlen_attention,
 )
+from tinydrop_kernels.ops.varlen_attention import varlen_attention
 
 __all__ = [
     "Selection",

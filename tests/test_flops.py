@@ -1,0 +1,47 @@
+"""The FLOP formula against ``torch.utils.flop_counter``, dense and packed."""
+
+import pytest
+import torch
+from conftest import tiny_guidance
+from test_families import MODELS, make
+from torch.utils.flop_counter import FlopCounterMode
+
+import tinydrop_kernels as tdk
+from tinydrop_kernels.flops import guidance_flops, target_flops
+
+
+def counted(call, *args) -> int:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        call(*args)
+    return counter.get_total_flops()
+
+
+# The stem of the hybrid is no single convolution, and is refused by the formula.
+@pytest.mark.parametrize("key", [key for key in MODELS if key not in ("convolutional stem", "dynamic size and pad")])
+def test_dense_and_packed(key):
+    model, images = make(key)
+    model.requires_grad_(False)  # the counter trips over a latent query that wants a gradient
+    rows, columns = model.patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))
+    dense = target_flops(model, [rows * columns] * len(images), rows * columns, summary=False)
+    assert dense == counted(model, images)
+    for summary in (False, True):
+        policy = tdk.DropPolicy(tau=0.5, gamma=1.0, min_keep=0.1, summary=summary)
+        if model.num_classes == 0:
+            policy = tdk.DropPolicy.fixed(0.5, summary=summary)
+        tdk.patch(model, tiny_guidance(), policy)
+        total = counted(model, images)
+        report = model.tinydrop.report()
+        assert report.dense_flops == dense
+        extra = 0.0
+        if summary:  # the mean over the dropped patches' pixels, and over their positions, counts as a product
+            dropped = len(images) * 2 * rows * columns * (model.patch_embed.proj.weight[0].numel() + model.embed_dim)
+            extra = dropped / total
+        assert report.flops == pytest.approx(total, rel=0.01 + extra)  # nor are the Grad-CAM products counted
+        tdk.unpatch(model)
+
+
+def test_guidance_is_counted():
+    guidance = tdk.Guidance(tiny_guidance())
+    image = torch.randn(1, 3, *guidance.input_size)
+    assert guidance_flops(guidance) == counted(guidance.model, image)
+    assert next(guidance.parameters()).device.type == "cpu", "counting leaves the model where it is"

@@ -1,0 +1,255 @@
+"""patch and unpatch as a user handles models: copies, dtypes, modes, checkpoints, hooks, compile, mistakes."""
+
+import copy
+import io
+
+import pytest
+import timm
+import torch
+from conftest import tiny_guidance, tiny_vit, varied_images
+
+import tinydrop_kernels as tdk
+
+DROP_HALF = tdk.DropPolicy.fixed(0.5)
+
+
+def snapshot(model):
+    """Everything of a model that patching could leave behind."""
+    modules = {name: set(vars(module)) for name, module in model.named_modules()}
+    return modules, {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same(before, after):
+    assert before[0] == after[0]
+    assert before[1].keys() == after[1].keys()
+    assert all(torch.equal(before[1][name], after[1][name]) for name in before[1])
+
+
+def test_unpatch_restores_the_bits(vit, images):
+    before, wanted = snapshot(vit), vit(images)
+    assert tdk.patch(vit, tiny_guidance(), DROP_HALF) is vit
+    assert not torch.equal(vit(images), wanted)
+    assert tdk.unpatch(vit) is vit
+    assert torch.equal(vit(images), wanted)
+    assert_same(before, snapshot(vit))
+
+
+def test_unpatch_restores_the_bits_after_an_exception(vit, images):
+    before, wanted = snapshot(vit), vit(images)
+    tdk.patch(vit, tiny_guidance(), DROP_HALF)
+    hook = vit.blocks[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        vit(images)
+    hook.remove()
+    assert vit(images).shape == wanted.shape, "usable again"
+    tdk.unpatch(vit)
+    assert torch.equal(vit(images), wanted)
+    assert_same(before, snapshot(vit))
+
+
+def test_a_refused_patch_leaves_no_trace(vit):
+    before = snapshot(vit)
+    for bad in ({"guidance": tiny_guidance(6)}, {"guidance": vit}, {"guidance": 3}, {"policy": 0.5}):
+        with pytest.raises((ValueError, TypeError)):
+            tdk.patch(vit, **({"guidance": tiny_guidance(), "policy": tdk.DropPolicy()} | bad))
+    assert_same(before, snapshot(vit))
+
+
+def test_patching_twice_is_refused(patched, images):
+    wanted = patched(images)
+    with pytest.raises(ValueError, match="^model: it is patched already"):
+        tdk.patch(patched, tiny_guidance(), DROP_HALF)
+    assert torch.equal(patched(images), wanted)
+
+
+def test_unpatching_what_is_not_patched_is_refused(vit):
+    with pytest.raises(ValueError, match="^model: it is not patched"):
+        tdk.unpatch(vit)
+
+
+def test_state_dict_is_untouched(vit):
+    before = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
+    tdk.patch(vit, tiny_guidance(), DROP_HALF)
+    after = vit.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
+    assert len(list(vit.parameters())) == len(list(tiny_vit().parameters()))
+    file = io.BytesIO()
+    torch.save(after, file)
+    file.seek(0)
+    tiny_vit().load_state_dict(torch.load(file))
+    vit.load_state_dict(torch.load(io.BytesIO(file.getvalue())))
+
+
+def test_deepcopy_is_independent(patched, images):
+    wanted = patched(images)
+    other = copy.deepcopy(patched)
+    assert other.tinydrop is not patched.tinydrop and other.tinydrop.guidance is not patched.tinydrop.guidance
+    tdk.unpatch(patched)
+    assert torch.equal(other(images), wanted)
+    other.tinydrop.policy = tdk.DropPolicy.fixed(1.0)
+    torch.testing.assert_close(other(images), patched(images), atol=1e-5, rtol=1e-5)
+    tdk.unpatch(other)
+    assert torch.equal(other(images), patched(images))
+
+
+def test_whole_model_is_saved_and_loaded(patched, images):
+    file = io.BytesIO()
+    torch.save(patched, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert torch.equal(loaded(images), patched(images))
+    tdk.unpatch(loaded)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("summary", [False, True])
+def test_dtype_follows_the_model(patched, images, dtype, summary):
+    patched.tinydrop.policy = tdk.DropPolicy.fixed(0.5, summary=summary)
+    wanted = patched(images)
+    kept = patched.tinydrop.last.selection.indices
+    patched.to(dtype)
+    assert next(patched.tinydrop.guidance.parameters()).dtype == dtype
+    out = patched(images.to(dtype))
+    assert out.dtype == dtype
+    same = (patched.tinydrop.last.selection.indices == kept).all(dim=1)  # rounding may swap near-equal patches
+    assert same.any()
+    torch.testing.assert_close(out[same].to(wanted.dtype), wanted[same], atol=0.1, rtol=0.1)
+
+
+def test_half_before_patching(images):
+    vit = tdk.patch(tiny_vit().bfloat16(), tiny_guidance(), DROP_HALF)
+    assert vit(images.bfloat16()).dtype == torch.bfloat16
+
+
+def test_meta_device_follows(patched):
+    assert patched.to("meta").tinydrop.guidance.class_weight.device.type == "meta"
+
+
+def test_moves_inside_a_larger_module(patched):
+    torch.nn.Sequential(patched).bfloat16()
+    assert next(patched.tinydrop.guidance.parameters()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("summary", [False, True])
+def test_autocast(patched, images, summary):
+    patched.tinydrop.policy = tdk.DropPolicy.fixed(0.5, summary=summary)
+    wanted = patched(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = patched(images)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), wanted, atol=0.1, rtol=0.1)
+
+
+def test_inference_mode_and_no_grad_agree(patched, images):
+    wanted = patched(images)
+    with torch.no_grad():
+        assert torch.equal(patched(images), wanted.detach())
+    with torch.inference_mode():
+        assert torch.equal(patched(images), wanted.detach())
+
+
+def test_gradients_flow_through_the_target(patched, images):
+    images.requires_grad_()
+    patched(images).sum().backward()
+    assert images.grad.isfinite().all() and patched.blocks[0].attn.qkv.weight.grad.abs().sum() > 0
+
+
+def test_train_mode_is_dense(vit, images):
+    wanted = vit(images)
+    tdk.patch(vit, tiny_guidance(), DROP_HALF)
+    vit.train()
+    assert torch.equal(vit(images), wanted)  # this ViT has no dropout
+    assert not vit.tinydrop.guidance.training, "the guidance model stays in eval mode"
+    vit.eval()
+    assert not torch.equal(vit(images), wanted)
+
+
+def test_features_and_intermediates_stay_dense(vit, images):
+    wanted = vit.forward_features(images), vit.forward_intermediates(images)[1], vit.forward_head(torch.ones(2, 17, 32))
+    tdk.patch(vit, tiny_guidance(), DROP_HALF)
+    assert torch.equal(vit.forward_features(images), wanted[0])
+    assert all(map(torch.equal, vit.forward_intermediates(images)[1], wanted[1]))
+    assert torch.equal(vit.forward_head(torch.ones(2, 17, 32)), wanted[2])
+
+
+def test_mask_of_a_dense_sequence_is_refused(patched, images):
+    with pytest.raises(ValueError, match="^attn_mask"):
+        patched(images, attn_mask=torch.ones(1, 1, 17, 17, dtype=torch.bool))
+
+
+def test_feature_extractor_takes_guidance_of_any_classes(images):
+    vit = tiny_vit(num_classes=0)
+    assert tdk.patch(vit, tiny_guidance(7)).tinydrop.policy.tau is None
+    assert vit(images).shape == (4, 32)
+    with pytest.raises(ValueError, match="^guidance: it knows 7 classes and the model 0"):
+        vit.tinydrop.policy = tdk.DropPolicy(tau=0.5)
+
+
+def test_policy_can_change_between_calls(patched, images):
+    patched.tinydrop.policy = tdk.DropPolicy.fixed(0.25)
+    patched(images)
+    assert patched.tinydrop.last.counts.tolist() == [4] * 4
+    patched.tinydrop.policy = tdk.DropPolicy.fixed(0.75)
+    patched(images)
+    assert patched.tinydrop.last.counts.tolist() == [12] * 4
+    with pytest.raises(TypeError, match="^policy: got float"):
+        patched.tinydrop.policy = 0.5
+
+
+def test_new_classes_are_noticed(vit, images):
+    tdk.patch(vit, tiny_guidance(), tdk.DropPolicy(tau=0.9))
+    vit.reset_classifier(9)
+    with pytest.raises(ValueError, match="^guidance: it knows 5 classes and the model 9"):
+        vit(images)
+
+
+def test_non_contiguous_images(patched, images):
+    wanted = patched(images)
+    torch.testing.assert_close(patched(images.contiguous(memory_format=torch.channels_last)), wanted)
+    wide = torch.randn(4, 3, 32, 64)
+    wide[..., ::2] = images
+    torch.testing.assert_close(patched(wide[..., ::2]), wanted)
+
+
+def test_last_call_is_told(images):
+    vit = tdk.patch(tiny_vit(), tiny_guidance(), tdk.DropPolicy(tau=0.6, gamma=1.0, min_keep=0.1))
+    with pytest.raises(RuntimeError, match="no image has gone"):
+        vit.tinydrop.report()
+    images = varied_images(16)
+    vit(images)
+    last = vit.tinydrop.last
+    assert 0 < last.exited.sum() < 16
+    assert torch.equal(last.exited, last.confidence > 0.6)
+    assert [len(k) for k in last.kept] == last.counts.tolist()
+    assert last.saliency.shape == (16, 4, 4)
+    report = vit.tinydrop.report()
+    assert report.images == 16 and report.exits == last.exited.sum() and report.seconds == {}
+    staying = last.counts[last.counts > 0].float()
+    assert report.mean_keep == pytest.approx(staying.mean().item() / 16)
+    vit.tinydrop.timed = True
+    vit(images)
+    seconds = vit.tinydrop.report().seconds
+    assert list(seconds) == ["guidance", "select", "pack", "embed", "blocks", "head"] and min(seconds.values()) > 0
+    assert "blocks" in str(vit.tinydrop.report())
+
+
+@pytest.mark.parametrize("policy", [DROP_HALF, tdk.DropPolicy(tau=0.6, gamma=1.0, min_keep=0.1)], ids=["fixed", "law"])
+def test_torch_compile(policy):
+    """Compiled answers are the eager ones, and new batches with other totals do not compile again and again."""
+    vit = tdk.patch(tiny_vit(), tiny_guidance(), policy)
+    torch._dynamo.reset()
+    compiled = torch.compile(vit, backend="aot_eager")
+    with torch.no_grad():
+        for call in range(8):
+            images = varied_images(8)
+            with torch._dynamo.config.patch(error_on_recompile=call >= 4):
+                out = compiled(images)
+            torch.testing.assert_close(out, vit(images), atol=1e-5, rtol=1e-4)
+
+
+def test_stock_model_by_name_without_a_hub():
+    model = timm.create_model("vit_tiny_patch16_224").eval()
+    before = snapshot(model)
+    with pytest.raises(tdk.GuidanceError, match="efficientformer_l1"):
+        tdk.patch(model)
+    assert_same(before, snapshot(model))
