@@ -55,7 +55,9 @@ def start_local(model: nn.Module) -> None:
     rows, columns = model.patch_embed.grid_size
     dim = model.embed_dim
     frequency = 1.0 / 100 ** (torch.arange(dim // 4) / (dim // 4))
-    y, x = (t.flatten()[:, None] * frequency for t in torch.meshgrid(*map(torch.arange, (rows, columns)), indexing="ij"))
+    y, x = (
+        t.flatten()[:, None] * frequency for t in torch.meshgrid(*map(torch.arange, (rows, columns)), indexing="ij")
+    )
     model.pos_embed[0, model.num_prefix_tokens :] = 0.5 * torch.cat([y.sin(), y.cos(), x.sin(), x.cos()], dim=1)
     for block in model.blocks:
         attention = block.attn
@@ -105,7 +107,9 @@ def train(trainee: nn.Module, steps: int, peak_lr: float) -> nn.Module:
     decayed = [p for p in trainee.parameters() if p.ndim > 1]
     others = [p for p in trainee.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}])
-    loader = DataLoader(Cluttered("train", steps * BATCH, easy=steps * BATCH // 2), batch_size=BATCH, num_workers=1, prefetch_factor=4)
+    loader = DataLoader(
+        Cluttered("train", steps * BATCH, easy=steps * BATCH // 2), batch_size=BATCH, num_workers=1, prefetch_factor=4
+    )
     trainee.train()
     start = time.time()
     for step, (images, labels, boxes) in enumerate(loader):

@@ -39,7 +39,11 @@ MODELS = {
     "aimv2": ("aimv2_large_patch14_224", {"img_size": 70}, (70, 70)),
     "max": ("vit_small_patch16_224", {"img_size": 64, "global_pool": "max"}, (64, 64)),
     "avgmax": ("vit_small_patch16_224", {"img_size": 64, "global_pool": "avgmax", "class_token": False}, (64, 64)),
-    "avg with prefix": ("vit_small_patch16_224", {"img_size": 64, "global_pool": "avg", "pool_include_prefix": True}, (64, 64)),
+    "avg with prefix": (
+        "vit_small_patch16_224",
+        {"img_size": 64, "global_pool": "avg", "pool_include_prefix": True},
+        (64, 64),
+    ),
     "map with class token": ("vit_small_patch16_224", {"img_size": 64, "global_pool": "map"}, (64, 64)),
     "qk norm": ("vit_small_patch16_224", {"img_size": 64, "qk_norm": True, "scale_attn_norm": True}, (64, 64)),
     "dynamic size": ("vit_small_patch16_224", {"img_size": 64, "dynamic_img_size": True}, (48, 112)),
@@ -48,6 +52,7 @@ MODELS = {
     "no classes": ("vit_small_patch16_224", {"img_size": 64, "num_classes": 0}, (64, 64)),
     "convolutional stem": ("vit_small_r26_s32_224", {"img_size": 128}, (128, 128)),
 }
+
 
 def make(key):
     name, options, size = MODELS[key]
@@ -104,7 +109,9 @@ def test_summary_token_written_out(key):
         for b, patches in enumerate(kept):
             patch_tokens = embedded[b, prefix:]
             dropped = [i for i in range(len(patch_tokens)) if i not in patches.tolist()]
-            tokens = torch.cat([embedded[b, :prefix], patch_tokens[patches.long()], patch_tokens[dropped].mean(0)[None]])
+            tokens = torch.cat(
+                [embedded[b, :prefix], patch_tokens[patches.long()], patch_tokens[dropped].mean(0)[None]]
+            )
             tokens = model.norm(model.blocks(model.norm_pre(tokens[None])))
             close(out[b : b + 1], model.forward_head(tokens))
 

@@ -18,7 +18,9 @@ MAPS = [(1, 1), (3, 2), (7, 7), (16, 16)]
 
 def logits_of(confidences: list[float], classes: int = 5) -> torch.Tensor:
     """Logits whose max softmax is as asked for."""
-    return torch.stack([torch.tensor([math.log(c)] + [math.log((1 - c) / (classes - 1))] * (classes - 1)) for c in confidences])
+    return torch.stack(
+        [torch.tensor([math.log(c)] + [math.log((1 - c) / (classes - 1))] * (classes - 1)) for c in confidences]
+    )
 
 
 def best(scores: list[float], count: int) -> list[int]:

@@ -1,22 +1,22 @@
 """The guidance model: a tiny classifier that says what it sees, how sure it is, and where it looked."""
 
 import copy
-import difflib
 import enum
 from typing import NamedTuple
 
-import timm
 import torch
 import torch.nn.functional as F
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from tinydrop_kernels.typing import TimmModule
+
 DEFAULT_GUIDANCE = "efficientformer_l1.snap_dist_in1k"
 
 
 class GuidanceError(RuntimeError):
-    """The guidance model cannot be had, or cannot guide."""
+    """The model cannot guide."""
 
 
 class Cam(enum.Enum):
@@ -54,11 +54,17 @@ class Guidance(nn.Module):
         GuidanceError: the model has no such methods, no classes or no feature map.
     """
 
-    class_weight: Tensor | None
+    model: TimmModule
+    num_classes: int
+    in_chans: int
+    input_size: tuple[int, int]  # of the images it is fed
+    feature_size: tuple[int, int]  # of its last feature map
+    cam: Cam
+    class_weight: Tensor  # (num_classes, channels); None unless cam is Cam.ROWS
 
     def __init__(
         self,
-        model: nn.Module,
+        model: TimmModule,
         input_size: tuple[int, int] | None = None,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
@@ -73,36 +79,14 @@ class Guidance(nn.Module):
             raise GuidanceError(f"guidance: {type(model).__name__} has num_classes=0, accepted is a classifier")
         config = resolve_model_data_config(model)
         self.model = model.eval()  # the probe must see it as it will be used
-        self.num_classes: int = model.num_classes
-        self.in_chans: int = getattr(model, "in_chans", config["input_size"][0])
-        self.input_size = input_size or getattr(getattr(model, "patch_embed", None), "img_size", None)
-        self.input_size = tuple(self.input_size or config["input_size"][1:])
+        self.num_classes = model.num_classes
+        self.in_chans = getattr(model, "in_chans", config["input_size"][0])
+        fixed_size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+        self.input_size = tuple(input_size or fixed_size or config["input_size"][1:])
         self.mean = tuple(mean or config["mean"])
         self.std = tuple(std or config["std"])
         self._probe()
         self.eval()
-
-    @classmethod
-    def from_name(cls, name: str) -> "Guidance":
-        """The pretrained timm model of that name.
-
-        Raises:
-            ValueError: timm knows no such model.
-            GuidanceError: its weights cannot be loaded, as where the model hub is out of reach.
-        """
-        architecture = name.removeprefix("timm/").split(".")[0]
-        if ":" not in name and not timm.is_model(architecture):
-            near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
-            hint = f"; near to it: {', '.join(near)}" if near else ""
-            raise ValueError(f"guidance: got {name!r}, accepted is the name of a timm model{hint}")
-        try:
-            return cls(timm.create_model(name, pretrained=True))
-        except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
-            raise GuidanceError(
-                f"guidance: the pretrained weights of {name!r} could not be loaded ({type(error).__name__}: {reason}). "
-                "Where the model hub is out of reach, create the model with timm from a local file and pass it."
-            ) from error
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Guided:
@@ -119,14 +103,14 @@ class Guidance(nn.Module):
             return Guided(logits, self._cells(features), None)
         if self.cam is Cam.POOLED:
             cells = self._cells(features)
-            gradient, pooled = self._class_gradient(self._native(cells.mean(dim=1, keepdim=True)))
+            gradient, _ = self._class_gradient(self._native(cells.mean(dim=1, keepdim=True)))
             return Guided(logits, None, self._grad_cam(self._cells(gradient), cells))
         gradient, features = self._class_gradient(features)
         return Guided(logits, None, self._grad_cam(self._cells(gradient), self._cells(features)))
 
     def _guided_by_last_block(self, images: Tensor) -> Guided:
         """The layer is the input of the last block: there the patches still bear on the class token."""
-        captured = {}
+        captured: dict = {}
 
         def capture(module, args, kwargs):
             captured["args"], captured["kwargs"] = args, kwargs
@@ -192,7 +176,8 @@ class Guidance(nn.Module):
         if features.ndim == 3:
             self.feature_size = _rows_and_columns(features.shape[1] - prefix, self.input_size)
         else:
-            self.feature_size = tuple(features.shape[1:3] if self._channels_last else features.shape[2:])
+            first = 1 if self._channels_last else 2
+            self.feature_size = (features.shape[first], features.shape[first + 1])
         if prefix:
             if not (hasattr(self.model, "blocks") and isinstance(getattr(self.model, "norm", None), nn.Module)):
                 raise GuidanceError(f"guidance: {type(self.model).__name__} has prefix tokens, but no blocks and norm")
@@ -201,7 +186,8 @@ class Guidance(nn.Module):
         # In float32 whatever the model's own dtype, so that the verdict and the weights do not hang on it.
         model = self.model if weights.dtype == torch.float32 else copy.deepcopy(self.model).float()
         self.cam, class_weight = self._kind_of_head(model.forward_head, features.float())
-        self.class_weight = None if class_weight is None else class_weight.to(weights.dtype)
+        if class_weight is not None:
+            self.class_weight = class_weight.to(weights.dtype)
 
     def _kind_of_head(self, head, features: Tensor) -> tuple[Cam, Tensor | None]:
         channels = self._cells(features).shape[2]

@@ -1,26 +1,26 @@
 """``patch`` and ``unpatch``: a timm model made to drop tokens in place, and put back exactly as it was.
 
 Nothing is replaced in the model's tree: a few attributes are set on instances (``forward`` of the model and of its
-attentions, ``_apply`` so that the guidance model follows ``.to()`` and ``.half()``, and ``tinydrop``), and removed again.
-The guidance model is not a submodule, so the ``state_dict`` is untouched.
+attentions, ``_apply`` so that the guidance model follows ``.to()`` and ``.half()``, and ``tinydrop``), and removed
+again. The guidance model is not a submodule, so the ``state_dict`` is untouched.
 """
 
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
 
 from tinydrop_kernels import ops
-from tinydrop_kernels.families import UnsupportedModelError, check_supported, family_of
+from tinydrop_kernels.checkpoints import load_model
+from tinydrop_kernels.families import check_supported, family_of
 from tinydrop_kernels.flops import guidance_flops, target_flops
-from tinydrop_kernels.guidance import DEFAULT_GUIDANCE, Guidance, GuidanceError, match_statistics, resized
+from tinydrop_kernels.guidance import DEFAULT_GUIDANCE, Guidance, match_statistics, resized
 from tinydrop_kernels.policy import DropPolicy
 from tinydrop_kernels.ragged import RaggedLayout
-
-__all__ = ["Call", "TinyDrop", "UnsupportedModelError", "patch", "unpatch"]
+from tinydrop_kernels.typing import TimmModule
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -100,7 +100,7 @@ class TinyDrop:
         last: what happened in the last call, or None before the first.
     """
 
-    def __init__(self, model: nn.Module, guidance: Guidance, policy: DropPolicy):
+    def __init__(self, model: TimmModule, guidance: Guidance, policy: DropPolicy):
         self._model = model
         self.guidance = guidance
         self.policy = policy
@@ -133,10 +133,14 @@ class TinyDrop:
         counts = call.counts.tolist()
         staying = [count for count in counts if count]
         mean_keep = sum(staying) / (len(staying) * call.num_patches) if staying else float("nan")
-        flops = len(counts) * guidance_flops(self.guidance)
-        flops += target_flops(model, counts, call.num_patches, call.summary)
-        dense = target_flops(model, [call.num_patches] * len(counts), call.num_patches, summary=False)
+        flops = len(counts) * self._guidance_flops
+        flops += target_flops(model, counts, call.grid_size, call.summary)
+        dense = target_flops(model, [call.num_patches] * len(counts), call.grid_size, summary=False)
         return Report(len(counts), len(counts) - len(staying), mean_keep, flops, dense, call.seconds)
+
+    @cached_property
+    def _guidance_flops(self) -> int:
+        return guidance_flops(self.guidance)
 
     def run(self, images: Tensor) -> Tensor:
         """Guidance, select, pack, embed, blocks, pool and head, merge: logits ``(batch, num_classes)``."""
@@ -154,9 +158,7 @@ class TinyDrop:
             selection = self._select(guided, grid)
         with stage("pack"):
             num_patches = grid[0] * grid[1]
-            layout = RaggedLayout(
-                *ops.pack(selection.counts, num_patches, model.num_prefix_tokens, policy.summary)
-            )
+            layout = RaggedLayout(*ops.pack(selection.counts, num_patches, model.num_prefix_tokens, policy.summary))
         if layout.total == 0:
             logits = guided.logits
         else:
@@ -219,10 +221,10 @@ class TinyDrop:
 
 
 def patch(
-    model: nn.Module,
+    model: TimmModule,
     guidance: str | nn.Module | Guidance = DEFAULT_GUIDANCE,
     policy: DropPolicy | None = None,
-) -> nn.Module:
+) -> TimmModule:
     """Make a timm model drop tokens, in place.
 
     The model is called as before and answers in the same shape; ``model.tinydrop`` tells what it did. In ``train()``
@@ -230,9 +232,9 @@ def patch(
 
     Args:
         model: a supported timm model (:mod:`tinydrop_kernels.families`).
-        guidance: the tiny classifier: a timm name (its pretrained weights are loaded), a timm model, or a
-            :class:`Guidance`. It is put into eval mode, moved to the model's device and dtype, and follows the model
-            from then on. It must know the same classes unless the policy has ``tau=None``.
+        guidance: the tiny classifier: a timm name or a checkpoint (:func:`checkpoints.load_model`), a timm model, or
+            a :class:`Guidance`. It is put into eval mode, moved to the model's device and dtype, and follows the
+            model from then on. It must know the same classes unless the policy has ``tau=None``.
         policy: a :class:`DropPolicy`; by default ``DropPolicy()``, without early exit if the model has no classes.
 
     Returns:
@@ -240,7 +242,8 @@ def patch(
 
     Raises:
         UnsupportedModelError: the model, or something in it, is not supported.
-        GuidanceError: the guidance model cannot be had, or has no feature map.
+        CheckpointError: the weights of the guidance model cannot be had.
+        GuidanceError: the guidance model has no classes or no feature map.
         ValueError, TypeError: an argument out of range; a model that is patched already; guidance with other classes.
     """
     if "tinydrop" in vars(model):
@@ -249,7 +252,7 @@ def patch(
     if policy is None:
         policy = DropPolicy() if model.num_classes else DropPolicy(tau=None)
     if isinstance(guidance, str):
-        guidance = Guidance.from_name(guidance)
+        guidance = Guidance(load_model(guidance))
     elif not isinstance(guidance, Guidance):
         if guidance is model:
             raise ValueError("guidance: got the model itself, accepted is another, smaller model")
@@ -273,7 +276,7 @@ def patch(
     return model
 
 
-def unpatch(model: nn.Module) -> nn.Module:
+def unpatch(model: TimmModule) -> TimmModule:
     """Put a patched model back exactly as it was, and return it.
 
     Raises:
@@ -287,7 +290,7 @@ def unpatch(model: nn.Module) -> nn.Module:
     return model
 
 
-def _forward(model: nn.Module, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+def _forward(model: TimmModule, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
     if model.training:
         return type(model).forward(model, x, attn_mask=attn_mask, is_causal=is_causal)
     if attn_mask is not None or is_causal:
@@ -295,7 +298,7 @@ def _forward(model: nn.Module, x: Tensor, attn_mask: Tensor | None = None, is_ca
     return model.tinydrop.run(x)
 
 
-def _apply(model: nn.Module, fn, recurse: bool = True) -> nn.Module:
+def _apply(model: TimmModule, fn, recurse: bool = True) -> TimmModule:
     model.tinydrop._apply(fn)
     return type(model)._apply(model, fn, recurse)
 

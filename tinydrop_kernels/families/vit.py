@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tinydrop_kernels import ops
 from tinydrop_kernels.ragged import RaggedLayout
+from tinydrop_kernels.typing import TimmModule
 
 NAME = "VisionTransformer (ViT, DeiT, DeiT distilled, DeiT-3, DINOv2, CLIP and SigLIP towers, FlexiViT)"
 POOLS = ("token", "avg", "max", "avgmax", "map")
@@ -25,7 +26,7 @@ def accepts(model: nn.Module) -> bool:
     return isinstance(model, VisionTransformer)
 
 
-def refusal(model: VisionTransformer) -> str | None:
+def refusal(model: TimmModule) -> str | None:
     """Why the model cannot be patched, or None."""
     base = VisionTransformerDistilled if isinstance(model, VisionTransformerDistilled) else VisionTransformer
     for method in _METHODS:
@@ -49,12 +50,12 @@ def refusal(model: VisionTransformer) -> str | None:
     return None
 
 
-def attentions(model: VisionTransformer) -> list[nn.Module]:
+def attentions(model: TimmModule) -> list[nn.Module]:
     """The modules that must know about segments; :func:`attend` stands in for their forward."""
     return [block.attn for block in model.blocks]
 
 
-def attend(attention: Attention, x: Tensor, attn_mask=None, is_causal: bool = False) -> Tensor:
+def attend(attention: TimmModule, x: Tensor, attn_mask=None, is_causal: bool = False) -> Tensor:
     """``Attention.forward`` on packed tokens ``(total, dim)`` when handed a layout; timm's own otherwise."""
     if not isinstance(attn_mask, RaggedLayout):
         return type(attention).forward(attention, x, attn_mask=attn_mask, is_causal=is_causal)
@@ -71,7 +72,7 @@ def attend(attention: Attention, x: Tensor, attn_mask=None, is_causal: bool = Fa
     return attention.proj_drop(attention.proj(out))
 
 
-def check_images(model: VisionTransformer, images: Tensor) -> None:
+def check_images(model: TimmModule, images: Tensor) -> None:
     """Raise ValueError where the model would refuse the size of the images."""
     height, width = images.shape[-2:]
     patch = model.patch_embed
@@ -82,33 +83,43 @@ def check_images(model: VisionTransformer, images: Tensor) -> None:
         raise ValueError(f"images: got {height} x {width}, accepted is {patch.img_size[0]} x {patch.img_size[1]}")
 
 
-def grid_size(model: VisionTransformer, images: Tensor) -> tuple[int, int]:
+def grid_size(model: TimmModule, images: Tensor) -> tuple[int, int]:
     """Rows and columns of the patch grid of these images."""
     return tuple(model.patch_embed.dynamic_feat_size(tuple(images.shape[-2:])))
 
 
 def embed(
-    model: VisionTransformer, images: Tensor, indices: Tensor, layout: RaggedLayout, grid: tuple[int, int], summary: bool
+    model: TimmModule,
+    images: Tensor,
+    indices: Tensor,
+    layout: RaggedLayout,
+    grid: tuple[int, int],
+    summary: bool,
 ) -> Tensor:
     """Packed tokens ``(total, dim)`` as they enter the first block."""
-    patch_embed = model.patch_embed
     where = (indices, layout.cu_seqlens, layout.total, summary)
-    plain = type(patch_embed) is PatchEmbed and isinstance(patch_embed.norm, nn.Identity)
-    if plain and not patch_embed.dynamic_img_pad:
+    if embeds_kept_only(model):
         prefix, pos_embed = _prefix_and_positions(model, grid)
-        projection = patch_embed.proj
+        projection = model.patch_embed.proj
         tokens = ops.embed_tokens(images, projection.weight, projection.bias, prefix, pos_embed, *where)
     else:
-        embedded = model._pos_embed(patch_embed(images))
+        embedded = model._pos_embed(model.patch_embed(images))
         prefix, patches = embedded.split([model.num_prefix_tokens, grid[0] * grid[1]], dim=1)
         tokens = ops.gather_tokens(patches, prefix, None, *where)
     return model.norm_pre(tokens)
 
 
-def _prefix_and_positions(model: VisionTransformer, grid: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+def embeds_kept_only(model: TimmModule) -> bool:
+    """Whether the patch embedding is a plain projection, so that dropped patches need not go through it."""
+    patch_embed = model.patch_embed
+    plain = type(patch_embed) is PatchEmbed and isinstance(patch_embed.norm, nn.Identity)
+    return plain and not patch_embed.dynamic_img_pad
+
+
+def _prefix_and_positions(model: TimmModule, grid: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
     """Prefix tokens with their positions ``(num_prefix_tokens, dim)`` and the patches' positions ``(T, dim)``."""
-    rows = [getattr(model, name, None) for name in ("cls_token", "dist_token", "reg_token")]
-    rows = [row[0] for row in rows if row is not None]
+    tokens = [getattr(model, name, None) for name in ("cls_token", "dist_token", "reg_token")]
+    rows = [token[0] for token in tokens if token is not None]
     prefix = torch.cat(rows) if rows else model.patch_embed.proj.weight.new_empty(0, model.embed_dim)
     if model.pos_embed is None:
         return prefix, None
@@ -121,14 +132,14 @@ def _prefix_and_positions(model: VisionTransformer, grid: tuple[int, int]) -> tu
     return (prefix + pos_embed[0, :own] if own else prefix), pos_embed[0, own:]
 
 
-def encode(model: VisionTransformer, tokens: Tensor, layout: RaggedLayout) -> Tensor:
+def encode(model: TimmModule, tokens: Tensor, layout: RaggedLayout) -> Tensor:
     """The blocks and the final norm: ``(total, dim)`` to ``(total, dim)``."""
     for block in model.blocks:
         tokens = block(tokens, attn_mask=layout)
     return model.norm(tokens)
 
 
-def classify(model: VisionTransformer, tokens: Tensor, layout: RaggedLayout) -> Tensor:
+def classify(model: TimmModule, tokens: Tensor, layout: RaggedLayout) -> Tensor:
     """Pool and head: ``(batch, num_classes)``; the rows of empty segments mean nothing."""
     cu_seqlens = layout.cu_seqlens
     if model.global_pool == "token":
@@ -139,11 +150,11 @@ def classify(model: VisionTransformer, tokens: Tensor, layout: RaggedLayout) -> 
         pooled = _map_pool(model.attn_pool, tokens, layout, skip)
     else:
         modes = {"avg": ["mean"], "max": ["max"], "avgmax": ["mean", "max"]}[model.global_pool]
-        pooled = sum(ops.segment_pool(tokens, cu_seqlens, mode, skip) for mode in modes) / len(modes)
+        pooled = torch.stack([ops.segment_pool(tokens, cu_seqlens, mode, skip) for mode in modes]).mean(dim=0)
     return model.head(model.head_drop(model.fc_norm(pooled)))
 
 
-def _map_pool(pool: AttentionPoolLatent, tokens: Tensor, layout: RaggedLayout, skip: int) -> Tensor:
+def _map_pool(pool: TimmModule, tokens: Tensor, layout: RaggedLayout, skip: int) -> Tensor:
     """``AttentionPoolLatent.forward`` on segments: the latent queries attend each image's tokens."""
     cu_seqlens, longest = layout.cu_seqlens, layout.max_seqlen
     if skip:

@@ -1,0 +1,189 @@
+"""The demo: a large ViT and the same ViT patched, on the same images, in one run.
+
+    python demo/run.py
+
+Where the model hub is reachable: stock ImageNet models on scikit-image's photographs. Where it is not: the two small
+models of ``demo/weights`` (trained by ``demo/train.py``) on handwritten digits hidden in photographs that neither has
+seen. Either way it ends in a table and a picture of the kept patches, ``demo/out/kept_patches.png``.
+"""
+
+import argparse
+import socket
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import timm
+import torch
+from cluttered_digits import CLASS_NAMES, Cluttered
+from PIL import Image
+from skimage import data as photographs
+from timm.data import create_transform, resolve_model_data_config
+
+import tinydrop_kernels as tdk
+from tinydrop_kernels.checkpoints import class_names, load_model
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).parent
+PICTURE = HERE / "out" / "kept_patches.png"
+STOCK_TARGET = "vit_base_patch16_224.augreg2_in21k_ft_in1k"
+PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "camera", "hubble_deep_field", "brick", "grass")
+ROUNDS = 5
+
+
+@dataclass
+class Scene:
+    """Models, images normalised for the target, and what is known about them."""
+
+    title: str
+    model: torch.nn.Module
+    guidance: torch.nn.Module
+    images: torch.Tensor
+    labels: torch.Tensor | None
+    names: list[str]
+    policy: tdk.DropPolicy
+
+
+def hub_is_reachable() -> bool:
+    try:
+        with socket.create_connection(("huggingface.co", 443), timeout=3):
+            return True
+    except OSError:
+        return False
+
+
+def stock_scene() -> Scene:
+    model = load_model(STOCK_TARGET)
+    transform = create_transform(**resolve_model_data_config(model))
+    images = [Image.fromarray(getattr(photographs, name)()).convert("RGB") for name in PHOTOGRAPHS]
+    return Scene(
+        f"{STOCK_TARGET} guided by {tdk.guidance.DEFAULT_GUIDANCE}, stock weights, on scikit-image's photographs",
+        model,
+        load_model(tdk.guidance.DEFAULT_GUIDANCE),
+        torch.stack([transform(image) for image in images]),
+        None,
+        class_names(model),
+        tdk.DropPolicy(),
+    )
+
+
+def embedded_scene(length: int) -> Scene:
+    pixels, labels, _ = zip(*(Cluttered("test", length, seed=1)[i] for i in range(length)), strict=True)
+    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return Scene(
+        "the embedded ViT (6 blocks, 196 patches) and its tiny guidance, on handwritten digits in real photographs",
+        load_model(str(HERE / "weights" / "target")),
+        load_model(str(HERE / "weights" / "guidance")),
+        images,
+        torch.tensor(labels),
+        CLASS_NAMES,
+        tdk.DropPolicy(),
+    )
+
+
+def seconds(call, batches) -> tuple[float, torch.Tensor]:
+    start = time.perf_counter()
+    answers = [call(batch) for batch in batches]
+    return time.perf_counter() - start, torch.cat(answers)
+
+
+def draw(scene: Scene, last, logits: torch.Tensor, shown: int = 8) -> None:
+    """Each image, and beneath it what the target saw of it: dropped patches dark, exits framed."""
+    shown = min(shown, len(scene.images))
+    config = resolve_model_data_config(scene.model)
+    mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
+    rows, columns = last.grid_size
+    figure, axes = plt.subplots(2, shown, figsize=(2 * shown, 4.4), squeeze=False)
+    for i in range(shown):
+        image = (scene.images[i] * std + mean).clamp(0, 1).permute(1, 2, 0)
+        mask = torch.zeros(last.num_patches)
+        mask[last.kept[i].long()] = 1
+        mask = torch.nn.functional.interpolate(mask.view(1, 1, rows, columns), size=image.shape[:2])[0, 0, ..., None]
+        name = scene.names[int(logits[i].argmax())].split(",")[0]
+        exited = bool(last.exited[i])
+        caption = "exit" if exited else f"{int(last.counts[i])} of {last.num_patches}"
+        for axis, picture, title in (
+            (axes[0, i], image, name),
+            (axes[1, i], image if exited else image * (0.15 + 0.85 * mask), caption),
+        ):
+            axis.imshow(picture)
+            axis.set_title(title, fontsize=9)
+            axis.axis("off")
+    figure.tight_layout()
+    PICTURE.parent.mkdir(exist_ok=True)
+    figure.savefig(PICTURE, dpi=110)
+
+
+@torch.inference_mode()
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=256, help="digits to classify")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--embedded", action="store_true", help="do not look for the model hub")
+    args = parser.parse_args()
+
+    stock = not args.embedded and hub_is_reachable()
+    if not stock:
+        print("The model hub is not used or out of reach: this is the embedded demo.")
+    scene = stock_scene() if stock else embedded_scene(args.images)
+    print(f"{scene.title}; {len(scene.images)} images, {torch.get_num_threads()} threads of a CPU\n")
+
+    batches = scene.images.split(args.batch_size)
+    model = tdk.patch(scene.model, scene.guidance, scene.policy)
+    ways = {
+        "dense": (lambda x: model.forward_head(model.forward_features(x)), None),
+        "TinyDrop": (model, scene.policy),
+        "drops alone, half kept": (model, tdk.DropPolicy.fixed(0.5)),
+        "exits alone": (model, tdk.DropPolicy.cascade(scene.policy.tau)),
+    }
+    spent: dict[str, list[float]] = {way: [] for way in ways}
+    answers, flops = {}, {}
+    for turn in range(ROUNDS + 1):  # in turn, so that all see the same machine; the first turn warms up
+        for way, (call, policy) in ways.items():
+            if policy:
+                model.tinydrop.policy = policy
+            taken, answers[way] = seconds(call, batches)
+            if turn:
+                spent[way].append(taken)
+    for way, (_, policy) in ways.items():
+        if policy:
+            model.tinydrop.policy = policy
+            model(scene.images)
+        report = model.tinydrop.report() if policy else None
+        flops[way] = report.flops if report else None
+    model.tinydrop.policy = scene.policy
+    logits = model(scene.images)
+    report = model.tinydrop.report()
+    flops["dense"] = report.dense_flops
+
+    accuracy = "accuracy" if scene.labels is not None else ""
+    print(f"{'':24s}{'images/s':>10s}{'speed-up':>10s}{'GFLOPs':>9s}{'agreement':>11s}{accuracy:>10s}")
+    dense = statistics.median(spent["dense"])
+    for way in ways:
+        taken = statistics.median(spent[way])
+        agreement = (answers[way].argmax(1) == answers["dense"].argmax(1)).float().mean()
+        line = f"{way:24s}{len(scene.images) / taken:10.1f}{dense / taken:9.2f}x"
+        line += f"{flops[way] / len(scene.images) / 1e9:9.2f}{agreement:11.1%}"
+        if scene.labels is not None:
+            line += f"{(answers[way].argmax(1) == scene.labels).float().mean():10.1%}"
+        print(line)
+    if scene.labels is not None:
+        config = resolve_model_data_config(scene.guidance)
+        small = torch.nn.functional.interpolate(
+            scene.images, size=config["input_size"][1:], mode="bilinear", antialias=True
+        )
+        right = (scene.guidance(small).argmax(1) == scene.labels).float().mean()
+        print(f"\nThe guidance model alone is right on {right:.1%}.")
+    print(f"\nTinyDrop with {scene.policy}:\n{report}")
+    draw(scene, model.tinydrop.last, logits)
+    print(f"\nPicture of the kept patches: {PICTURE.relative_to(HERE.parent)}")
+    print(f"timm {timm.__version__}, torch {torch.__version__}; medians of {ROUNDS} runs in turn, guidance counted")
+
+
+if __name__ == "__main__":
+    main()
