@@ -198,3 +198,44 @@ def test_segment_pool(lengths, skip, mode, dtype):
 def test_segment_pool_refuses_other_modes():
     with pytest.raises(ValueError, match="^mode: got 'median'"):
         ops.segment_pool(torch.randn(3, 2), torch.tensor([0, 3]).int(), "median")
+
+
+def opcheck_cases():
+    """Arguments of every registered operator; images that exit, keep some and keep all."""
+    counts = torch.tensor([3, 0, 16], dtype=torch.int32)
+    indices, cu_seqlens, total = ragged_case(counts.tolist(), 16, 1, True)
+    qkv = torch.randn(total, 3, 2, 8)
+    law = (0.8, 2.0, 0.1)
+    images, prefix, pos_embed = torch.randn(3, 3, 8, 8), torch.randn(1, 6), torch.randn(16, 6)
+    return {
+        "select_tokens": (torch.randn(3, 5), torch.randn(3, 4, 7), torch.randn(5, 7), (2, 2), (4, 4), *law),
+        "select_from_saliency": (torch.randn(3, 5), torch.rand(3, 4, 4), (4, 4), *law),
+        "pack": (counts, 16, 1, True),
+        "embed_tokens": (images, torch.randn(6, 3, 2, 2), None, prefix, pos_embed, indices, cu_seqlens, total, True),
+        "gather_tokens": (torch.randn(3, 16, 6), prefix, pos_embed, indices, cu_seqlens, total, True),
+        "varlen_attention": (*qkv.unbind(1), cu_seqlens, cu_seqlens, 17, 17, 0.3),
+        "segment_pool": (torch.randn(total, 6), cu_seqlens, "mean", 1),
+    }
+
+
+@pytest.mark.parametrize("name", list(ops.KERNELS))
+def test_opcheck(name):
+    torch.library.opcheck(getattr(torch.ops.tinydrop, name).default, opcheck_cases()[name])
+
+
+def test_backend_can_be_forced(monkeypatch):
+    assert ops.choose_backend("cuda", True)[0] == "triton" and ops.choose_backend("cpu", True)[0] == "reference"
+    with ops.use_backend("reference"):
+        assert ops.choose_backend("cuda", True)[0] == "reference"
+    monkeypatch.setenv("TINYDROP_BACKEND", "reference")
+    assert ops.choose_backend("cuda", True)[0] == "reference"
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with ops.use_backend("triton"):
+        assert ops.choose_backend("cuda", True)[0] == "triton"
+        with pytest.raises(RuntimeError, match="^backend: triton is forced, but no Triton for cpu"):
+            ops.choose_backend("cpu", True)
+    monkeypatch.setenv("TINYDROP_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="^TINYDROP_BACKEND: got 'cuda'"):
+        ops.choose_backend("cuda", True)
+    with pytest.raises(ValueError, match="^backend: got 'fast'"), ops.use_backend("fast"):
+        pass

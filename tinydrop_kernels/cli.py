@@ -255,19 +255,19 @@ def info(device):
     """Versions, device, and what each operator would run."""
     for package in ("tinydrop_kernels", "torch", "timm", "triton"):
         try:
-            click.echo(f"{package:18s}{importlib.metadata.version(package)}")
+            click.echo(f"{package:22s}{importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
-            click.echo(f"{package:18s}not installed")
-    click.echo(f"{'python':18s}{platform.python_version()}")
+            click.echo(f"{package:22s}not installed")
+    click.echo(f"{'python':22s}{platform.python_version()}")
     name = (
         torch.cuda.get_device_name(device)
         if device.startswith("cuda") and torch.cuda.is_available()
         else platform.processor() or platform.machine()
     )
-    click.echo(f"{'device':18s}{device} ({name})")
-    for operator in ops.OPERATORS:
-        backend, reason = ops.backend(operator, torch.device(device).type)
-        click.echo(f"{operator:18s}{backend}: {reason}")
+    click.echo(f"{'device':22s}{device} ({name})")
+    for operator, has_kernel in ops.KERNELS.items():
+        backend, reason = ops.choose_backend(torch.device(device).type, has_kernel)
+        click.echo(f"{operator:22s}{backend}: {reason}")
 
 
 if __name__ == "__main__":

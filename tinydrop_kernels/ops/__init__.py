@@ -1,23 +1,19 @@
 """The operators. Each has its contract in its docstring; tensors in, tensors out, no models."""
 
-from tinydrop_kernels.ops.reference import (
-    Selection,
-    embed_tokens,
-    gather_tokens,
-    keep_counts,
-    pack,
-    segment_pool,
-    select_from_saliency,
-    select_tokens,
-)
+from tinydrop_kernels.ops.backend import choose_backend, use_backend
+from tinydrop_kernels.ops.embed_tokens import embed_tokens
+from tinydrop_kernels.ops.gather_tokens import gather_tokens
+from tinydrop_kernels.ops.library import KERNELS
+from tinydrop_kernels.ops.pack import pack
+from tinydrop_kernels.ops.reference import keep_counts
+from tinydrop_kernels.ops.segment_pool import segment_pool
+from tinydrop_kernels.ops.select_tokens import Selection, select_from_saliency, select_tokens
 from tinydrop_kernels.ops.varlen_attention import varlen_attention
 
-OPERATORS = ("select_tokens", "pack", "embed_tokens", "gather_tokens", "varlen_attention", "segment_pool")
-
 __all__ = [
-    "OPERATORS",
+    "KERNELS",
     "Selection",
-    "backend",
+    "choose_backend",
     "embed_tokens",
     "gather_tokens",
     "keep_counts",
@@ -25,12 +21,6 @@ __all__ = [
     "segment_pool",
     "select_from_saliency",
     "select_tokens",
+    "use_backend",
     "varlen_attention",
 ]
-
-
-def backend(operator: str, device_type: str) -> tuple[str, str]:
-    """Which implementation of an operator runs on a device, and why."""
-    if device_type == "cuda":
-        return "reference", "plain PyTorch; there is no GPU kernel of it yet"
-    return "reference", "plain PyTorch; it is the path for every device but CUDA"

@@ -1,10 +1,11 @@
-"""Attention over packed segments."""
+"""Softmax attention within each segment of a packed batch."""
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from tinydrop_kernels.ops import reference
+from tinydrop_kernels.ops.backend import wants_gradient
 from tinydrop_kernels.ops.library import register
 
 
@@ -16,8 +17,7 @@ _op = register(
     "varlen_attention(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
     "SymInt max_seqlen_q, SymInt max_seqlen_k, float? scale=None) -> Tensor",
     _fake,
-    CPU=reference.varlen_attention,
-    CUDA=reference.varlen_attention,
+    reference.varlen_attention,
 )
 
 
@@ -31,11 +31,23 @@ def varlen_attention(
     max_seqlen_k: int,
     scale: float | None = None,
 ) -> Tensor:
-    """See :func:`reference.varlen_attention`. Where gradients are wanted, the reference itself runs."""
+    """Softmax attention within each segment; segments do not see one another.
+
+    An empty segment has no rows; queries of a segment without keys yield zeros. On CPU, one
+    ``scaled_dot_product_attention`` a segment is the fastest that was measured (docs/decisions.md).
+
+    Args:
+        query: ``(total_q, heads, head_dim)``, any strides.
+        key, value: ``(total_k, heads, head_dim)``, any strides.
+        cu_seqlens_q, cu_seqlens_k: int32 ``(batch + 1,)``.
+        max_seqlen_q, max_seqlen_k: longest segment.
+        scale: factor on the scores, ``head_dim ** -0.5`` by default.
+
+    Returns:
+        ``(total_q, heads, head_dim)``, contiguous.
+    """
     arguments = (query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale)
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        return reference.varlen_attention(*arguments)
-    return _op(*arguments)
+    return (reference.varlen_attention if wants_gradient(query, key, value) else _op)(*arguments)
 
 
 @register_flop_formula(torch.ops.tinydrop.varlen_attention, get_raw=True)
