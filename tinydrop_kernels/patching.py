@@ -179,6 +179,8 @@ class TinyDrop:
         if self._rescale is not None:
             scale, offset = (t.to(images.dtype) for t in self._rescale)
             images = images * scale + offset
+        if images.device.type == "cpu":  # where convolutions are 1.2 to 1.7 times faster on it (docs/decisions.md)
+            images = images.contiguous(memory_format=torch.channels_last)
         return self.guidance(images)
 
     @torch.no_grad()

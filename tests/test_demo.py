@@ -1,0 +1,68 @@
+"""What the demo stands on: its data are split, its weights are small and do what they claim."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+DEMO = Path(__file__).parents[1] / "demo"
+sys.path.insert(0, str(DEMO))
+
+cluttered_digits = pytest.importorskip("cluttered_digits", reason="the demo's data need scikit-learn and scikit-image")
+
+import tinydrop_kernels as tdk
+from tinydrop_kernels.checkpoints import class_names, load_model
+
+
+def test_images_depend_on_seed_and_index_alone():
+    data = cluttered_digits.Cluttered("test", 5, seed=3)
+    again = cluttered_digits.Cluttered("test", 9, seed=3)
+    image, label, box = data[2]
+    assert image.shape == (224, 224, 3) and image.dtype == np.uint8 and 0 <= label <= 9
+    assert np.array_equal(image, again[2][0]) and not np.array_equal(image, data[1][0])
+    top, left, bottom, right = box
+    assert 0 <= top < bottom <= 224 and 0 <= left < right <= 224
+    with pytest.raises(IndexError):
+        data[5]
+
+
+def test_handwriting_and_photographs_are_split():
+    train, test = cluttered_digits.Cluttered("train", 1), cluttered_digits.Cluttered("test", 1)
+    assert len(train.strokes) + len(test.strokes) == 1797
+    assert not set(cluttered_digits.TRAIN_PHOTOGRAPHS) & set(cluttered_digits.TEST_PHOTOGRAPHS)
+
+
+def test_weights_are_small():
+    assert sum(f.stat().st_size for f in (DEMO / "weights").rglob("*") if f.is_file()) <= 10 * 2**20
+
+
+@torch.inference_mode()
+def test_saliency_earns_its_keep():
+    """The embedded models: the target is clearly better than its guidance, and a quarter of the patches where the
+    guidance looks is worth far more than a quarter of them at random."""
+    data = cluttered_digits.Cluttered("test", 96, seed=7)
+    pixels, labels, _ = zip(*(data[i] for i in range(96)), strict=True)
+    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    labels = torch.tensor(labels)
+    model, guidance = (load_model(str(DEMO / "weights" / name)) for name in ("target", "guidance"))
+    assert class_names(model) == class_names(guidance) == cluttered_digits.CLASS_NAMES
+
+    def accuracy(logits):
+        return (logits.argmax(1) == labels).float().mean().item()
+
+    small = torch.nn.functional.interpolate(images, size=(160, 160), mode="bilinear", antialias=True)
+    dense, alone = accuracy(model(images)), accuracy(guidance(small))
+    tdk.patch(model, guidance, tdk.DropPolicy())
+    both = accuracy(model(images))
+    assert model.tinydrop.last.exited.any() and not model.tinydrop.last.exited.all()
+    model.tinydrop.policy = tdk.DropPolicy.fixed(0.25)
+    guided = accuracy(model(images))
+    guided_counts = model.tinydrop.last.counts
+    model.tinydrop.guidance.class_weight.normal_()  # where it looks no longer means anything
+    blind = accuracy(model(images))
+    assert torch.equal(model.tinydrop.last.counts, guided_counts)
+    assert dense > alone + 0.05
+    assert both > alone
+    assert guided > blind + 0.1

@@ -1,0 +1,206 @@
+"""Packed tokens straight from pixels: a matrix product whose left operand is gathered from the images."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tinydrop_kernels.ops.kernels.segments import locate_rows, mean_patch_kernel, pixel_offsets, search_step
+
+
+# What changes from batch to batch is not specialised, so that it never compiles again. The geometry of the images stays:
+# as constants, its strides tell the compiler how wide it may load (a row of 518 pixels is no multiple of 16).
+@triton.jit(do_not_specialize=["total", "batch", "first_step"])
+def embed_tokens_kernel(
+    images_pointer,
+    weight_pointer,
+    bias_pointer,
+    prefix_pointer,
+    pos_embed_pointer,
+    mean_pixels_pointer,
+    mean_position_pointer,
+    indices_pointer,
+    cu_seqlens_pointer,
+    out_pointer,
+    total,
+    batch,
+    first_step,
+    num_prefix_tokens: tl.constexpr,
+    dim: tl.constexpr,
+    num_patches: tl.constexpr,
+    grid_columns: tl.constexpr,
+    image_stride: tl.constexpr,
+    channel_stride: tl.constexpr,
+    row_stride: tl.constexpr,
+    column_stride: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PATCH_HEIGHT: tl.constexpr,
+    PATCH_WIDTH: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+):
+    """Project the pixels of kept patches, add their positions, and put prefix and summary rows between them.
+
+    Args:
+        images_pointer: of shape [batch, channels, height, width].
+        weight_pointer: pixels ordered as in :func:`pixel_offsets`, of shape [dim, pixels of a patch].
+        bias_pointer: of shape [dim], or None.
+        prefix_pointer: of shape [num_prefix_tokens, dim].
+        pos_embed_pointer: of shape [num_patches, dim], or None.
+        mean_pixels_pointer: of shape [batch, pixels of a patch], or None without summary rows.
+        mean_position_pointer: float32 of shape [batch, dim], or None without summary rows or positions.
+        indices_pointer: of shape [batch, num_patches].
+        cu_seqlens_pointer: of shape [batch + 1].
+        out_pointer: output, of shape [total, dim].
+    """
+    # This program processes BLOCK_ROWS packed rows and BLOCK_COLUMNS columns. Neighbours share the rows, so that the
+    # pixels come from memory once and then from the L2 cache, where the weight stays anyway.
+    num_pixels: tl.constexpr = CHANNELS * PATCH_HEIGHT * PATCH_WIDTH
+    column_tiles: tl.constexpr = (dim + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    row = tl.program_id(0) // column_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = tl.program_id(0) % column_tiles * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    live = row < total
+    in_width = column < dim
+    image, place, patch = locate_rows(
+        row, live, indices_pointer, cu_seqlens_pointer, batch, first_step, num_patches, num_prefix_tokens
+    )
+
+    has_pixels = patch >= 0
+    patch_row = (patch // grid_columns).to(tl.int64) * (PATCH_HEIGHT * row_stride)
+    patch_column = (patch % grid_columns) * (PATCH_WIDTH * column_stride)
+    patch_pointers = images_pointer + image * image_stride + patch_row + patch_column
+    if mean_pixels_pointer is not None:
+        is_summary = live & (place >= 0) & (patch < 0)
+        has_pixels = has_pixels | is_summary
+        patch_pointers = tl.where(is_summary, mean_pixels_pointer + image * num_pixels, patch_pointers)
+
+    projected = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    for first in range(0, num_pixels, BLOCK_PIXELS):
+        k = first + tl.arange(0, BLOCK_PIXELS)
+        offsets = pixel_offsets(
+            k, channel_stride, row_stride, column_stride, CHANNELS, PATCH_HEIGHT, PATCH_WIDTH, CHANNELS_LAST
+        )[None, :]
+        if mean_pixels_pointer is not None:
+            offsets = tl.where(is_summary[:, None], k[None, :].to(tl.int64), offsets)
+        pixel_mask = has_pixels[:, None]
+        weight_mask = in_width[None, :]
+        if num_pixels % BLOCK_PIXELS != 0:
+            pixel_mask = pixel_mask & (k < num_pixels)[None, :]
+            weight_mask = weight_mask & (k < num_pixels)[:, None]
+        pixels = tl.load(patch_pointers[:, None] + offsets, mask=pixel_mask, other=0.0)
+        weight = tl.load(weight_pointer + column[None, :] * num_pixels + k[:, None], mask=weight_mask, other=0.0)
+        projected = tl.dot(pixels, weight, projected, input_precision=INPUT_PRECISION)
+
+    if bias_pointer is not None:
+        projected += tl.load(bias_pointer + column, mask=in_width, other=0.0).to(tl.float32)[None, :]
+    if pos_embed_pointer is not None:
+        position_pointers = pos_embed_pointer + patch[:, None] * dim + column[None, :]
+        position = tl.load(position_pointers, mask=(patch >= 0)[:, None] & in_width[None, :], other=0.0)
+        projected += position.to(tl.float32)
+    if mean_position_pointer is not None:
+        mean_pointers = mean_position_pointer + image[:, None] * dim + column[None, :]
+        projected += tl.load(mean_pointers, mask=is_summary[:, None] & in_width[None, :], other=0.0)
+    if num_prefix_tokens > 0:
+        in_prefix = live & (place < 0)
+        prefix_pointers = prefix_pointer + (place + num_prefix_tokens)[:, None] * dim + column[None, :]
+        prefix = tl.load(prefix_pointers, mask=in_prefix[:, None] & in_width[None, :], other=0.0)
+        projected = tl.where(in_prefix[:, None], prefix.to(tl.float32), projected)
+    out_pointers = out_pointer + row[:, None].to(tl.int64) * dim + column[None, :]
+    tl.store(out_pointers, projected.to(out_pointer.dtype.element_ty), mask=live[:, None] & in_width[None, :])
+
+
+def tile_sizes(dtype: torch.dtype, dim: int, total: int) -> dict[str, int]:
+    """Tiles, warps and stages for :func:`embed_tokens_kernel`.
+
+    Tiles of 128 x 128 halve the traffic of 64 x 64, and two programs of 8 warps and 96 KiB fit on an H100's
+    multiprocessor. A batch too small to fill a GPU of about 132 multiprocessors with them, or a width that they do not
+    divide, takes smaller ones. float32 takes half the pixels a step, for the same bytes.
+    """
+    if dtype.itemsize > 2:
+        return {"BLOCK_ROWS": 64, "BLOCK_COLUMNS": 64, "BLOCK_PIXELS": 32, "num_warps": 4, "num_stages": 3}
+    if triton.cdiv(total, 128) * triton.cdiv(dim, 128) < 132:
+        return {"BLOCK_ROWS": 64, "BLOCK_COLUMNS": 64, "BLOCK_PIXELS": 64, "num_warps": 4, "num_stages": 4}
+    columns = 128 if dim % 128 == 0 else 64
+    return {"BLOCK_ROWS": 128, "BLOCK_COLUMNS": columns, "BLOCK_PIXELS": 64, "num_warps": 8, "num_stages": 3}
+
+
+def launch(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    prefix: Tensor,
+    pos_embed: Tensor | None,
+    indices: Tensor,
+    cu_seqlens: Tensor,
+    total: int,
+    summary: bool,
+) -> Tensor:
+    """See :func:`ops.embed_tokens`."""
+    batch, num_patches = indices.shape
+    dim, channels, patch_height, patch_width = weight.shape
+    out = images.new_empty(total, dim)
+    if total == 0:
+        return out
+    # The product runs over a patch's pixels in the order in which they lie in memory; the weight has to follow.
+    channels_last = channels > 1 and images.stride(1) == 1 and images.stride(3) == channels
+    order = torch.channels_last if channels_last else torch.contiguous_format
+    weight = weight.contiguous(memory_format=order)
+    bias = None if bias is None else bias.contiguous()
+    pos_embed = None if pos_embed is None else pos_embed.contiguous()
+    indices, cu_seqlens = indices.contiguous(), cu_seqlens.contiguous()
+    geometry = {
+        "dim": dim,
+        "num_patches": num_patches,
+        "grid_columns": images.shape[3] // patch_width,
+        "image_stride": images.stride(0),
+        "channel_stride": images.stride(1),
+        "row_stride": images.stride(2),
+        "column_stride": images.stride(3),
+        "CHANNELS": channels,
+        "PATCH_HEIGHT": patch_height,
+        "PATCH_WIDTH": patch_width,
+        "CHANNELS_LAST": channels_last,
+    }
+    tiles = tile_sizes(images.dtype, dim, total)
+    mean_pixels = mean_position = None
+    with torch.cuda.device_of(images):
+        if summary:
+            num_pixels = channels * patch_height * patch_width
+            mean_pixels = images.new_empty(batch, num_pixels)
+            position_tiles = 0
+            if pos_embed is not None:
+                mean_position = torch.empty(batch, dim, dtype=torch.float32, device=images.device)
+                position_tiles = triton.cdiv(dim, 64)
+            # Launches one program for 64 pixels, or 64 columns of the positions, of each image.
+            mean_patch_kernel[(batch, triton.cdiv(num_pixels, 64) + position_tiles)](
+                *(images, pos_embed, indices, cu_seqlens, mean_pixels, mean_position),
+                **geometry,
+                BLOCK_PATCHES=64,
+                BLOCK_COLUMNS=64,
+                num_warps=4,
+            )
+        # Launches a 1D grid: exactly the tiles of the packed rows and their columns, whatever images they come from.
+        grid = (triton.cdiv(total, tiles["BLOCK_ROWS"]) * triton.cdiv(dim, tiles["BLOCK_COLUMNS"]),)
+        embed_tokens_kernel[grid](
+            *(
+                images,
+                weight,
+                bias,
+                prefix.contiguous(),
+                pos_embed,
+                mean_pixels,
+                mean_position,
+                indices,
+                cu_seqlens,
+                out,
+            ),
+            *(total, batch, search_step(batch)),
+            num_prefix_tokens=prefix.shape[0],
+            INPUT_PRECISION="tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
+            **geometry,
+            **tiles,
+        )
+    return out
