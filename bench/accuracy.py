@@ -24,8 +24,8 @@ import tinydrop_kernels as tdk
 SETS = {"imagenette": ("easy", 10, 224), "caltech100": ("middle", 100, 256), "cars66": ("hard", 66, 256)}
 TARGET, GUIDANCE = "vit_small_patch14_dinov2", "mobilenetv2_100"
 POLICIES = {
-    "TinyDrop tau 0.8": tdk.DropPolicy(),
-    "TinyDrop tau 0.9": tdk.DropPolicy(tau=0.9, gamma=4.0, min_keep=0.5),
+    "TinyDrop, tau 0.9, gamma 4, keep >= 50%": tdk.DropPolicy(tau=0.9, gamma=4.0, min_keep=0.5),
+    "TinyDrop, tau 0.8, gamma 2, keep >= 25%": tdk.DropPolicy(tau=0.8, gamma=2.0, min_keep=0.25),
     "exits alone, tau 0.8": tdk.DropPolicy.cascade(0.8),
     "exits alone, tau 0.9": tdk.DropPolicy.cascade(0.9),
     **{
@@ -119,7 +119,7 @@ def judge(data: Path, name: str, count: int | None, batch_size: int) -> list[str
             row += f" {exits[way] / len(files):.0%} | {keep} | {1 - flops[way] / flops['dense']:.0%} |"
         else:
             row += " | | |"
-        rows.append(f"{row} {seconds['dense'] / seconds[way]:.2f} |")
+        rows.append(f"{row} {seconds['dense'] / seconds[way]:.2f} |" if way != "guidance alone" else f"{row} |")
     return [*rows, ""]
 
 

@@ -82,7 +82,7 @@ def embedded_scene(length: int) -> Scene:
         images,
         torch.tensor(labels),
         CLASS_NAMES,
-        tdk.DropPolicy(),
+        tdk.DropPolicy(tau=0.8, gamma=2.0, min_keep=0.25),
     )
 
 

@@ -54,7 +54,7 @@ def test_saliency_earns_its_keep():
 
     small = torch.nn.functional.interpolate(images, size=(160, 160), mode="bilinear", antialias=True)
     dense, alone = accuracy(model(images)), accuracy(guidance(small))
-    tdk.patch(model, guidance, tdk.DropPolicy())
+    tdk.patch(model, guidance, tdk.DropPolicy(tau=0.8, gamma=2.0, min_keep=0.25))
     both = accuracy(model(images))
     assert model.tinydrop.last.exited.any() and not model.tinydrop.last.exited.all()
     model.tinydrop.policy = tdk.DropPolicy.fixed(0.25)

@@ -57,10 +57,10 @@ def main():
 @click.option("--guidance", default=DEFAULT_GUIDANCE, show_default=True, help="The tiny classifier, named likewise.")
 @click.option("--img-size", type=click.IntRange(min=1), help="Input size of the large ViT, if not its own.")
 @click.option(
-    "--tau", type=Tau(), default=0.8, show_default=True, help="Exit above this confidence; 'none' never exits."
+    "--tau", type=Tau(), default=DropPolicy.tau, show_default=True, help="Exit above this confidence; 'none' never exits."
 )
-@click.option("--gamma", type=float, default=2.0, show_default=True, help="Curvature: low drops aggressively.")
-@click.option("--min-keep", type=float, default=0.25, show_default=True, help="Least fraction of patches kept.")
+@click.option("--gamma", type=float, default=DropPolicy.gamma, show_default=True, help="Curvature: low drops aggressively.")
+@click.option("--min-keep", type=float, default=DropPolicy.min_keep, show_default=True, help="Least fraction of patches kept.")
 @click.option("--keep-ratio", type=float, help="Keep this fraction of every image, whatever the confidence.")
 @click.option("--summary", is_flag=True, help="One token more: the mean of the dropped patches.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
