@@ -131,7 +131,7 @@ def main():
     parser.add_argument("--out", type=Path, help="also write the tables to this file")
     args = parser.parse_args()
     if not args.data.is_dir():
-        parser.exit(0, f"no real weights and photographs in {args.data}: nothing measured (docs/accuracy.md)\n")
+        parser.exit(1, f"no real weights and photographs in {args.data}: nothing measured (docs/accuracy.md)\n")
     text = [
         f"Target {TARGET} at 224 px (257 tokens), guidance {GUIDANCE}, batch {args.batch_size}, float32, "
         f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}, timm {timm.__version__}.",

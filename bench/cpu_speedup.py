@@ -26,6 +26,7 @@ def main():
     parser.add_argument("--keep-ratio", type=float, default=0.25)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", help="also write the figures to this file")
+    parser.add_argument("--bar", type=float, help="fail if the speed-up is less than so much of the FLOPs ratio")
     args = parser.parse_args()
 
     torch.manual_seed(0)
@@ -71,6 +72,8 @@ def main():
         with open(args.json, "w") as file:
             json.dump(figures, file, indent=2)
             file.write("\n")
+    if args.bar and speed_up < args.bar * ratio:
+        parser.exit(1, f"the speed-up is below {args.bar} of the FLOPs ratio\n")
 
 
 if __name__ == "__main__":

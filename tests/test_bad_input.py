@@ -45,9 +45,8 @@ def test_empty_batch_is_as_in_timm(patched):
 
 
 def test_guidance_that_is_the_target(vit):
-    for guidance in (vit, tdk.Guidance(vit, input_size=(32, 32))):
-        with pytest.raises(ValueError, match="^guidance: got the model itself"):
-            tdk.patch(vit, guidance)
+    with pytest.raises(ValueError, match="^guidance: got the model itself"):
+        tdk.patch(vit, vit)
 
 
 def test_guidance_with_other_classes(vit):
@@ -58,6 +57,31 @@ def test_guidance_with_other_classes(vit):
 def test_guidance_with_other_channels(vit):
     with pytest.raises(ValueError, match="^guidance: it sees 1 channels and the model 3"):
         tdk.patch(vit, tiny_guidance(in_chans=1))
+
+
+def test_no_model():
+    for call in (tdk.patch, tdk.unpatch):
+        with pytest.raises((TypeError, ValueError), match="^model: "):
+            call(None)
+
+
+def test_size_that_only_the_positions_refuse():
+    vit = tiny_vit()
+    vit.patch_embed.strict_img_size = False
+    tdk.patch(vit, tiny_guidance(), tdk.DropPolicy.fixed(0.5))
+    with pytest.raises(ValueError, match="^images: got 24 x 32"):
+        vit(torch.randn(2, 3, 24, 32))
+
+
+def test_pool_removed_after_patching(patched, images):
+    patched.reset_classifier(5, "")
+    with pytest.raises(ValueError, match="^model: it has global_pool='' now"):
+        patched(images)
+
+
+def test_policy_of_another_type():
+    with pytest.raises(TypeError, match="^tau: got '0.5'"):
+        tdk.DropPolicy(tau="0.5")
 
 
 def test_guidance_of_another_kind(vit):

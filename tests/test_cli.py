@@ -122,6 +122,10 @@ def test_half_precision(checkpoints, photos):
         (["PHOTOS/more", "--model", "vit_bas_patch16_224"], "near to it: vit_base_patch16_224"),
         (["PHOTOS/more", "--model", "test_vit=/no/such/file"], "there is no file"),
         (["PHOTOS/more", "--model", "PHOTOS/a.jpg"], "there is no config.json"),
+        (["PHOTOS/more", "--guidance", "resnet17"], "guidance: got 'resnet17'"),
+        (["PHOTOS/more", "--device", "toaster"], "device: got 'toaster'"),
+        (["PHOTOS/more", "--device", "cuda:99"], "device: got 'cuda:99'"),
+        (["PHOTOS/more", "--out", "/no/such/folder/results.jsonl"], "out: there is no folder"),
     ],
 )
 def test_mistakes_are_one_clear_line(checkpoints, photos, arguments, message):
@@ -145,6 +149,17 @@ def test_checkpoint_file_tells_its_classes(tmp_path):
         assert loaded.num_classes == 7 and not loaded.training
         assert torch.equal(loaded.head.weight, model.head.weight)
         assert class_names(loaded) == [str(i) for i in range(7)]
+
+
+def test_checkpoint_file_at_another_size(tmp_path):
+    """Positions are resampled as timm resamples those of its own weights."""
+    import timm
+
+    model = timm.create_model("test_vit", num_classes=7)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    loaded = load_model(f"test_vit={tmp_path / 'w.safetensors'}", img_size=96)
+    model.set_input_size(96)
+    assert torch.equal(loaded.pos_embed, model.pos_embed)
 
 
 def test_class_names():

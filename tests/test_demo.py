@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+import tinydrop_kernels as tdk
+from tinydrop_kernels.checkpoints import class_names, load_model
+
 DEMO = Path(__file__).parents[1] / "demo"
 sys.path.insert(0, str(DEMO))
 
 cluttered_digits = pytest.importorskip("cluttered_digits", reason="the demo's data need scikit-learn and scikit-image")
-
-import tinydrop_kernels as tdk
-from tinydrop_kernels.checkpoints import class_names, load_model
 
 
 def test_images_depend_on_seed_and_index_alone():

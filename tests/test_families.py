@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from conftest import tiny_guidance, tiny_vit, varied_images, with_random_weights
+from timm.models.vision_transformer import ResPostBlock
 
 import tinydrop_kernels as tdk
 
@@ -50,13 +51,20 @@ MODELS = {
     "dynamic size and pad": ("vit_small_patch16_224", {"dynamic_img_size": True, "dynamic_img_pad": True}, (50, 71)),
     "no positions": ("vit_small_patch16_224", {"img_size": 64, "pos_embed": "none"}, (64, 64)),
     "no classes": ("vit_small_patch16_224", {"img_size": 64, "num_classes": 0}, (64, 64)),
+    "gated": ("vit_small_patch16_224", {"img_size": 64, "gated": True}, (64, 64)),
+    "norm after": ("vit_small_patch16_224", {"img_size": 64, "block_fn": ResPostBlock}, (64, 64)),
+    "stem without projection": ("vitamin_small_224", {"img_size": 128, "embed_dim": 384, "num_heads": 6}, (128, 128)),
     "convolutional stem": ("vit_small_r26_s32_224", {"img_size": 128}, (128, 128)),
 }
 
 
 def make(key):
     name, options, size = MODELS[key]
-    model = with_random_weights(timm.create_model(name, **(SMALL | options)))
+    options = SMALL | options
+    gated = options.pop("gated", False)  # an option of timm's attention that none of its ViTs hands on yet
+    model = with_random_weights(timm.create_model(name, **options))
+    for block in model.blocks if gated else ():
+        block.attn.gate = torch.nn.Linear(model.embed_dim, block.attn.attn_dim)
     return model, torch.randn(3, 3, *size)
 
 
@@ -116,9 +124,22 @@ def test_summary_token_written_out(key):
             close(out[b : b + 1], model.forward_head(tokens))
 
 
-def test_every_image_as_if_alone():
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"global_pool": "avg", "reg_tokens": 2},
+        {"global_pool": "max"},
+        {"global_pool": "map"},
+        {"global_pool": "map", "class_token": False},
+    ],
+    ids=str,
+)
+def test_every_image_as_if_alone(options):
     """Nothing of one image reaches another: exits, other counts and NaN beside it change no bit that matters."""
-    vit = tdk.patch(tiny_vit(), tiny_guidance(), tdk.DropPolicy(tau=0.6, gamma=1.0, min_keep=0.1))
+    guidance = tiny_guidance()
+    vit = tdk.patch(tiny_vit(**options), guidance, tdk.DropPolicy(tau=0.6, gamma=1.0, min_keep=0.1))
+    torch.manual_seed(0)  # the same images for every option
     images = varied_images(12)
     images[5] = float("nan")
     with torch.inference_mode():
@@ -203,3 +224,46 @@ def test_unsupported_parts_are_refused_by_name(build, reason):
     with pytest.raises(tdk.UnsupportedModelError, match=reason):
         tdk.patch(model, tiny_guidance())
     assert "tinydrop" not in vars(model)
+
+
+class DoubledConv(torch.nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def doubled_projection(vit):
+    projection = DoubledConv(3, 32, 8, stride=8)
+    projection.load_state_dict(vit.patch_embed.proj.state_dict())
+    vit.patch_embed.proj = projection
+
+
+def hook_on_projection(vit):
+    vit.patch_embed.register_forward_hook(lambda module, args, out: 2 * out)
+
+
+def mlp_that_mixes_tokens(vit):
+    vit.blocks[1].mlp.register_forward_hook(lambda module, args, out: out + out.mean(dim=-2, keepdim=True))
+
+
+def hook_on_pool(vit):
+    vit.attn_pool.register_forward_hook(lambda module, args, out: 2 * out)
+
+
+@pytest.mark.parametrize(
+    ("options", "change", "reason"),
+    [
+        ({}, doubled_projection, "patch embedding"),
+        ({}, hook_on_projection, "patch embedding"),
+        ({}, mlp_that_mixes_tokens, "blocks"),
+        ({"global_pool": "map"}, hook_on_pool, "pool or head"),
+    ],
+)
+@pytest.mark.parametrize("training", [False, True])
+def test_what_no_list_could_name_is_found_by_trying(options, change, reason, training):
+    vit = tiny_vit(**options)
+    change(vit)
+    vit.train(training).blocks[0].eval()
+    before = {name: (set(vars(module)), module.training) for name, module in vit.named_modules()}
+    with pytest.raises(tdk.UnsupportedModelError, match=reason):
+        tdk.patch(vit, tiny_guidance(), tdk.DropPolicy.fixed(1.0))
+    assert {name: (set(vars(module)), module.training) for name, module in vit.named_modules()} == before

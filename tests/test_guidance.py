@@ -110,9 +110,8 @@ def test_own_preprocessing_is_honoured(images):
         vit, Guidance(cnn, input_size=(24, 40), mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7)), tdk.DropPolicy.fixed(1)
     )
     seen = []
-    handle = next(m for m in cnn.modules() if isinstance(m, torch.nn.Conv2d)).register_forward_pre_hook(
-        lambda module, args: seen.append(args[0])
-    )
+    stem = next(m for m in vit.tinydrop.guidance.modules() if isinstance(m, torch.nn.Conv2d))
+    handle = stem.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     vit(images)
     handle.remove()
     raw = images * torch.tensor([0.1, 0.2, 0.3])[:, None, None] + torch.tensor([0.5, 0.4, 0.3])[:, None, None]
@@ -130,3 +129,43 @@ def test_no_timm_classifier_is_refused(model):
 def test_feature_extractor_is_refused():
     with pytest.raises(GuidanceError, match="num_classes=0"):
         Guidance(timm.create_model("test_byobnet", num_classes=0))
+
+
+def test_parameters_made_in_inference_mode_can_guide():
+    with torch.inference_mode():
+        model = timm.create_model("mobilenetv3_small_050", num_classes=7)
+        guidance = Guidance(model)
+        guided = guidance(torch.randn(2, 3, 224, 224))
+    assert guidance.cam is Cam.POOLED and guided.saliency.shape == (2, 7, 7)
+
+
+def test_head_that_is_nearly_linear_for_weak_features_is_not_taken_for_linear():
+    """An attention pool with small weights: its MLP bends only where features are strong."""
+    assert Guidance(tiny_vit(class_token=False, global_pool="map")).cam is Cam.HEAD
+
+
+@pytest.mark.parametrize("name", ["cait_xxs24_224", "xcit_nano_12_p16_224"])
+def test_class_token_beside_the_last_block_is_refused(name):
+    with pytest.raises(GuidanceError, match="has a class token, and no Grad-CAM of it"):
+        Guidance(timm.create_model(name, num_classes=7))
+
+
+def test_the_original_is_left_alone(images):
+    import tinydrop_kernels as tdk
+
+    model = tiny_guidance().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    first = tdk.patch(tiny_vit(), model, tdk.DropPolicy.fixed(0.5))
+    shared = first.tinydrop.guidance
+    second = tdk.patch(tiny_vit().bfloat16(), shared, tdk.DropPolicy.fixed(0.5))
+    assert second(images.bfloat16()).dtype == torch.bfloat16
+    assert first(images).dtype == torch.float32, "the second target has its own copy"
+    assert model.training and all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+
+
+def test_one_channel():
+    import tinydrop_kernels as tdk
+
+    vit = tdk.patch(tiny_vit(in_chans=1), timm.create_model("mobilenetv3_small_050", num_classes=5, in_chans=1))
+    assert vit.tinydrop.guidance.mean == (pytest.approx(0.449),)
+    assert vit(torch.randn(2, 1, 32, 32)).shape == (2, 5)

@@ -233,6 +233,30 @@ def test_last_call_is_told(images):
     assert "blocks" in str(vit.tinydrop.report())
 
 
+def test_unpatch_after_an_attention_was_replaced(patched):
+    patched.blocks[1].attn = copy.deepcopy(tiny_vit().blocks[1].attn)
+    tdk.unpatch(patched)
+    assert not hasattr(patched, "tinydrop") and "forward" not in vars(patched.blocks[0].attn)
+
+
+def test_data_parallel_is_refused(patched):
+    with pytest.raises(RuntimeError, match="DataParallel"):
+        patched._replicate_for_data_parallel()
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "efficientvit_b0", "test_vit"])
+def test_other_kinds_of_guidance_compile_too(name, images):
+    guidance = tdk.Guidance(
+        timm.create_model(name, num_classes=5), input_size=(160, 160) if name == "test_vit" else None
+    )
+    vit = tdk.patch(tiny_vit(), guidance, DROP_HALF)
+    with torch.inference_mode():
+        wanted = vit(images)
+        torch._dynamo.reset()
+        out = torch.compile(vit, backend="aot_eager")(images)
+    torch.testing.assert_close(out, wanted, atol=1e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize("policy", [DROP_HALF, tdk.DropPolicy(tau=0.6, gamma=1.0, min_keep=0.1)], ids=["fixed", "law"])
 def test_torch_compile(policy):
     """Compiled answers are the eager ones, and new batches with other totals do not compile again and again."""
@@ -250,6 +274,6 @@ def test_torch_compile(policy):
 def test_stock_model_by_name_without_a_hub():
     model = timm.create_model("vit_tiny_patch16_224").eval()
     before = snapshot(model)
-    with pytest.raises(tdk.CheckpointError, match="^model: the weights of 'efficientformer_l1.*NAME=FILE"):
+    with pytest.raises(tdk.CheckpointError, match="^guidance: the weights of 'efficientformer_l1.*NAME=FILE"):
         tdk.patch(model)
     assert_same(before, snapshot(model))

@@ -45,7 +45,7 @@ def test_low_gamma_is_aggressive():
 
 
 def test_infinite_gamma_is_a_cascade():
-    counts = DropPolicy.cascade(0.8).keep_counts(torch.tensor([0.0, 0.5, 0.79, 0.81]), 196)
+    counts = DropPolicy.cascade(0.8).keep_counts(torch.tensor([0.0, 0.5, 0.8, 0.81]), 196)
     assert counts.tolist() == [196, 196, 196, 0]
 
 
@@ -63,7 +63,8 @@ def test_at_least_one_patch_and_at_least_min_keep():
 
 
 def test_no_confidence_keeps_everything():
-    assert DropPolicy(0.8, 2.0).keep_counts(torch.tensor([float("nan")]), 196).tolist() == [196]
+    for gamma in (0.0, 2.0, math.inf):
+        assert DropPolicy(0.8, gamma).keep_counts(torch.tensor([float("nan")]), 196).tolist() == [196]
 
 
 @pytest.mark.parametrize(

@@ -7,17 +7,18 @@ import timm
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.models import load_state_dict
 
-from tinydrop_kernels.typing import TimmModule
+from tinydrop_kernels.aliases import TimmModule
 
 
 class CheckpointError(RuntimeError):
     """The model's weights cannot be had."""
 
 
-def load_model(spec: str, **options) -> TimmModule:
+def load_model(spec: str, argument: str = "model", **options) -> TimmModule:
     """A pretrained timm model in eval mode.
 
     Args:
+        argument: what the caller calls it, for the errors.
         spec: one of
 
             * the name of a timm model: its weights come from the model hub;
@@ -32,45 +33,38 @@ def load_model(spec: str, **options) -> TimmModule:
     """
     name, _, file = spec.partition("=")
     folder = Path(spec) if Path(spec).is_dir() else Path(spec).parent
+    if file or not Path(spec).exists():
+        architecture = name.removeprefix("timm/").split(".")[0]
+        if ":" not in name and not timm.is_model(architecture):
+            near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
+            hint = f"; near to it: {', '.join(near)}" if near else ""
+            raise ValueError(f"{argument}: got {name!r}, accepted is the name of a timm model or a path{hint}")
+    elif not (folder / "config.json").is_file():
+        raise ValueError(f"{argument}: there is no config.json beside {spec!r}; give it as NAME={spec}")
+    if file and not Path(file).is_file():
+        raise ValueError(f"{argument}: there is no file {file!r}")
     try:
         if file:
-            return _from_file(_known(name), Path(file), options)
-        if Path(spec).exists():
-            if not (folder / "config.json").is_file():
-                raise ValueError(f"model: there is no config.json beside {spec!r}; give it as NAME={spec}")
-            return timm.create_model(f"local-dir:{folder}", pretrained=True, **options).eval()
-        return timm.create_model(_known(spec), pretrained=True, **options).eval()
-    except ValueError:
-        raise
+            options = _own_weights(name, file) | options
+        elif Path(spec).exists():
+            name = f"local-dir:{folder}"
+        return timm.create_model(name, pretrained=True, **options).eval()
     except Exception as error:
         lines = str(error).strip().splitlines()
         raise CheckpointError(
-            f"model: the weights of {spec!r} could not be loaded "
+            f"{argument}: the weights of {spec!r} could not be loaded "
             f"({type(error).__name__}: {lines[0] if lines else ''}). "
             "Where the model hub is out of reach, give NAME=FILE with a local checkpoint."
         ) from error
 
 
-def _known(name: str) -> str:
-    if ":" not in name and not timm.is_model(name.removeprefix("timm/").split(".")[0]):
-        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
-        hint = f"; near to it: {', '.join(near)}" if near else ""
-        raise ValueError(f"model: got {name!r}, accepted is the name of a timm model or a path{hint}")
-    return name
-
-
-def _from_file(name: str, file: Path, options: dict) -> TimmModule:
-    if not file.is_file():
-        raise ValueError(f"model: there is no file {str(file)!r}")
-    state = load_state_dict(str(file))
-    classifier = getattr(timm.get_pretrained_cfg(name), "classifier", None)
-    first = classifier if isinstance(classifier, str) or classifier is None else classifier[0]
-    weight = state.get(f"{first}.weight")
-    if weight is not None:
-        options = {"num_classes": len(weight)} | options
-    model = timm.create_model(name, **options)
-    model.load_state_dict(state)
-    return model.eval()
+def _own_weights(name: str, file: str) -> dict:
+    """Options that make timm load a file in place of its own weights, fitted to the model as it fits its own."""
+    classifier = getattr(timm.get_pretrained_cfg(name), "classifier", None) or ()
+    first = classifier if isinstance(classifier, str) else next(iter(classifier), "")
+    weight = load_state_dict(file).get(f"{first}.weight")
+    classes = {} if weight is None else {"num_classes": len(weight)}
+    return classes | {"pretrained_cfg_overlay": {"file": file, **classes}}
 
 
 def class_names(model: TimmModule) -> list[str]:

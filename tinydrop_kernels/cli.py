@@ -57,10 +57,18 @@ def main():
 @click.option("--guidance", default=DEFAULT_GUIDANCE, show_default=True, help="The tiny classifier, named likewise.")
 @click.option("--img-size", type=click.IntRange(min=1), help="Input size of the large ViT, if not its own.")
 @click.option(
-    "--tau", type=Tau(), default=DropPolicy.tau, show_default=True, help="Exit above this confidence; 'none' never exits."
+    "--tau",
+    type=Tau(),
+    default=DropPolicy.tau,
+    show_default=True,
+    help="Exit above this confidence; 'none' never exits.",
 )
-@click.option("--gamma", type=float, default=DropPolicy.gamma, show_default=True, help="Curvature: low drops aggressively.")
-@click.option("--min-keep", type=float, default=DropPolicy.min_keep, show_default=True, help="Least fraction of patches kept.")
+@click.option(
+    "--gamma", type=float, default=DropPolicy.gamma, show_default=True, help="Curvature: low drops aggressively."
+)
+@click.option(
+    "--min-keep", type=float, default=DropPolicy.min_keep, show_default=True, help="Least fraction of patches kept."
+)
 @click.option("--keep-ratio", type=float, help="Keep this fraction of every image, whatever the confidence.")
 @click.option("--summary", is_flag=True, help="One token more: the mean of the dropped patches.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
@@ -92,8 +100,10 @@ def classify(
             policy = DropPolicy(tau, gamma, min_keep, summary)
         else:
             policy = DropPolicy.fixed(keep_ratio, tau, summary)
-        vit = load_model(model, **({"img_size": img_size} if img_size else {})).to(device, DTYPES[dtype])
-        patch(vit, load_model(guidance), policy)
+        if out and not out.parent.is_dir():
+            raise ValueError(f"out: there is no folder {str(out.parent)!r}")
+        vit = load_model(model, **({"img_size": img_size} if img_size else {})).to(usable(device), DTYPES[dtype])
+        patch(vit, guidance, policy)
     except (ValueError, CheckpointError, UnsupportedModelError, GuidanceError) as error:
         raise click.ClickException(str(error)) from None
     config = resolve_model_data_config(vit)
@@ -103,6 +113,7 @@ def classify(
     if not files.paths:
         raise click.ClickException(f"no image in {', '.join(map(str, paths))}")
 
+    names = class_names(vit)
     tally = Tally(compare_dense)
     loader = DataLoader(files, batch_size=batch_size, num_workers=workers, collate_fn=collate)
     with torch.inference_mode(), out.open("w") if out else nullcontext(sys.stdout) as lines:
@@ -112,12 +123,21 @@ def classify(
                     tqdm.write(f"skipped {path}: {reason}", file=sys.stderr)
                     tally.unreadable += 1
                 if batch.paths:
-                    for row in classified(vit, batch, tally):
+                    for row in classified(vit, names, batch, tally):
                         print(json.dumps(row), file=lines)
                 bar.update(len(batch.paths) + len(batch.unreadable))
         click.echo(tally.summary(device, dtype), err=out is None)
     if not tally.images:
         raise click.ClickException("no image could be read")
+
+
+def usable(device: str) -> torch.device:
+    """The device, or ValueError where this machine has none such."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise ValueError(f"device: got {device!r}: {str(error).splitlines()[0]}") from None
+    return torch.device(device)
 
 
 class ImageFiles(Dataset):
@@ -167,23 +187,28 @@ def image_files(paths) -> list[Path]:
     return found
 
 
-def classified(vit, batch: Batch, tally: "Tally"):
+def classified(vit, names: list[str], batch: Batch, tally: "Tally"):
     """Run one batch, tally it, and yield a row for each image."""
-    weight = vit.patch_embed.proj.weight
+    weight = next(vit.parameters())
     images = batch.images.to(weight.device, weight.dtype)
-    if not tally.images:  # the first call of a process sets things up; it is not timed
+
+    def dense_forward(x):
+        return vit.forward_head(vit.forward_features(x))
+
+    if not tally.images:  # the first calls of a process set things up; they are not timed
         vit(images)
+        if tally.compare_dense:
+            dense_forward(images)
     logits, seconds = timed(vit, images)
     last, report = vit.tinydrop.last, vit.tinydrop.report()
     dense_top = None
     if tally.compare_dense:
-        dense, dense_seconds = timed(lambda x: vit.forward_head(vit.forward_features(x)), images)
+        dense, dense_seconds = timed(dense_forward, images)
         dense_top = dense.argmax(1).tolist()
         tally.agreeing += int((dense.argmax(1) == logits.argmax(1)).sum())
         tally.dense_seconds += dense_seconds
     tally.add(report, last, seconds)
 
-    names = class_names(vit)
     probability, top = logits.float().softmax(1).topk(min(TOP, logits.shape[1]))
     for i, path in enumerate(batch.paths):
         row = {
@@ -253,6 +278,10 @@ class Tally:
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 def info(device):
     """Versions, device, and what each operator would run."""
+    try:
+        kind = usable(device).type
+    except ValueError as error:
+        raise click.ClickException(str(error)) from None
     for package in ("tinydrop_kernels", "torch", "timm", "triton"):
         try:
             click.echo(f"{package:22s}{importlib.metadata.version(package)}")
@@ -266,7 +295,7 @@ def info(device):
     )
     click.echo(f"{'device':22s}{device} ({name})")
     for operator, has_kernel in ops.KERNELS.items():
-        backend, reason = ops.choose_backend(torch.device(device).type, has_kernel)
+        backend, reason = ops.choose_backend(kind, has_kernel)
         click.echo(f"{operator:22s}{backend}: {reason}")
 
 

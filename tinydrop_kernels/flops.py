@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from tinydrop_kernels.aliases import TimmModule
 from tinydrop_kernels.families import vit
 from tinydrop_kernels.guidance import Guidance
-from tinydrop_kernels.typing import TimmModule
 
 
 def guidance_flops(guidance: Guidance) -> int:

@@ -10,7 +10,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from tinydrop_kernels.typing import TimmModule
+from tinydrop_kernels.aliases import TimmModule
 
 DEFAULT_GUIDANCE = "efficientformer_l1.snap_dist_in1k"
 
@@ -43,10 +43,11 @@ class Guidance(nn.Module):
     is affine in the average-pooled features has its weights read off at the unit vectors, which folds BatchNorm and
     averaged twin heads; a head that sees the map only through its average needs its gradient at one vector; for any
     other head, and for class tokens (whose gradient on the last layer's patches is zero), there is one backward pass
-    through the head or the last block alone. The weights are read once, here: a guidance model is frozen.
+    through the head or the last block alone. The model is copied and its weights are read once, here: what is done to
+    the original afterwards does not reach the guidance.
 
     Args:
-        model: a timm model with ``forward_features`` and ``forward_head``; is put into eval mode.
+        model: a timm model with ``forward_features`` and ``forward_head``.
         input_size: (height, width) it is fed; by default that of its ``pretrained_cfg`` or its fixed patch embedding.
         mean, std: per channel normalisation it wants; by default those of its ``pretrained_cfg``.
 
@@ -60,6 +61,7 @@ class Guidance(nn.Module):
     input_size: tuple[int, int]  # of the images it is fed
     feature_size: tuple[int, int]  # of its last feature map
     cam: Cam
+    _probing = False  # whether to check that the parts make the whole
     class_weight: Tensor  # (num_classes, channels); None unless cam is Cam.ROWS
 
     def __init__(
@@ -78,14 +80,16 @@ class Guidance(nn.Module):
         if not getattr(model, "num_classes", 0):
             raise GuidanceError(f"guidance: {type(model).__name__} has num_classes=0, accepted is a classifier")
         config = resolve_model_data_config(model)
-        self.model = model.eval()  # the probe must see it as it will be used
+        with torch.inference_mode(False):  # autograd refuses tensors made in inference mode
+            self.model = copy.deepcopy(model).eval()
         self.num_classes = model.num_classes
         self.in_chans = getattr(model, "in_chans", config["input_size"][0])
         fixed_size = getattr(getattr(model, "patch_embed", None), "img_size", None)
         self.input_size = tuple(input_size or fixed_size or config["input_size"][1:])
-        self.mean = tuple(mean or config["mean"])
-        self.std = tuple(std or config["std"])
-        self._probe()
+        self.mean = per_channel(mean or config["mean"], self.in_chans)
+        self.std = per_channel(std or config["std"], self.in_chans)
+        with torch.inference_mode(False):
+            self._probe()
         self.eval()
 
     @torch.no_grad()
@@ -121,10 +125,14 @@ class Guidance(nn.Module):
         finally:
             hook.remove()
         tokens, *args = captured["args"]
+        with torch.inference_mode(False):
+            args, kwargs = _detached(args), _detached(captured["kwargs"])
 
         def rest(tokens):
-            tokens = self.model.blocks[-1](tokens, *_detached(args), **_detached(captured["kwargs"]))
-            return self.model.forward_head(self.model.norm(tokens))
+            again = self.model.forward_head(self.model.norm(self.model.blocks[-1](tokens, *args, **kwargs)))
+            if self._probing and not _agree(again, logits, logits):
+                raise GuidanceError("its last block, norm and head do not make its logits")
+            return again
 
         gradient, tokens = self._class_gradient(tokens, rest)
         skip = self.model.num_prefix_tokens
@@ -160,16 +168,15 @@ class Guidance(nn.Module):
         """Find the layout of the feature map and the kind of the head by trying them."""
         self.register_buffer("class_weight", None, persistent=False)
         weights = next(self.model.parameters())
-        image = torch.zeros(1, self.in_chans, *self.input_size, device=weights.device, dtype=weights.dtype)
+        noise = torch.Generator().manual_seed(0)
+        image = torch.randn(2, self.in_chans, *self.input_size, generator=noise).to(weights.device, weights.dtype)
+        kind = type(self.model).__name__
         try:
             features = self.model.forward_features(image)
         except Exception as error:
-            raise GuidanceError(
-                f"guidance: {type(self.model).__name__} fails on an image of its own input size {self.input_size}: "
-                f"{error}"
-            ) from error
+            raise GuidanceError(f"guidance: {kind} fails on images of {self.input_size}: {error}") from error
         if not isinstance(features, Tensor) or features.ndim not in (3, 4):
-            raise GuidanceError(f"guidance: {type(self.model).__name__} has no feature map that Grad-CAM could weigh")
+            raise GuidanceError(f"guidance: {kind} has no feature map that Grad-CAM could weigh")
         self._feature_ndim = features.ndim
         self._channels_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"
         prefix = getattr(self.model, "num_prefix_tokens", 0) if features.ndim == 3 else 0
@@ -179,9 +186,14 @@ class Guidance(nn.Module):
             first = 1 if self._channels_last else 2
             self.feature_size = (features.shape[first], features.shape[first + 1])
         if prefix:
-            if not (hasattr(self.model, "blocks") and isinstance(getattr(self.model, "norm", None), nn.Module)):
-                raise GuidanceError(f"guidance: {type(self.model).__name__} has prefix tokens, but no blocks and norm")
             self.cam = Cam.LAST_BLOCK
+            self._probing = True
+            try:
+                self._guided_by_last_block(image)
+            except Exception as error:
+                raise GuidanceError(f"guidance: {kind} has a class token, and no Grad-CAM of it: {error}") from error
+            finally:
+                self._probing = False
             return
         # In float32 whatever the model's own dtype, so that the verdict and the weights do not hang on it.
         model = self.model if weights.dtype == torch.float32 else copy.deepcopy(self.model).float()
@@ -190,24 +202,35 @@ class Guidance(nn.Module):
             self.class_weight = class_weight.to(weights.dtype)
 
     def _kind_of_head(self, head, features: Tensor) -> tuple[Cam, Tensor | None]:
+        """Try the head on noise, weak and strong beside its real features: some are nearly linear for one of them."""
         channels = self._cells(features).shape[2]
         noise = torch.randn(4, *features.shape[1:], generator=torch.Generator().manual_seed(0)).to(features.device)
-        mean = self._cells(noise).mean(dim=1, keepdim=True)
+        spread = features.std()
+        cam, rows = Cam.ROWS, None
         try:
-            logits = head(noise)
-            if not _agree(head(self._native(mean)), logits):
-                return Cam.HEAD, None
-            offset = head(self._native(torch.zeros_like(mean[:1])))
+            offset = head(self._native(noise.new_zeros(1, 1, channels)))
             rows = head(self._native(torch.eye(channels, device=features.device)[:, None])) - offset
+            for scale in (0.3, 3.0, 30.0):
+                cells = scale * spread * noise
+                mean = self._cells(cells).mean(dim=1, keepdim=True)
+                logits = head(cells)
+                if not _agree(head(self._native(mean)), logits, logits - offset):
+                    return Cam.HEAD, None
+                if not _agree(mean[:, 0] @ rows + offset, logits, logits - offset):
+                    cam = Cam.POOLED
         except (RuntimeError, ValueError):  # a head that wants the map at its full size
             return Cam.HEAD, None
-        if not _agree(mean[:, 0] @ rows + offset, logits):
-            return Cam.POOLED, None
-        return Cam.ROWS, rows.T.contiguous()
+        return cam, rows.T.contiguous() if cam is Cam.ROWS else None
 
 
-def _agree(a: Tensor, b: Tensor) -> bool:
-    return (a - b).abs().max().item() <= 1e-3 * b.abs().max().item()
+def _agree(a: Tensor, b: Tensor, scale: Tensor) -> bool:
+    return bool((a - b).abs().max() <= 1e-3 * scale.abs().max())
+
+
+def per_channel(statistic: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """One value per channel; timm keeps three of colour for models of other channels, whose average then serves."""
+    values = tuple(statistic)
+    return values if len(values) == channels else (sum(values) / len(values),) * channels
 
 
 def _detached(tree):

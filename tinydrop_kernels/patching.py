@@ -5,24 +5,25 @@ attentions, ``_apply`` so that the guidance model follows ``.to()`` and ``.half(
 again. The guidance model is not a submodule, so the ``state_dict`` is untouched.
 """
 
+import copy
 import time
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 import torch
+from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from tinydrop_kernels import ops
+from tinydrop_kernels.aliases import TimmModule
 from tinydrop_kernels.checkpoints import load_model
-from tinydrop_kernels.families import check_supported, family_of
+from tinydrop_kernels.families import UnsupportedModelError, check_supported, family_of
 from tinydrop_kernels.flops import guidance_flops, target_flops
-from tinydrop_kernels.guidance import DEFAULT_GUIDANCE, Guidance, match_statistics, resized
+from tinydrop_kernels.guidance import DEFAULT_GUIDANCE, Guidance, match_statistics, per_channel, resized
 from tinydrop_kernels.policy import DropPolicy
 from tinydrop_kernels.ragged import RaggedLayout
-from tinydrop_kernels.typing import TimmModule
-
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,8 @@ class TinyDrop:
         self.policy = policy
         self.timed = False
         self.last: Call | None = None
-        config = getattr(model, "pretrained_cfg", None) or {}
-        source = (tuple(config.get("mean") or IMAGENET[0]), tuple(config.get("std") or IMAGENET[1]))
+        config = resolve_model_data_config(model)
+        source = (per_channel(config["mean"], model.in_chans), per_channel(config["std"], model.in_chans))
         self._rescale = match_statistics(source, (guidance.mean, guidance.std))
 
     @property
@@ -148,6 +149,7 @@ class TinyDrop:
         self._check_images(images)
         self._check_classes(policy)
         if len(images) == 0:
+            self.last = None
             return type(model).forward(model, images)
         seconds: dict[str, float] = {}
         stage = partial(_timed_stage, seconds, images.device) if self.timed else _untimed_stage
@@ -194,7 +196,7 @@ class TinyDrop:
         )
 
     def _check_images(self, images: Tensor) -> None:
-        weight = self._model.patch_embed.proj.weight
+        weight = next(self._model.parameters())
         if not isinstance(images, Tensor):
             raise TypeError(f"images: got {type(images).__name__}, accepted is a Tensor")
         if images.ndim != 4:
@@ -217,9 +219,10 @@ class TinyDrop:
             )
 
     def _apply(self, fn) -> None:
-        self.guidance._apply(fn)
-        if self._rescale is not None:
-            self._rescale = tuple(fn(t) for t in self._rescale)
+        with torch.inference_mode(False):  # autograd refuses tensors made in inference mode
+            self.guidance._apply(fn)
+            if self._rescale is not None:
+                self._rescale = tuple(fn(t) for t in self._rescale)
 
 
 def patch(
@@ -235,46 +238,53 @@ def patch(
     Args:
         model: a supported timm model (:mod:`tinydrop_kernels.families`).
         guidance: the tiny classifier: a timm name or a checkpoint (:func:`checkpoints.load_model`), a timm model, or
-            a :class:`Guidance`. It is put into eval mode, moved to the model's device and dtype, and follows the
-            model from then on. It must know the same classes unless the policy has ``tau=None``.
+            a :class:`Guidance`. A copy of it is taken, moved to the model's device and dtype, and follows the model
+            from then on. It must know the same classes unless the policy has ``tau=None``.
         policy: a :class:`DropPolicy`; by default ``DropPolicy()``, without early exit if the model has no classes.
 
     Returns:
         The model.
 
     Raises:
-        UnsupportedModelError: the model, or something in it, is not supported.
+        UnsupportedModelError: the model, or something in it, is not supported; also found out by trying the patched
+            model on a little noise, hooks and all.
         CheckpointError: the weights of the guidance model cannot be had.
         GuidanceError: the guidance model has no classes or no feature map.
         ValueError, TypeError: an argument out of range; a model that is patched already; guidance with other classes.
     """
-    if "tinydrop" in vars(model):
+    if isinstance(getattr(model, "tinydrop", None), TinyDrop):
         raise ValueError("model: it is patched already; change model.tinydrop.policy, or unpatch it first")
     check_supported(model)
     if policy is None:
         policy = DropPolicy() if model.num_classes else DropPolicy(tau=None)
     if isinstance(guidance, str):
-        guidance = Guidance(load_model(guidance))
-    elif not isinstance(guidance, Guidance):
-        if guidance is model:
-            raise ValueError("guidance: got the model itself, accepted is another, smaller model")
-        if not isinstance(guidance, nn.Module):
-            raise TypeError(f"guidance: got {type(guidance).__name__}, accepted is a timm name, a model or a Guidance")
-        guidance = Guidance(guidance)
-    if guidance.model is model:
+        guidance = load_model(guidance, "guidance")
+    elif not isinstance(guidance, nn.Module):
+        raise TypeError(f"guidance: got {type(guidance).__name__}, accepted is a timm name, a model or a Guidance")
+    elif guidance is model:
         raise ValueError("guidance: got the model itself, accepted is another, smaller model")
+    guidance = copy.deepcopy(guidance) if isinstance(guidance, Guidance) else Guidance(guidance)
     if guidance.in_chans != model.in_chans:
         raise ValueError(f"guidance: it sees {guidance.in_chans} channels and the model {model.in_chans}")
     tinydrop = TinyDrop(model, guidance.eval(), policy)
-    weight = model.patch_embed.proj.weight
+    weight = next(model.parameters())
     tinydrop._apply(lambda t: t.to(weight.device, weight.dtype if t.is_floating_point() else None))
 
     model.tinydrop = tinydrop
     model.forward = partial(_forward, model)
     model._apply = partial(_apply, model)
+    model._replicate_for_data_parallel = _refuse_data_parallel
     family = family_of(model)
     for attention in family.attentions(model):
         attention.forward = partial(family.attend, attention)
+    try:
+        reason = None if weight.is_meta else _tried(family.differs, model)
+    except Exception:
+        unpatch(model)
+        raise
+    if reason:
+        unpatch(model)
+        raise UnsupportedModelError(f"model: {type(model).__name__} with {reason}")
     return model
 
 
@@ -284,12 +294,26 @@ def unpatch(model: TimmModule) -> TimmModule:
     Raises:
         ValueError: the model is not patched.
     """
-    if "tinydrop" not in vars(model):
+    if not isinstance(getattr(model, "tinydrop", None), TinyDrop):
         raise ValueError("model: it is not patched")
+    for name in ("forward", "_apply", "_replicate_for_data_parallel", "tinydrop"):
+        delattr(model, name)
     for attention in family_of(model).attentions(model):
-        del attention.forward
-    del model._apply, model.forward, model.tinydrop
+        vars(attention).pop("forward", None)  # none where the user has put in an attention since
     return model
+
+
+@torch.inference_mode()
+def _tried(differs: Callable[[TimmModule], str | None], model: TimmModule) -> str | None:
+    """The family's trial, in eval mode without autocast; every module's mode is put back."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.autocast(next(model.parameters()).device.type, enabled=False):
+            return differs(model)
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def _forward(model: TimmModule, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -303,6 +327,10 @@ def _forward(model: TimmModule, x: Tensor, attn_mask: Tensor | None = None, is_c
 def _apply(model: TimmModule, fn, recurse: bool = True) -> TimmModule:
     model.tinydrop._apply(fn)
     return type(model)._apply(model, fn, recurse)
+
+
+def _refuse_data_parallel():
+    raise RuntimeError("a patched model cannot be replicated by DataParallel: use one process per GPU")
 
 
 @contextmanager

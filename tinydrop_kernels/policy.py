@@ -37,6 +37,10 @@ class DropPolicy:
     summary: bool = False
 
     def __post_init__(self):
+        for name in ("tau", "gamma", "min_keep"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) and (name != "tau" or value is not None):
+                raise TypeError(f"{name}: got {value!r}, accepted is a number")
         if self.tau is not None and not 0 < self.tau <= 1:
             raise ValueError(f"tau: got {self.tau}, accepted is a number in (0, 1], or None for no early exit")
         if not self.gamma >= 0:

@@ -1,6 +1,7 @@
 """The timm families that can be patched: one module each, all with the same functions.
 
 * ``accepts(model)``, ``refusal(model)``: is it of this family, and what of it is not supported;
+* ``differs(model)``: once patched, which stage does not answer as timm's does;
 * ``attentions(model)``, ``attend(attention, x, attn_mask)``: which modules must know about segments, and how;
 * ``check_images``, ``grid_size``, ``embed``, ``encode``, ``classify``: the model on a ragged batch, stage by stage.
 """

@@ -4,6 +4,8 @@ Read against timm 1.0.31. What is relied upon is checked in :func:`refusal`, by 
 methods, so that a model or a timm that does something else is refused and not mistaken.
 """
 
+from typing import Any
+
 import torch
 from timm.layers import Attention, AttentionPoolLatent, PatchEmbed, resample_abs_pos_embed
 from timm.models.deit import VisionTransformerDistilled
@@ -11,8 +13,8 @@ from timm.models.vision_transformer import Block, ResPostBlock, VisionTransforme
 from torch import Tensor, nn
 
 from tinydrop_kernels import ops
+from tinydrop_kernels.aliases import TimmModule
 from tinydrop_kernels.ragged import RaggedLayout
-from tinydrop_kernels.typing import TimmModule
 
 NAME = "VisionTransformer (ViT, DeiT, DeiT distilled, DeiT-3, DINOv2, CLIP and SigLIP towers, FlexiViT)"
 POOLS = ("token", "avg", "max", "avgmax", "map")
@@ -74,18 +76,60 @@ def attend(attention: TimmModule, x: Tensor, attn_mask=None, is_causal: bool = F
 
 def check_images(model: TimmModule, images: Tensor) -> None:
     """Raise ValueError where the model would refuse the size of the images."""
+    if model.global_pool not in POOLS:  # reset_classifier can change it after patching
+        raise ValueError(f"model: it has global_pool={model.global_pool!r} now, supported are {', '.join(POOLS)}")
     height, width = images.shape[-2:]
     patch = model.patch_embed
     if model.dynamic_img_size:
-        if not patch.dynamic_img_pad and (height % patch.patch_size[0] or width % patch.patch_size[1]):
-            raise ValueError(f"images: got {height} x {width}, accepted are multiples of the patch {patch.patch_size}")
-    elif patch.strict_img_size and (height, width) != tuple(patch.img_size):
+        rows, columns = patch.feat_ratio(as_scalar=False)
+        whole = patch.dynamic_img_pad or not (height % rows or width % columns)
+        if not (height and width and whole):
+            raise ValueError(f"images: got {height} x {width}, accepted are multiples of the patch {rows} x {columns}")
+    elif (height, width) != tuple(patch.img_size):
         raise ValueError(f"images: got {height} x {width}, accepted is {patch.img_size[0]} x {patch.img_size[1]}")
 
 
 def grid_size(model: TimmModule, images: Tensor) -> tuple[int, int]:
     """Rows and columns of the patch grid of these images."""
     return tuple(model.patch_embed.dynamic_feat_size(tuple(images.shape[-2:])))
+
+
+def differs(model: TimmModule) -> str | None:
+    """Which stage of a patched model is not timm's when everything is kept, or None: tried on noise.
+
+    Catches what no list of supported parts can: a projection that is more than its weight, hooks that change what they
+    see, norms and MLPs that mix tokens, a timm that works otherwise. The embedding is tried on one image, the blocks
+    and the head on two sequences of a few tokens, so the trial costs little more than reading the weights once.
+    """
+    parameter = next(model.parameters())
+    noise = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=noise).to(parameter.device, parameter.dtype)
+
+    def same(out: Tensor, wanted: Tensor) -> bool:
+        bound = 1e-3 if parameter.dtype in (torch.float32, torch.float64) else 5e-2
+        return out.shape == wanted.shape and bool((out - wanted).abs().max() <= bound * wanted.abs().max())
+
+    image = random(1, model.in_chans, *model.patch_embed.img_size)
+    grid = grid_size(model, image)
+    num_patches, prefix = grid[0] * grid[1], model.num_prefix_tokens
+    counts = torch.tensor([num_patches], dtype=torch.int32, device=parameter.device)
+    layout = RaggedLayout(*ops.pack(counts, num_patches, prefix, False))
+    indices = torch.arange(num_patches, dtype=torch.int32, device=parameter.device)[None]
+    wanted = model.norm_pre(model._pos_embed(model.patch_embed(image)))
+    if not same(embed(model, image, indices, layout, grid, False), wanted[0]):
+        return "a patch embedding that is not what its weights say"
+
+    sequences, length = 2, prefix + 3
+    tokens = random(sequences, length, wanted.shape[2])
+    counts = torch.full((sequences,), 3, dtype=torch.int32, device=parameter.device)
+    layout = RaggedLayout(*ops.pack(counts, 3, prefix, False))
+    if not same(encode(model, tokens.flatten(0, 1), layout), model.norm(model.blocks(tokens)).flatten(0, 1)):
+        return "blocks that are not timm's, or that mix tokens elsewhere than in attention"
+    if not same(classify(model, tokens.flatten(0, 1), layout), model.forward_head(tokens)):
+        return "a pool or head that is not timm's"
+    return None
 
 
 def embed(
@@ -99,14 +143,23 @@ def embed(
     """Packed tokens ``(total, dim)`` as they enter the first block."""
     where = (indices, layout.cu_seqlens, layout.total, summary)
     if embeds_kept_only(model):
-        prefix, pos_embed = _prefix_and_positions(model, grid)
         projection = model.patch_embed.proj
-        tokens = ops.embed_tokens(images, projection.weight, projection.bias, prefix, pos_embed, *where)
+        parts = (images, projection.weight, projection.bias, *_prefix_and_positions(model, grid))
+        images, weight, bias, prefix, pos_embed = _autocast(parts, images.device.type)
+        tokens = ops.embed_tokens(images, weight, bias, prefix, pos_embed, *where).to(projection.weight.dtype)
     else:
         embedded = model._pos_embed(model.patch_embed(images))
         prefix, patches = embedded.split([model.num_prefix_tokens, grid[0] * grid[1]], dim=1)
         tokens = ops.gather_tokens(patches, prefix, None, *where)
     return model.norm_pre(tokens)
+
+
+def _autocast(tensors: tuple, device_type: str) -> Any:
+    """The tensors as autocast would hand them to a convolution: it does not reach into a registered operator."""
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
 
 
 def embeds_kept_only(model: TimmModule) -> bool:
@@ -142,8 +195,9 @@ def encode(model: TimmModule, tokens: Tensor, layout: RaggedLayout) -> Tensor:
 def classify(model: TimmModule, tokens: Tensor, layout: RaggedLayout) -> Tensor:
     """Pool and head: ``(batch, num_classes)``; the rows of empty segments mean nothing."""
     cu_seqlens = layout.cu_seqlens
-    if model.global_pool == "token":
-        rows = [ops.segment_pool(tokens, cu_seqlens, "first", skip=i) for i in range(model.num_prefix_tokens)]
+    if model.global_pool == "token":  # the class token, and where there is one the distillation token behind it
+        read = 2 if isinstance(model, VisionTransformerDistilled) else 1
+        rows = [ops.segment_pool(tokens, cu_seqlens, "first", skip=i) for i in range(read)]
         return model.forward_head(torch.stack(rows, dim=1))
     skip = 0 if model.pool_include_prefix else model.num_prefix_tokens
     if model.global_pool == "map":

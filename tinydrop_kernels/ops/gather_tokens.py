@@ -16,6 +16,7 @@ _op = register(
     "SymInt total, bool summary) -> Tensor",
     _fake,
     reference.gather_tokens,
+    has_kernel=True,
 )
 
 

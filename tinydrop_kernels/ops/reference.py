@@ -10,6 +10,8 @@ Shared vocabulary (FlashAttention's where it has a word for it):
 * ``cu_seqlens`` int32 ``(batch + 1,)``: where each segment begins, with ``total`` at the end.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,8 +37,10 @@ def keep_counts(confidence: Tensor, num_patches: int, tau: float | None, gamma: 
     Returns:
         int32 ``(batch,)``.
     """
-    keep = 1.0 - (confidence / (1.0 if tau is None else tau)) ** gamma
-    keep = keep.nan_to_num(nan=1.0).clamp(min_keep, 1.0)
+    # NaN ** 0 and 1 ** inf are 1 in floating point, where the law asks for everything to be kept
+    ratio = confidence / (1.0 if tau is None else tau)
+    drop = torch.zeros_like(ratio) if math.isinf(gamma) else ratio**gamma
+    keep = (1.0 - drop).clamp(min_keep, 1.0).masked_fill(confidence.isnan(), 1.0)
     counts = (keep * num_patches - ROUNDING_SLACK).ceil().clamp(1, num_patches).int()
     return counts if tau is None else counts.masked_fill(confidence > tau, 0)
 

@@ -14,7 +14,10 @@ def _fake(tokens, cu_seqlens, mode, skip):
 
 
 _op = register(
-    "segment_pool(Tensor tokens, Tensor cu_seqlens, str mode, SymInt skip) -> Tensor", _fake, reference.segment_pool
+    "segment_pool(Tensor tokens, Tensor cu_seqlens, str mode, SymInt skip) -> Tensor",
+    _fake,
+    reference.segment_pool,
+    has_kernel=True,
 )
 
 

@@ -33,12 +33,14 @@ _from_features = register(
     "float? tau, float gamma, float min_keep) -> (Tensor, Tensor, Tensor, Tensor)",
     lambda logits, features, class_weight, feature_size, grid_size, *law: _fake(logits, grid_size),
     reference.select_tokens,
+    has_kernel=True,
 )
 _from_saliency = register(
     "select_from_saliency(Tensor logits, Tensor saliency, SymInt[2] grid_size, float? tau, float gamma, "
     "float min_keep) -> (Tensor, Tensor, Tensor, Tensor)",
     lambda logits, saliency, grid_size, *law: _fake(logits, grid_size),
     reference.select_from_saliency,
+    has_kernel=True,
 )
 
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from tinydrop_kernels.ops.kernels.segments import locate_rows, mean_patch_kernel, pixel_offsets, search_step
 
 
-# What changes from batch to batch is not specialised, so that it never compiles again. The geometry of the images stays:
-# as constants, its strides tell the compiler how wide it may load (a row of 518 pixels is no multiple of 16).
+# What changes from batch to batch is not specialised, so that it never compiles again. The geometry of the images
+# stays: as constants, its strides tell the compiler how wide it may load (a row of 518 pixels is no multiple of 16).
 @triton.jit(do_not_specialize=["total", "batch", "first_step"])
 def embed_tokens_kernel(
     images_pointer,
@@ -17,8 +17,7 @@ def embed_tokens_kernel(
     bias_pointer,
     prefix_pointer,
     pos_embed_pointer,
-    mean_pixels_pointer,
-    mean_position_pointer,
+    summary_pointer,
     indices_pointer,
     cu_seqlens_pointer,
     out_pointer,
@@ -50,8 +49,7 @@ def embed_tokens_kernel(
         bias_pointer: of shape [dim], or None.
         prefix_pointer: of shape [num_prefix_tokens, dim].
         pos_embed_pointer: of shape [num_patches, dim], or None.
-        mean_pixels_pointer: of shape [batch, pixels of a patch], or None without summary rows.
-        mean_position_pointer: float32 of shape [batch, dim], or None without summary rows or positions.
+        summary_pointer: one for each image, of shape [batch, dim], or None without summary rows.
         indices_pointer: of shape [batch, num_patches].
         cu_seqlens_pointer: of shape [batch + 1].
         out_pointer: output, of shape [total, dim].
@@ -68,29 +66,23 @@ def embed_tokens_kernel(
         row, live, indices_pointer, cu_seqlens_pointer, batch, first_step, num_patches, num_prefix_tokens
     )
 
-    has_pixels = patch >= 0
+    is_kept = patch >= 0
     patch_row = (patch // grid_columns).to(tl.int64) * (PATCH_HEIGHT * row_stride)
     patch_column = (patch % grid_columns) * (PATCH_WIDTH * column_stride)
     patch_pointers = images_pointer + image * image_stride + patch_row + patch_column
-    if mean_pixels_pointer is not None:
-        is_summary = live & (place >= 0) & (patch < 0)
-        has_pixels = has_pixels | is_summary
-        patch_pointers = tl.where(is_summary, mean_pixels_pointer + image * num_pixels, patch_pointers)
 
     projected = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     for first in range(0, num_pixels, BLOCK_PIXELS):
         k = first + tl.arange(0, BLOCK_PIXELS)
         offsets = pixel_offsets(
             k, channel_stride, row_stride, column_stride, CHANNELS, PATCH_HEIGHT, PATCH_WIDTH, CHANNELS_LAST
-        )[None, :]
-        if mean_pixels_pointer is not None:
-            offsets = tl.where(is_summary[:, None], k[None, :].to(tl.int64), offsets)
-        pixel_mask = has_pixels[:, None]
+        )
+        pixel_mask = is_kept[:, None]
         weight_mask = in_width[None, :]
         if num_pixels % BLOCK_PIXELS != 0:
             pixel_mask = pixel_mask & (k < num_pixels)[None, :]
             weight_mask = weight_mask & (k < num_pixels)[:, None]
-        pixels = tl.load(patch_pointers[:, None] + offsets, mask=pixel_mask, other=0.0)
+        pixels = tl.load(patch_pointers[:, None] + offsets[None, :], mask=pixel_mask, other=0.0)
         weight = tl.load(weight_pointer + column[None, :] * num_pixels + k[:, None], mask=weight_mask, other=0.0)
         projected = tl.dot(pixels, weight, projected, input_precision=INPUT_PRECISION)
 
@@ -98,11 +90,13 @@ def embed_tokens_kernel(
         projected += tl.load(bias_pointer + column, mask=in_width, other=0.0).to(tl.float32)[None, :]
     if pos_embed_pointer is not None:
         position_pointers = pos_embed_pointer + patch[:, None] * dim + column[None, :]
-        position = tl.load(position_pointers, mask=(patch >= 0)[:, None] & in_width[None, :], other=0.0)
+        position = tl.load(position_pointers, mask=is_kept[:, None] & in_width[None, :], other=0.0)
         projected += position.to(tl.float32)
-    if mean_position_pointer is not None:
-        mean_pointers = mean_position_pointer + image[:, None] * dim + column[None, :]
-        projected += tl.load(mean_pointers, mask=is_summary[:, None] & in_width[None, :], other=0.0)
+    if summary_pointer is not None:
+        is_summary = live & (place >= 0) & (patch < 0)
+        summary_mask = is_summary[:, None] & in_width[None, :]
+        summary = tl.load(summary_pointer + image[:, None] * dim + column[None, :], mask=summary_mask, other=0.0)
+        projected = tl.where(is_summary[:, None], summary.to(tl.float32), projected)
     if num_prefix_tokens > 0:
         in_prefix = live & (place < 0)
         prefix_pointers = prefix_pointer + (place + num_prefix_tokens)[:, None] * dim + column[None, :]
@@ -115,9 +109,9 @@ def embed_tokens_kernel(
 def tile_sizes(dtype: torch.dtype, dim: int, total: int) -> dict[str, int]:
     """Tiles, warps and stages for :func:`embed_tokens_kernel`.
 
-    Tiles of 128 x 128 halve the traffic of 64 x 64, and two programs of 8 warps and 96 KiB fit on an H100's
-    multiprocessor. A batch too small to fill a GPU of about 132 multiprocessors with them, or a width that they do not
-    divide, takes smaller ones. float32 takes half the pixels a step, for the same bytes.
+    Tiles of 128 x 128 halve the traffic of 64 x 64; three stages of them are 96 KiB, which GPUs with 99 KiB for a
+    program have too. A batch too small to fill a GPU of about 132 multiprocessors with them, or a width that they do
+    not divide, takes smaller ones. float32 takes half the pixels a step, for the same bytes.
     """
     if dtype.itemsize > 2:
         return {"BLOCK_ROWS": 64, "BLOCK_COLUMNS": 64, "BLOCK_PIXELS": 32, "num_warps": 4, "num_stages": 3}
@@ -165,39 +159,29 @@ def launch(
         "CHANNELS_LAST": channels_last,
     }
     tiles = tile_sizes(images.dtype, dim, total)
-    mean_pixels = mean_position = None
+    summary_rows = None
     with torch.cuda.device_of(images):
         if summary:
             num_pixels = channels * patch_height * patch_width
             mean_pixels = images.new_empty(batch, num_pixels)
-            position_tiles = 0
-            if pos_embed is not None:
-                mean_position = torch.empty(batch, dim, dtype=torch.float32, device=images.device)
-                position_tiles = triton.cdiv(dim, 64)
+            summary_rows = images.new_empty(batch, dim)
             # Launches one program for 64 pixels, or 64 columns of the positions, of each image.
-            mean_patch_kernel[(batch, triton.cdiv(num_pixels, 64) + position_tiles)](
-                *(images, pos_embed, indices, cu_seqlens, mean_pixels, mean_position),
+            mean_patch_kernel[(batch, triton.cdiv(num_pixels, 64) + triton.cdiv(dim, 64))](
+                *(images, bias, pos_embed, indices, cu_seqlens, mean_pixels, summary_rows),
                 **geometry,
                 BLOCK_PATCHES=64,
                 BLOCK_COLUMNS=64,
                 num_warps=4,
             )
+            # As rows of the product below they would come from another tensor, which costs that its wide loads.
+            ordered = weight.permute(0, 2, 3, 1) if channels_last else weight
+            summary_rows.addmm_(mean_pixels, ordered.flatten(1).t())
         # Launches a 1D grid: exactly the tiles of the packed rows and their columns, whatever images they come from.
         grid = (triton.cdiv(total, tiles["BLOCK_ROWS"]) * triton.cdiv(dim, tiles["BLOCK_COLUMNS"]),)
         embed_tokens_kernel[grid](
-            *(
-                images,
-                weight,
-                bias,
-                prefix.contiguous(),
-                pos_embed,
-                mean_pixels,
-                mean_position,
-                indices,
-                cu_seqlens,
-                out,
-            ),
-            *(total, batch, search_step(batch)),
+            *(images, weight, bias, prefix.contiguous(), pos_embed, summary_rows),
+            *(indices, cu_seqlens, out, total, batch),
+            search_step(batch),
             num_prefix_tokens=prefix.shape[0],
             INPUT_PRECISION="tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
             **geometry,

@@ -8,6 +8,45 @@ from torch import Tensor
 from tinydrop_kernels.ops.kernels.segments import locate_rows, mean_of_dropped, search_step
 
 
+@triton.jit
+def write_summary_row(
+    tile,
+    tokens_pointer,
+    pos_embed_pointer,
+    indices_pointer,
+    cu_seqlens_pointer,
+    out_pointer,
+    token_image_stride,
+    token_patch_stride,
+    token_column_stride,
+    dim: tl.constexpr,
+    num_patches: tl.constexpr,
+    BLOCK_PATCHES: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """Average BLOCK_COLUMNS columns of one image's dropped tokens; pointers as in :func:`gather_tokens_kernel`."""
+    column_tiles: tl.constexpr = (dim + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    image = (tile // column_tiles).to(tl.int64)
+    column = tile % column_tiles * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    in_width = column < dim
+    kept_pointer = indices_pointer + image * num_patches
+    start = tl.load(cu_seqlens_pointer + image)
+    end = tl.load(cu_seqlens_pointer + image + 1)
+    if (end > start) & (tl.load(kept_pointer + num_patches - 1) < 0):
+        token_pointers = tokens_pointer + image * token_image_stride + column.to(tl.int64) * token_column_stride
+        mean = mean_of_dropped(
+            *(token_pointers, in_width, kept_pointer, num_patches),
+            *(1, token_patch_stride, 0, BLOCK_PATCHES, BLOCK_COLUMNS),
+        )
+        if pos_embed_pointer is not None:
+            mean += mean_of_dropped(
+                *(pos_embed_pointer + column, in_width, kept_pointer, num_patches),
+                *(1, dim, 0, BLOCK_PATCHES, BLOCK_COLUMNS),
+            )
+        out_pointers = out_pointer + (end - 1).to(tl.int64) * dim + column
+        tl.store(out_pointers, mean.to(out_pointer.dtype.element_ty), mask=in_width)
+
+
 @triton.jit(do_not_specialize=["total", "batch", "first_step", "summary_programs"])
 def gather_tokens_kernel(
     tokens_pointer,
@@ -44,74 +83,44 @@ def gather_tokens_kernel(
         cu_seqlens_pointer: of shape [batch + 1].
         out_pointer: output, of shape [total, dim].
     """
+    # This program processes BLOCK_MEAN columns of one image's summary row; or, behind the first summary_programs,
+    # BLOCK_ROWS packed rows and BLOCK_COLUMNS columns, of which it leaves the summary rows alone.
     program = tl.program_id(0)
-    out_type = out_pointer.dtype.element_ty
     if program < summary_programs:
-        # This program processes BLOCK_MEAN columns of the summary row of one image.
-        mean_tiles: tl.constexpr = (dim + BLOCK_MEAN - 1) // BLOCK_MEAN
-        image = (program // mean_tiles).to(tl.int64)
-        column = program % mean_tiles * BLOCK_MEAN + tl.arange(0, BLOCK_MEAN)
-        in_width = column < dim
-        kept_pointer = indices_pointer + image * num_patches
-        start = tl.load(cu_seqlens_pointer + image)
-        end = tl.load(cu_seqlens_pointer + image + 1)
-        if (end > start) & (tl.load(kept_pointer + num_patches - 1) < 0):
-            token_pointers = tokens_pointer + image * token_image_stride + column.to(tl.int64) * token_column_stride
-            mean = mean_of_dropped(
-                token_pointers,
-                in_width,
-                kept_pointer,
-                num_patches,
-                1,
-                token_patch_stride,
-                0,
-                BLOCK_PATCHES,
-                BLOCK_MEAN,
-            )
-            if pos_embed_pointer is not None:
-                mean += mean_of_dropped(
-                    pos_embed_pointer + column,
-                    in_width,
-                    kept_pointer,
-                    num_patches,
-                    1,
-                    dim,
-                    0,
-                    BLOCK_PATCHES,
-                    BLOCK_MEAN,
-                )
-            out_pointers = out_pointer + (end - 1).to(tl.int64) * dim + column
-            tl.store(out_pointers, mean.to(out_type), mask=in_width)
-    else:
-        # This program processes BLOCK_ROWS packed rows and BLOCK_COLUMNS columns, all but the summary rows.
-        column_tiles: tl.constexpr = (dim + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
-        tile = program - summary_programs
-        row = tile // column_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-        column = tile % column_tiles * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-        in_width = column < dim
-        live = row < total
-        image, place, patch = locate_rows(
-            row, live, indices_pointer, cu_seqlens_pointer, batch, first_step, num_patches, num_prefix_tokens
+        write_summary_row(
+            *(program, tokens_pointer, pos_embed_pointer, indices_pointer, cu_seqlens_pointer, out_pointer),
+            *(token_image_stride, token_patch_stride, token_column_stride),
+            *(dim, num_patches, BLOCK_PATCHES, BLOCK_MEAN),
         )
-        is_kept = patch >= 0
-        kept_mask = is_kept[:, None] & in_width[None, :]
-        token_rows = image * token_image_stride + patch.to(tl.int64) * token_patch_stride
-        token_columns = column.to(tl.int64) * token_column_stride
-        token_pointers = tokens_pointer + token_rows[:, None] + token_columns[None, :]
-        value = tl.load(token_pointers, mask=kept_mask, other=0.0).to(tl.float32)
-        if pos_embed_pointer is not None:
-            position_pointers = pos_embed_pointer + patch[:, None] * dim + column[None, :]
-            value += tl.load(position_pointers, mask=kept_mask, other=0.0).to(tl.float32)
-        if num_prefix_tokens > 0:
-            in_prefix = live & (place < 0)
-            prefix_rows = image * prefix_image_stride + (place + num_prefix_tokens) * prefix_row_stride
-            prefix_columns = column * prefix_column_stride
-            prefix_pointers = prefix_pointer + prefix_rows[:, None] + prefix_columns[None, :]
-            prefix = tl.load(prefix_pointers, mask=in_prefix[:, None] & in_width[None, :], other=0.0)
-            value = tl.where(in_prefix[:, None], prefix.to(tl.float32), value)
-            is_kept = is_kept | in_prefix
-        out_pointers = out_pointer + row[:, None].to(tl.int64) * dim + column[None, :]
-        tl.store(out_pointers, value.to(out_type), mask=is_kept[:, None] & in_width[None, :])
+        return
+
+    column_tiles: tl.constexpr = (dim + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    tile = program - summary_programs
+    row = tile // column_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = tile % column_tiles * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    in_width = column < dim
+    live = row < total
+    image, place, patch = locate_rows(
+        row, live, indices_pointer, cu_seqlens_pointer, batch, first_step, num_patches, num_prefix_tokens
+    )
+    is_written = patch >= 0
+    kept_mask = is_written[:, None] & in_width[None, :]
+    token_rows = image * token_image_stride + patch.to(tl.int64) * token_patch_stride
+    token_columns = column.to(tl.int64) * token_column_stride
+    token_pointers = tokens_pointer + token_rows[:, None] + token_columns[None, :]
+    value = tl.load(token_pointers, mask=kept_mask, other=0.0).to(tl.float32)
+    if pos_embed_pointer is not None:
+        position_pointers = pos_embed_pointer + patch[:, None] * dim + column[None, :]
+        value += tl.load(position_pointers, mask=kept_mask, other=0.0).to(tl.float32)
+    if num_prefix_tokens > 0:
+        in_prefix = live & (place < 0)
+        prefix_rows = image * prefix_image_stride + (place + num_prefix_tokens) * prefix_row_stride
+        prefix_pointers = prefix_pointer + prefix_rows[:, None] + (column * prefix_column_stride)[None, :]
+        prefix = tl.load(prefix_pointers, mask=in_prefix[:, None] & in_width[None, :], other=0.0)
+        value = tl.where(in_prefix[:, None], prefix.to(tl.float32), value)
+        is_written = is_written | in_prefix
+    out_pointers = out_pointer + row[:, None].to(tl.int64) * dim + column[None, :]
+    tl.store(out_pointers, value.to(out_pointer.dtype.element_ty), mask=is_written[:, None] & in_width[None, :])
 
 
 def launch(

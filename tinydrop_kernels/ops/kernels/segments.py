@@ -111,11 +111,12 @@ def pixel_offsets(
 @triton.jit
 def mean_patch_kernel(
     images_pointer,
+    bias_pointer,
     pos_embed_pointer,
     indices_pointer,
     cu_seqlens_pointer,
     mean_pixels_pointer,
-    mean_position_pointer,
+    summary_pointer,
     dim: tl.constexpr,
     num_patches: tl.constexpr,
     grid_columns: tl.constexpr,
@@ -130,15 +131,16 @@ def mean_patch_kernel(
     BLOCK_PATCHES: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Average the dropped patches of each image, and their positions.
+    """Average the dropped patches of each image, and their positions, to which the bias is added.
 
     Args:
         images_pointer: of shape [batch, channels, height, width].
+        bias_pointer: of shape [dim], or None.
         pos_embed_pointer: of shape [num_patches, dim], or None.
         indices_pointer: of shape [batch, num_patches].
         cu_seqlens_pointer: of shape [batch + 1].
         mean_pixels_pointer: output, pixels ordered as in :func:`pixel_offsets`, of shape [batch, pixels of a patch].
-        mean_position_pointer: output, float32 of shape [batch, dim], or None.
+        summary_pointer: output, the summary rows but for the projection of their pixels, of shape [batch, dim].
     """
     # This program processes BLOCK_COLUMNS pixels of a patch, or as many columns of the positions, of one image.
     num_pixels: tl.constexpr = CHANNELS * PATCH_HEIGHT * PATCH_WIDTH
@@ -166,9 +168,15 @@ def mean_patch_kernel(
         )
         out_pointers = mean_pixels_pointer + image * num_pixels + k
         tl.store(out_pointers, mean.to(mean_pixels_pointer.dtype.element_ty), mask=k < num_pixels)
-    elif pos_embed_pointer is not None:
+    else:
         column = (tile - pixel_tiles) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-        mean = mean_of_dropped(
-            pos_embed_pointer + column, column < dim, kept_pointer, num_patches, 1, dim, 0, BLOCK_PATCHES, BLOCK_COLUMNS
-        )
-        tl.store(mean_position_pointer + image * dim + column, mean, mask=column < dim)
+        summary = tl.zeros((BLOCK_COLUMNS,), tl.float32)
+        if pos_embed_pointer is not None:
+            summary += mean_of_dropped(
+                *(pos_embed_pointer + column, column < dim, kept_pointer, num_patches),
+                *(1, dim, 0, BLOCK_PATCHES, BLOCK_COLUMNS),
+            )
+        if bias_pointer is not None:
+            summary += tl.load(bias_pointer + column, mask=column < dim, other=0.0).to(tl.float32)
+        out_pointers = summary_pointer + image * dim + column
+        tl.store(out_pointers, summary.to(summary_pointer.dtype.element_ty), mask=column < dim)

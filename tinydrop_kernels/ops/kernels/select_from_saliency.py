@@ -13,9 +13,10 @@ from tinydrop_kernels.ops import reference
 ROUNDING_SLACK = tl.constexpr(reference.ROUNDING_SLACK)
 
 # A batch rarely fills the GPU, so a program has a multiprocessor to itself and only its own warps hide latency: two for
-# each of the four schedulers. Tiles of 32 elements a thread keep that many loads in flight and do not spill.
+# each of the four schedulers. Tiles of 16 elements a thread take at most 118 registers; twice as many took up to 252,
+# and 16 warps spilled (ptxas, sm_80 to sm_100).
 NUM_WARPS = 8
-TILE_SIZE = NUM_WARPS * 32 * 32
+TILE_SIZE = NUM_WARPS * 32 * 16
 
 
 @triton.jit
@@ -68,7 +69,8 @@ def bilinear_neighbours(place, size, map_size):
     """
     # Rounded to nearest: Triton's own division can be an ulp off, which makes 1 of equal sizes less than 1.
     scale = tl.div_rn(map_size.to(tl.float32), size.to(tl.float32))
-    source = tl.maximum((place.to(tl.float32) + 0.5) * scale - 0.5, 0.0)
+    # Fused, as PyTorch's compilers fuse it: the rounding decides whether a zero next to a salient cell stays a tie.
+    source = tl.maximum(tl.fma(place.to(tl.float32) + 0.5, scale, -0.5), 0.0)
     low = tl.minimum(source.to(tl.int32), map_size - 1)
     high = tl.where(map_size == size, low, tl.minimum(low + 1, map_size - 1))
     return low, high, source - low.to(tl.float32)
@@ -93,7 +95,6 @@ def select_patches(
     gamma,
     min_keep,
     BLOCK_SIZE_PATCH: tl.constexpr,
-    BLOCK_SIZE_RIVAL: tl.constexpr,
 ):
     """Resize one image's map, of shape [map_rows, map_columns], and write everything that select_tokens returns.
 
@@ -106,42 +107,38 @@ def select_patches(
     tl.store(confidence_pointer + image, confidence)
     tl.store(counts_pointer + image, count)
 
-    for start in range(0, num_patches, BLOCK_SIZE_PATCH):
-        patches = start + tl.arange(0, BLOCK_SIZE_PATCH)
-        mask = patches < num_patches
-        top, bottom, row_share = bilinear_neighbours(patches // columns, rows, map_rows)
-        left, right, column_share = bilinear_neighbours(patches % columns, columns, map_columns)
-        top_pointer = map_pointer + top * map_row_stride
-        bottom_pointer = map_pointer + bottom * map_row_stride
-        top_left = tl.load(top_pointer + left * map_column_stride, mask=mask).to(tl.float32)
-        top_right = tl.load(top_pointer + right * map_column_stride, mask=mask).to(tl.float32)
-        bottom_left = tl.load(bottom_pointer + left * map_column_stride, mask=mask).to(tl.float32)
-        bottom_right = tl.load(bottom_pointer + right * map_column_stride, mask=mask).to(tl.float32)
-        above = (1.0 - column_share) * top_left + column_share * top_right
-        below = (1.0 - column_share) * bottom_left + column_share * bottom_right
-        tl.store(saliency_pointer + patches, (1.0 - row_share) * above + row_share * below, mask=mask)
-    tl.debug_barrier()  # every thread is about to read what others stored, and Triton orders no global accesses
+    patches = tl.arange(0, BLOCK_SIZE_PATCH)
+    mask = patches < num_patches
+    top, bottom, row_share = bilinear_neighbours(patches // columns, rows, map_rows)
+    left, right, column_share = bilinear_neighbours(patches % columns, columns, map_columns)
+    top_pointer = map_pointer + top * map_row_stride
+    bottom_pointer = map_pointer + bottom * map_row_stride
+    top_left = tl.load(top_pointer + left * map_column_stride, mask=mask).to(tl.float32)
+    top_right = tl.load(top_pointer + right * map_column_stride, mask=mask).to(tl.float32)
+    bottom_left = tl.load(bottom_pointer + left * map_column_stride, mask=mask).to(tl.float32)
+    bottom_right = tl.load(bottom_pointer + right * map_column_stride, mask=mask).to(tl.float32)
+    above = (1.0 - column_share) * top_left + column_share * top_right
+    below = (1.0 - column_share) * bottom_left + column_share * bottom_right
+    saliency = (1.0 - row_share) * above + row_share * below
+    tl.store(saliency_pointer + patches, saliency, mask=mask)
 
-    num_kept = 0
-    for start in range(0, num_patches, BLOCK_SIZE_PATCH):
-        patches = start + tl.arange(0, BLOCK_SIZE_PATCH)
-        mask = patches < num_patches
-        scores = tl.load(saliency_pointer + patches, mask=mask, other=-float("inf"))
-        scores = tl.where(scores != scores, -float("inf"), scores)
-        # Summed over rivals only once, after the loop: a sum across threads costs more than all comparisons of a tile.
-        ahead = tl.zeros((BLOCK_SIZE_PATCH, BLOCK_SIZE_RIVAL), tl.int32)
-        if (count > 0) & (count < num_patches):
-            for rival_start in range(0, num_patches, BLOCK_SIZE_RIVAL):
-                rivals = rival_start + tl.arange(0, BLOCK_SIZE_RIVAL)
-                others = tl.load(saliency_pointer + rivals, mask=rivals < num_patches, other=-float("inf"))
-                others = tl.where(others != others, -float("inf"), others)
-                wins_tie = (others[None, :] == scores[:, None]) & (rivals[None, :] < patches[:, None])
-                ahead += ((others[None, :] > scores[:, None]) | wins_tie).to(tl.int32)
-        kept = (mask & (tl.sum(ahead, axis=1) < count)).to(tl.int32)
-        slots = num_kept + tl.cumsum(kept, axis=0) - kept
-        tl.store(indices_pointer + slots, patches, mask=kept != 0)
-        tl.store(indices_pointer + patches, -1, mask=mask & (patches >= count))
-        num_kept += tl.sum(kept, axis=0)
+    # Integers in the order of the scores: NaN as -inf, both zeros equal, negative numbers reversed; padding below all.
+    scores = tl.where(saliency != saliency, -float("inf"), tl.where(saliency == 0.0, 0.0, saliency))
+    bits = scores.to(tl.int32, bitcast=True)
+    keys = tl.where(mask, bits ^ ((bits >> 31) & 0x7FFFFFFF), -0x80000000)
+    # The count-th greatest key, bit by bit from the sign: the greatest number that at least `count` keys reach.
+    threshold = tl.full((), -0x80000000, tl.int32)
+    bit = tl.full((), -0x80000000, tl.int32)
+    for _ in range(32):
+        raised = threshold ^ bit
+        threshold = tl.where(tl.sum((keys >= raised).to(tl.int32), axis=0) >= count, raised, threshold)
+        bit = (bit >> 1) & 0x7FFFFFFF
+    above = (keys > threshold).to(tl.int32)
+    ties = (keys == threshold).to(tl.int32)
+    wins_tie = ties * (tl.cumsum(ties, axis=0) <= count - tl.sum(above, axis=0)).to(tl.int32)
+    kept = tl.where(count > 0, above + wins_tie, 0)
+    tl.store(indices_pointer + tl.cumsum(kept, axis=0) - kept, patches, mask=mask & (kept != 0))
+    tl.store(indices_pointer + patches, -1, mask=mask & (patches >= count))
 
 
 # Integers that equal 1 or divide by 16 in one model and not in the next need no kernel of their own.
@@ -168,7 +165,6 @@ def select_from_saliency_kernel(
     min_keep,
     BLOCK_SIZE_CLASS: tl.constexpr,
     BLOCK_SIZE_PATCH: tl.constexpr,
-    BLOCK_SIZE_RIVAL: tl.constexpr,
 ):
     """Select patches by a saliency map.
 
@@ -178,7 +174,7 @@ def select_from_saliency_kernel(
         indices_pointer: kept patches in raster order, then -1; contiguous, of shape [batch, rows * columns].
         counts_pointer: number of kept patches, 0 for an exit; of shape [batch].
         confidence_pointer: max softmax, of shape [batch].
-        saliency_pointer: the resized map; contiguous, of shape [batch, rows, columns]. The ranking reads it back.
+        saliency_pointer: the resized map; contiguous, of shape [batch, rows, columns].
     """
     # This program processes one image.
     image = tl.program_id(axis=0).to(tl.int64)
@@ -203,17 +199,14 @@ def select_from_saliency_kernel(
         gamma,
         min_keep,
         BLOCK_SIZE_PATCH,
-        BLOCK_SIZE_RIVAL,
     )
 
 
 def block_sizes(num_classes: int, num_patches: int) -> dict[str, int]:
-    """Tiles of classes, of patches, and of the patches that each is compared with."""
-    patch_block_size = min(triton.next_power_of_2(num_patches), 128)
+    """A tile of classes, and one of all patches."""
     return {
         "BLOCK_SIZE_CLASS": min(triton.next_power_of_2(num_classes), 2048),
-        "BLOCK_SIZE_PATCH": patch_block_size,
-        "BLOCK_SIZE_RIVAL": min(triton.next_power_of_2(num_patches), TILE_SIZE // patch_block_size),
+        "BLOCK_SIZE_PATCH": triton.next_power_of_2(num_patches),
     }
 
 

@@ -80,7 +80,6 @@ def select_tokens_kernel(
     BLOCK_SIZE_CELL: tl.constexpr,
     BLOCK_SIZE_CHANNEL: tl.constexpr,
     BLOCK_SIZE_PATCH: tl.constexpr,
-    BLOCK_SIZE_RIVAL: tl.constexpr,
 ):
     """Select patches by the guidance model's logits and last feature map.
 
@@ -93,7 +92,7 @@ def select_tokens_kernel(
         indices_pointer: kept patches in raster order, then -1; contiguous, of shape [batch, rows * columns].
         counts_pointer: number of kept patches, 0 for an exit; of shape [batch].
         confidence_pointer: max softmax, of shape [batch].
-        saliency_pointer: the resized map; contiguous, of shape [batch, rows, columns]. The ranking reads it back.
+        saliency_pointer: the resized map; contiguous, of shape [batch, rows, columns].
     """
     # This program processes one image.
     image = tl.program_id(axis=0).to(tl.int64)
@@ -133,7 +132,6 @@ def select_tokens_kernel(
         gamma,
         min_keep,
         BLOCK_SIZE_PATCH,
-        BLOCK_SIZE_RIVAL,
     )
 
 

@@ -1,0 +1,104 @@
+"""The shapes that every operator is timed on, and which implementations.
+
+pytest bench --benchmark-json FILE [--full] [--compiled all|some|none] [--deadline SECONDS]
+"""
+
+import time
+
+import pytest
+import torch
+from measure import CUDA, Case, measure
+
+GRIDS = ((14, 14), (24, 24), (37, 37))  # 224 and 384 pixels at patch 16, 518 pixels at patch 14
+# The bars' batches first, in case that the deadline comes.
+BATCHES = (256, 1, 64, 8, 1024)
+STARTED = time.monotonic()
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("tinydrop")
+    group.addoption("--full", action="store_true", help="all shapes on CPU too")
+    group.addoption(
+        "--compiled",
+        choices=("all", "some", "none"),
+        default="some" if CUDA else "none",
+        help="the baselines under torch.compile: at all shapes; at grid 14x14 and batch 256 (default on CUDA); none",
+    )
+    group.addoption("--deadline", type=float, help="skip what has not begun by then, in seconds")
+
+
+def cases(operator: str, full: bool, compiled: str) -> list[Case]:
+    """Batches and grids; the fraction kept varies at batch 256, and only for operators whose work depends on it."""
+    batches, grids = (BATCHES, GRIDS) if CUDA or full else ((1, 8), GRIDS[:2])
+    found = []
+    for batch in batches:
+        for grid in grids:
+            keeps = (0.25, 0.5, 1.0) if batch == 256 and operator in ("embed_tokens", "gather_tokens") else (0.5,)
+            for keep in keeps:
+                found += [Case(name, batch, grid, keep) for name in ("tinydrop", "eager")]
+                if compiled == "all" or (compiled == "some" and (grid == GRIDS[0] or (batch == 256 and keep == 0.5))):
+                    found.append(Case("compiled", batch, grid, keep))
+    return found
+
+
+def pytest_generate_tests(metafunc):
+    if "case" in metafunc.fixturenames:
+        operator = metafunc.function.__name__.removeprefix("test_")
+        config = metafunc.config
+        found = cases(operator, config.getoption("--full"), config.getoption("--compiled"))
+        metafunc.parametrize("case", found, ids=str)
+
+
+def pytest_collection_modifyitems(items):
+    """All operators of one batch size before the next one, so that a deadline costs every operator its last shapes."""
+    order = {batch: place for place, batch in enumerate(BATCHES)}
+    items.sort(key=lambda item: order[item.callspec.params["case"].batch] if hasattr(item, "callspec") else -1)
+
+
+def pytest_benchmark_update_json(output_json):
+    """The figures: without the single rounds, and of the machine only what bears on them."""
+    machine = output_json["machine_info"]
+    cpu = {name: machine["cpu"].get(name) for name in ("brand_raw", "count")}
+    output_json["machine_info"] = {"cpu": cpu, "python_version": machine["python_version"]}
+    for benchmark in output_json["benchmarks"]:
+        benchmark["stats"].pop("data", None)
+
+
+@pytest.fixture(autouse=True)
+def before_the_deadline(request):
+    deadline = request.config.getoption("--deadline")
+    if deadline is not None and time.monotonic() - STARTED > deadline:
+        pytest.skip(f"not measured: {deadline:g} s are over")
+
+
+@pytest.fixture(autouse=True)
+def settings():
+    torch.manual_seed(0)
+    torch.backends.cudnn.benchmark = True  # gives the baselines their fastest convolution
+    with torch.inference_mode():
+        yield
+    if CUDA:
+        torch.cuda.empty_cache()  # the largest batches take gigabytes
+
+
+def assert_same_rows(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Packed rows of equally long segments against a dense batch of them."""
+    tolerance = 1e-4 if ours.dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(ours.view(theirs.shape), theirs, atol=tolerance, rtol=tolerance)
+
+
+@pytest.fixture
+def compare(benchmark, case):
+    """Time the case's implementation of an operator, and see whether the package's and the user's agree."""
+
+    def run(operator, own, eager, make_arguments, moved_bytes, flops=0, agree=assert_same_rows, reads_back=False):
+        function = own if case.implementation == "tinydrop" else eager
+        if case.implementation == "compiled":
+            torch._dynamo.reset()  # each shape is compiled for itself, as for a user who has one
+            function = torch.compile(eager, dynamic=False, fullgraph=True)
+        measure(benchmark, case, operator, function, make_arguments, moved_bytes, flops, reads_back)
+        if case.implementation == "tinydrop":
+            arguments = make_arguments()
+            agree(own(*arguments), eager(*arguments))
+
+    return run

@@ -1,0 +1,246 @@
+"""Measuring one call: its time on the device and on the host, against what the machine can do at most.
+
+Times are in microseconds, rates in bytes or floating-point operations per second.
+"""
+
+import functools
+import importlib.util
+import math
+import statistics
+import sys
+import time
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+if importlib.util.find_spec("timm") is None and "tinydrop_kernels" not in sys.modules:
+    # The operators need torch alone, but `import tinydrop_kernels` imports timm. Where there is none, an empty package
+    # with the same path stands in for it.
+    stand_in = types.ModuleType("tinydrop_kernels")
+    stand_in.__path__ = [str(Path(__file__).parents[1] / "tinydrop_kernels")]
+    sys.modules["tinydrop_kernels"] = stand_in
+
+from tinydrop_kernels import ops
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+DTYPE = torch.bfloat16 if CUDA else torch.float32
+REPEATS = 5  # of which the median is taken
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one benchmark runs."""
+
+    implementation: str  # "tinydrop", "eager" or "compiled"
+    batch: int
+    grid: tuple[int, int]
+    keep: float  # fraction of the patches kept
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def kept(self) -> int:
+        """Patches kept of each image, rounded up as the package's policy does."""
+        return math.ceil(self.keep * self.num_patches)
+
+    def __str__(self) -> str:
+        return f"{self.implementation}-b{self.batch}-{self.grid[0]}x{self.grid[1]}-keep{self.keep:g}"
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(shape, device=DEVICE, dtype=DTYPE)
+
+
+def kept_indices(case: Case) -> Tensor:
+    """As select_tokens gives them: int32 ``(batch, T)``, ``kept`` random patches in raster order, then -1."""
+    chosen = torch.rand(case.batch, case.num_patches, device=DEVICE).argsort(dim=1)[:, : case.kept]
+    indices = torch.full((case.batch, case.num_patches), -1, dtype=torch.int32, device=DEVICE)
+    indices[:, : case.kept] = chosen.sort(dim=1).values
+    return indices
+
+
+def size_of(*tensors: Tensor) -> int:
+    """Bytes of the tensors' elements."""
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+class Rotation:
+    """Call a function on one set of arguments after the other, holding as many results.
+
+    With sets that together exceed the L2 cache, neither inputs nor outputs are found there from the call before.
+    """
+
+    def __init__(self, function: Callable, argument_sets: Sequence[tuple]):
+        self.function, self.argument_sets = function, argument_sets
+        self.results: list[Any] = [None] * len(argument_sets)
+        self.turn = -1
+
+    def __call__(self) -> None:
+        self.turn = (self.turn + 1) % len(self.argument_sets)
+        self.results[self.turn] = self.function(*self.argument_sets[self.turn])
+
+
+def num_argument_sets(moved_bytes: int) -> int:
+    """Three times the L2 cache's worth, but no more than 16: what fits many times over is bound by latency anyway."""
+    if not CUDA:
+        return 1
+    cache = torch.cuda.get_device_properties(DEVICE).L2_cache_size
+    return min(16, 1 + 3 * cache // moved_bytes)
+
+
+def synchronize() -> None:
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def wall_us(step: Callable, calls: int) -> float:
+    """Time of a call on the host: nothing waits for the device between the calls."""
+    times = []
+    for _ in range(REPEATS):
+        synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            step()
+        times.append(1e6 * (time.perf_counter() - start) / calls)
+    synchronize()
+    return statistics.median(times)
+
+
+def device_us(step: Callable, calls: int, host_us: float) -> float:
+    """Time of a call on the device, by CUDA events around many.
+
+    The device sleeps until the host, which needs ``host_us`` for a call, has queued them all: else a call that is
+    shorter than its launch would be timed at the launch's length.
+    """
+    times = []
+    for _ in range(REPEATS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(int(2000 * 1.2 * host_us * calls))  # cycles, of which a GPU has at most about 2000 in 1 us
+        start.record()
+        for _ in range(calls):
+            step()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(1e3 * start.elapsed_time(end) / calls)
+    return statistics.median(times)
+
+
+def graph_us(step: Callable, calls: int) -> float:
+    """Time of a call on the device within a CUDA graph of ``calls`` calls."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            step()
+    graph.replay()
+    torch.cuda.synchronize()
+    return device_us(graph.replay, 3, host_us=200.0) / calls
+
+
+@functools.cache
+def copy_rate() -> float:
+    """Bytes read plus bytes written per second by a copy that is larger than any cache."""
+    source = torch.randint(256, (2**30 if CUDA else 2**27,), dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    return 2 * size_of(source) / (1e-6 * _plain_us(lambda: target.copy_(source)))
+
+
+@functools.cache
+def matrix_rate() -> float:
+    """Floating-point operations per second of a large matrix product in ``DTYPE``, on random data."""
+    size = 8192 if CUDA else 1024
+    left, right = randn(size, size), randn(size, size)
+    return 2 * size**3 / (1e-6 * _plain_us(lambda: left @ right))
+
+
+def _plain_us(step: Callable) -> float:
+    for _ in range(3):
+        step()
+    return device_us(step, 10, host_us=20.0) if CUDA else wall_us(step, 3)
+
+
+def measure(
+    benchmark: Any,
+    case: Case,
+    operator: str,
+    function: Callable,
+    make_arguments: Callable[[], tuple],
+    moved_bytes: int,
+    flops: int = 0,
+    reads_back: bool = False,
+) -> None:
+    """Time ``function(*make_arguments())`` and write everything into ``benchmark.extra_info``.
+
+    pytest-benchmark's own statistics are of a call and the wait for its end.
+
+    Args:
+        moved_bytes: the fewest that the operator, not this implementation of it, can read and write.
+        flops: of matrix products that the operator cannot do without.
+        reads_back: the function waits for the device, which a CUDA graph cannot.
+    """
+    argument_sets = [make_arguments() for _ in range(num_argument_sets(moved_bytes))]
+    step = Rotation(function, argument_sets)
+    for _ in range(3 + len(argument_sets)):  # compiles, lets cuDNN choose, and takes the memory of all results
+        step()
+    synchronize()
+    start = time.perf_counter()
+    step()
+    synchronize()
+    estimate = 1e6 * (time.perf_counter() - start)
+
+    backend = "torch"
+    if case.implementation == "tinydrop":
+        backend = ops.choose_backend(DEVICE.type, ops.KERNELS.get(operator, CUDA))[0]
+    info: dict[str, Any] = {
+        "operator": operator,
+        "implementation": case.implementation,
+        "backend": backend,
+        "device": torch.cuda.get_device_name() if CUDA else "cpu",
+        "torch": torch.__version__,
+        "dtype": str(DTYPE).removeprefix("torch."),
+        "batch": case.batch,
+        "grid": f"{case.grid[0]}x{case.grid[1]}",
+        "keep": case.keep,
+        "bytes": moved_bytes,
+        "flops": flops,
+        "argument_sets": len(argument_sets),
+    }
+    rounds = int(min(50, max(5, 3e5 / estimate)))
+    benchmark.group = f"{operator} batch {case.batch} grid {info['grid']} keep {case.keep:g}"
+
+    def until_its_end() -> None:
+        step()
+        synchronize()
+
+    benchmark.pedantic(until_its_end, rounds=rounds)
+    if CUDA:
+        calls = int(min(30, max(4, 2e4 / estimate)))  # a GPU queues about 1000 launches
+        info["host_us"] = wall_us(step, calls)
+        # The reference waits for the device in most operators, so that no graph can hold it.
+        graphable = not reads_back and backend != "reference"
+        if not reads_back:
+            info["device_us_events"] = device_us(step, calls, info["host_us"])
+        if graphable:
+            try:
+                info["device_us_graph"] = graph_us(Rotation(function, argument_sets), max(calls, len(argument_sets)))
+            except RuntimeError as error:  # a call that no graph can hold costs its own figure only
+                info["graph_error"] = str(error).split("\n")[0]
+    elif benchmark.stats:  # None under --benchmark-disable
+        info["wall_us"] = 1e6 * benchmark.stats.stats.median
+    best = info.get("device_us_graph") or info.get("device_us_events") or info.get("wall_us")
+    if best:
+        rate, copy = moved_bytes / (1e-6 * best), copy_rate()
+        info |= {"gb_per_s": rate / 1e9, "copy_gb_per_s": copy / 1e9, "fraction_of_copy": rate / copy}
+        if flops:
+            # The floor is the longer of moving the bytes and doing the arithmetic; this is how close the call comes.
+            product = matrix_rate()
+            info |= {"matrix_tflop_per_s": product / 1e12, "fraction_of_matrix": flops / (1e-6 * best) / product}
+        info["fraction_of_floor"] = max(info["fraction_of_copy"], info.get("fraction_of_matrix", 0.0))
+    benchmark.extra_info.update(info)

@@ -1,0 +1,39 @@
+"""The whole way from the guidance model's output to packed tokens, its one read-back from the device included."""
+
+from measure import CUDA, ops, randn, size_of
+from test_embed_tokens import DIM, PATCH_SIZES
+from test_embed_tokens import user as embed
+from test_select_tokens import CHANNELS, CLASSES, FEATURE_SIZES, sure_logits
+from test_select_tokens import user as select
+
+
+def test_front_end(case, compare):
+    patch, feature_size = PATCH_SIZES[case.grid[0]], FEATURE_SIZES[case.grid[0]]
+    class_weight = randn(CLASSES, CHANNELS)
+    weight = randn(DIM, 3, patch, patch) / (3 * patch**2) ** 0.5
+    bias, prefix, pos_embed = randn(DIM), randn(1, DIM), randn(case.num_patches, DIM)
+
+    def make_arguments():
+        images = randn(case.batch, 3, case.grid[0] * patch, case.grid[1] * patch)
+        cells = feature_size[0] * feature_size[1]
+        return images, sure_logits(case.batch), randn(case.batch, cells, CHANNELS)
+
+    def own(images, logits, features):
+        selection = ops.select_tokens(logits, features, class_weight, feature_size, case.grid, None, 0.0, case.keep)
+        cu_seqlens, _, total = ops.pack(selection.counts, case.num_patches, 1, False)
+        return ops.embed_tokens(images, weight, bias, prefix, pos_embed, selection.indices, cu_seqlens, total, False)
+
+    def eager(images, logits, features):
+        kept, _, _ = select(logits, features, class_weight, feature_size, case.grid, case.kept)
+        return embed(images, weight, bias, prefix, pos_embed, kept)
+
+    _, logits, features = make_arguments()
+    num_kept = case.batch * case.kept
+    rows = num_kept * 3 * patch**2 + (num_kept + case.batch) * DIM
+    moved_bytes = size_of(logits, features, weight, bias, prefix, pos_embed) + rows * weight.element_size()
+    compare(
+        *("front_end", own, eager, make_arguments, moved_bytes),
+        flops=2 * num_kept * weight.numel(),
+        agree=lambda ours, theirs: None,  # ties keep different patches; each operator is compared by itself
+        reads_back=CUDA and case.implementation == "tinydrop",
+    )

@@ -1,0 +1,61 @@
+"""Whole patched models on the Triton kernels, in the interpreter, against the same models on the reference."""
+
+import collections
+import sys
+
+import pytest
+import torch
+from conftest import tiny_guidance, tiny_vit, varied_images
+from test_families import MODELS, make
+
+import tinydrop_kernels as tdk
+from tinydrop_kernels import ops
+
+
+@pytest.mark.parametrize(
+    "key", ["augreg", "gap and registers", "siglip map", "deit distilled", "aimv2", "max", "not square"]
+)
+@pytest.mark.parametrize("summary", [False, True])
+def test_same_answers_as_the_reference(key, summary):
+    model, images = make(key)
+    tdk.patch(model, tiny_guidance(), tdk.DropPolicy(tau=0.6, gamma=1.0, min_keep=0.1, summary=summary))
+    with torch.inference_mode():
+        wanted = model(images)
+        kept = model.tinydrop.last.selection.indices
+        with ops.use_backend("triton"):
+            out = model(images)
+        assert torch.equal(model.tinydrop.last.selection.indices, kept)
+        torch.testing.assert_close(out, wanted, atol=1e-4, rtol=1e-4)
+
+
+READS = ("tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
+
+
+@pytest.mark.parametrize("summary", [False, True])
+@pytest.mark.parametrize("options", [{}, {"global_pool": "avg", "reg_tokens": 2}], ids=["token", "avg"])
+def test_one_read_from_the_device_per_batch(monkeypatch, summary, options):
+    """On the kernels a batch reads values back once, in pack. Counted are the calls of the package and of timm; the
+    interpreter's own, and those of the attention that has no kernel yet, are not."""
+    vit = tdk.patch(tiny_vit(**options), tiny_guidance(), tdk.DropPolicy(0.6, 1.0, 0.1, summary))
+    reads: collections.Counter = collections.Counter()
+
+    def counting(name, method):
+        def read(*args, **kwargs):
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            function = sys._getframe(1).f_code.co_name
+            if caller.startswith(("tinydrop_kernels", "timm")) and function != "varlen_attention":
+                reads[f"{caller}.{function}: {name}"] += 1
+            return method(*args, **kwargs)
+
+        return read
+
+    with torch.inference_mode(), ops.use_backend("triton"):
+        vit(varied_images(4))
+        for name in READS:
+            monkeypatch.setattr(torch.Tensor, name, counting(name, getattr(torch.Tensor, name)))
+        vit(varied_images(4))
+    assert reads == {"tinydrop_kernels.ops.pack.pack: tolist": 1}
+
+
+def test_every_model_is_named():
+    assert {"augreg", "gap and registers", "siglip map", "deit distilled", "aimv2", "max", "not square"} <= set(MODELS)
