@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tinydrop_kernels.ops.kernels.select_from_saliency import (
+    MAX_REGISTERS,
     NUM_WARPS,
     TILE_SIZE,
     block_sizes,
@@ -172,5 +173,6 @@ def launch(
             BLOCK_SIZE_CELL=cell_block_size,
             BLOCK_SIZE_CHANNEL=min(triton.next_power_of_2(num_channels), TILE_SIZE // cell_block_size),
             num_warps=NUM_WARPS,
+            maxnreg=MAX_REGISTERS,
         )
     return selection
