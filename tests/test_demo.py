@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 
 import tinydrop_kernels as tdk
@@ -66,3 +67,26 @@ def test_saliency_earns_its_keep():
     assert dense > alone + 0.05
     assert both > alone
     assert guided > blind + 0.1
+
+
+@pytest.mark.parametrize("stock", [False, True])
+def test_demo_ends_in_a_table_and_a_picture(monkeypatch, capsys, tmp_path, stock):
+    """Both branches; the one that finds the model hub gets small untrained models in the place of its weights."""
+    import run
+
+    monkeypatch.setattr(run, "HERE", tmp_path)
+    monkeypatch.setattr(run, "PICTURE", tmp_path / "out" / "kept_patches.png")
+    monkeypatch.setattr(run, "ROUNDS", 1)
+    monkeypatch.setattr(run, "hub_is_reachable", lambda: stock)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--images", "8", "--batch-size", "4"])
+    if stock:
+        small = {run.STOCK_TARGET: "test_vit", tdk.guidance.DEFAULT_GUIDANCE: "test_byobnet"}
+        monkeypatch.setattr(run, "load_model", lambda spec: timm.create_model(small[spec]).eval())
+    else:
+        (tmp_path / "weights").symlink_to(DEMO / "weights")
+    run.main()
+    printed = capsys.readouterr().out
+    assert ("embedded demo" in printed) is not stock
+    assert ("accuracy" in printed) is not stock
+    assert all(f"\n{way} " in printed for way in ("dense", "TinyDrop", "drops alone, half kept", "exits alone"))
+    assert (tmp_path / "out" / "kept_patches.png").stat().st_size > 10_000
