@@ -142,7 +142,7 @@ def main():
         "exits alone": (model, tdk.DropPolicy.cascade(scene.policy.tau)),
     }
     spent: dict[str, list[float]] = {way: [] for way in ways}
-    answers, flops = {}, {}
+    answers, reports = {}, {}
     for turn in range(ROUNDS + 1):  # in turn, so that all see the same machine; the first turn warms up
         for way, (call, policy) in ways.items():
             if policy:
@@ -150,16 +150,14 @@ def main():
             taken, answers[way] = seconds(call, batches)
             if turn:
                 spent[way].append(taken)
+    calls = {}
     for way, (_, policy) in ways.items():
         if policy:
             model.tinydrop.policy = policy
             model(scene.images)
-        report = model.tinydrop.report() if policy else None
-        flops[way] = report.flops if report else None
-    model.tinydrop.policy = scene.policy
-    logits = model(scene.images)
-    report = model.tinydrop.report()
-    flops["dense"] = report.dense_flops
+            reports[way], calls[way] = model.tinydrop.report(), model.tinydrop.last
+    report = reports["TinyDrop"]
+    flops = {way: told.flops for way, told in reports.items()} | {"dense": report.dense_flops}
 
     accuracy = "accuracy" if scene.labels is not None else ""
     print(f"{'':24s}{'images/s':>10s}{'speed-up':>10s}{'GFLOPs':>9s}{'agreement':>11s}{accuracy:>10s}")
@@ -180,7 +178,7 @@ def main():
         right = (scene.guidance(small).argmax(1) == scene.labels).float().mean()
         print(f"\nThe guidance model alone is right on {right:.1%}.")
     print(f"\nTinyDrop with {scene.policy}:\n{report}")
-    draw(scene, model.tinydrop.last, logits)
+    draw(scene, calls["TinyDrop"], answers["TinyDrop"])
     print(f"\nPicture of the kept patches: {PICTURE.relative_to(HERE.parent)}")
     print(f"timm {timm.__version__}, torch {torch.__version__}; medians of {ROUNDS} runs in turn, guidance counted")
 

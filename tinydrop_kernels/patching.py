@@ -279,12 +279,11 @@ def patch(
         attention.forward = partial(family.attend, attention)
     try:
         reason = None if weight.is_meta else _tried(family.differs, model)
-    except Exception:
+        if reason:
+            raise UnsupportedModelError(f"model: {type(model).__name__} with {reason}")
+    except BaseException:  # an interrupt too must leave the model as it was
         unpatch(model)
         raise
-    if reason:
-        unpatch(model)
-        raise UnsupportedModelError(f"model: {type(model).__name__} with {reason}")
     return model
 
 

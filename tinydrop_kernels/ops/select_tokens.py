@@ -18,7 +18,8 @@ class Selection(NamedTuple):
     saliency: Tensor  # float32 (batch, rows, columns): what the ranking was made on
 
 
-def _fake(logits, grid_size):
+def empty_selection(logits: Tensor, grid_size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Indices, counts, confidence and saliency, yet to be written."""
     batch, (rows, columns) = logits.shape[0], grid_size
     return (
         logits.new_empty(batch, rows * columns, dtype=torch.int32),
@@ -31,14 +32,14 @@ def _fake(logits, grid_size):
 _from_features = register(
     "select_tokens(Tensor logits, Tensor features, Tensor class_weight, SymInt[2] feature_size, SymInt[2] grid_size, "
     "float? tau, float gamma, float min_keep) -> (Tensor, Tensor, Tensor, Tensor)",
-    lambda logits, features, class_weight, feature_size, grid_size, *law: _fake(logits, grid_size),
+    lambda logits, features, class_weight, feature_size, grid_size, *law: empty_selection(logits, grid_size),
     reference.select_tokens,
     has_kernel=True,
 )
 _from_saliency = register(
     "select_from_saliency(Tensor logits, Tensor saliency, SymInt[2] grid_size, float? tau, float gamma, "
     "float min_keep) -> (Tensor, Tensor, Tensor, Tensor)",
-    lambda logits, saliency, grid_size, *law: _fake(logits, grid_size),
+    lambda logits, saliency, grid_size, *law: empty_selection(logits, grid_size),
     reference.select_from_saliency,
     has_kernel=True,
 )

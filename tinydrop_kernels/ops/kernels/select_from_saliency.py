@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tinydrop_kernels.ops import reference
+from tinydrop_kernels.ops.select_tokens import empty_selection
 
 ROUNDING_SLACK = tl.constexpr(reference.ROUNDING_SLACK)
 
@@ -210,17 +211,6 @@ def block_sizes(num_classes: int, num_patches: int) -> dict[str, int]:
         "BLOCK_SIZE_CLASS": min(triton.next_power_of_2(num_classes), 2048),
         "BLOCK_SIZE_PATCH": triton.next_power_of_2(num_patches),
     }
-
-
-def empty_selection(logits: Tensor, grid_size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Indices, counts, confidence and saliency, yet to be written."""
-    batch, (rows, columns) = len(logits), grid_size
-    return (
-        logits.new_empty(batch, rows * columns, dtype=torch.int32),
-        logits.new_empty(batch, dtype=torch.int32),
-        logits.new_empty(batch, dtype=torch.float32),
-        logits.new_empty(batch, rows, columns, dtype=torch.float32),
-    )
 
 
 def launch(

@@ -10,10 +10,10 @@ from tinydrop_kernels.ops.kernels.select_from_saliency import (
     NUM_WARPS,
     TILE_SIZE,
     block_sizes,
-    empty_selection,
     predict,
     select_patches,
 )
+from tinydrop_kernels.ops.select_tokens import empty_selection
 
 
 @triton.jit
