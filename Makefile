@@ -3,7 +3,7 @@ PYTHON ?= python3
 DATA ?= ../shared/data
 BIN := .venv/bin
 
-.PHONY: demo test lint accuracy bench speedup clean
+.PHONY: demo test lint accuracy bench speedup static clean
 
 demo: .venv/demo
 	$(BIN)/python demo/run.py
@@ -28,6 +28,14 @@ bench: .venv/test
 # A stock ViT-B/16, dense against patched; fails below the bar.
 speedup: .venv/test
 	$(BIN)/python bench/cpu_speedup.py --bar 0.75
+
+# What the compiler makes of every kernel, with the installed Triton and the oldest that is supported; no GPU needed.
+static: .venv/test .venv/triton36
+	$(BIN)/python bench/static.py --markdown bench/results/static.md
+	PYTHONPATH=.venv/triton36 $(BIN)/python bench/static.py --markdown bench/results/static_triton36.md
+
+.venv/triton36: .venv/test
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==3.6.0
 
 .venv/%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

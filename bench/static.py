@@ -5,6 +5,11 @@
 Each operator's own ``launch`` is called on CPU tensors of typical shapes, with launches turned into compilations, so
 that what is inspected is exactly what would run: the same tiles, warps and argument specialisations. Registers and
 shared memory come from the binary, spills and tensor-core instructions from its disassembly.
+
+Another Triton needs no environment of its own, only a folder that comes first on the path:
+
+    pip install --no-deps --target FOLDER triton==3.6.0
+    PYTHONPATH=FOLDER python bench/static.py --markdown bench/results/static_triton36.md
 """
 
 import argparse
@@ -104,6 +109,24 @@ def selected(batch: int, num_patches: int, keep: int, num_prefix_tokens: int, su
     return indices, cu_seqlens, total
 
 
+def attention_calls(dtype: torch.dtype) -> Iterator[tuple[str, tuple]]:
+    """Segments that take each of the tiles; and attention pools', of one query each."""
+    lengths = (16, 64, 197) if dtype == torch.float32 else (16, 32, 64, 128, 197)
+    for head_dim, queries, longest in (
+        *((head_dim, None, longest) for head_dim in (64, 128) for longest in lengths),
+        (72, None, 197),
+        (64, 1, 197),
+        (72, 1, 197),
+    ):
+        for biased in (False, True) if queries is None else (False,):
+            query, key, value = torch.empty(8 * longest, 3, 12, head_dim, dtype=dtype).unbind(1)
+            cu_seqlens = torch.arange(0, 9 * longest, longest, dtype=torch.int32)
+            bias = (torch.empty(732, 12, dtype=dtype), torch.zeros(8 * longest, dtype=torch.int32), (14, 14))
+            shape = f"{queries or longest} x {longest}, head {head_dim}{', bias' if biased else ''}"
+            arguments = (query, key, value, cu_seqlens, cu_seqlens, queries or longest, longest, None)
+            yield shape, (*arguments, *(bias if biased else ()))
+
+
 def calls() -> Iterator[tuple[str, str, tuple]]:
     """(operator, what is special about the call, arguments) for every configuration that a launch can choose."""
     law = (0.8, 2.0, 0.25)
@@ -115,8 +138,12 @@ def calls() -> Iterator[tuple[str, str, tuple]]:
                 shape = f"{kind}, {cells} x {cells} x {channels} to {side} x {side}, {layout}"
                 arguments = (torch.empty(8, 1000, dtype=dtype), given, torch.empty(1000, channels, dtype=dtype))
                 yield "select_tokens", shape, (*arguments, (cells, cells), (side, side), *law)
-        saliency = torch.empty(8, 14, 14, dtype=dtype)
-        yield "select_from_saliency", f"{kind}, 14 x 14", (torch.empty(8, 1000, dtype=dtype), saliency, (14, 14), *law)
+                if side == 64:  # normalising takes registers, of which this grid has the fewest to spare
+                    yield "select_tokens", f"{shape}, normalised", (*arguments, (cells, cells), (64, 64), *law, True)
+        for side, normalise, note in ((14, False, ""), (64, True, ", normalised")):
+            arguments = (torch.empty(8, 1000, dtype=dtype), torch.empty(8, side, side, dtype=dtype))
+            shape = f"{kind}, {side} x {side}{note}"
+            yield "select_from_saliency", shape, (*arguments, (side, side), *law, normalise)
         for patch, side, dim, batch in (
             (16, 14, 768, 256),
             (16, 14, 768, 1),
@@ -142,6 +169,8 @@ def calls() -> Iterator[tuple[str, str, tuple]]:
             packing = selected(8, 196, 49, 1, summary)
             shape = f"{kind}, dim 768{', summary' if summary else ''}"
             yield "gather_tokens", shape, (tokens, prefix, torch.empty(196, 768, dtype=dtype), *packing, summary)
+        if dtype != torch.float16:  # compiles as bfloat16 does
+            yield from (("varlen_attention", f"{kind}, {shape}", given) for shape, given in attention_calls(dtype))
         for mode in ("first", "mean", "max"):
             cu_seqlens = torch.arange(0, 9 * 50, 50, dtype=torch.int32)
             yield "segment_pool", f"{kind}, {mode}", (torch.empty(400, 768, dtype=dtype), cu_seqlens, mode, 0)
@@ -167,10 +196,9 @@ def inspect(capabilities=CAPABILITIES, only: str = "") -> list[dict]:
 
 def as_markdown(rows: list[dict]) -> str:
     lines = [
-        "# What the compiler made of the kernels",
+        f"# What triton {triton.__version__} made of the kernels",
         "",
-        f"`python bench/static.py --markdown bench/results/static.md`, triton {triton.__version__}, no GPU needed.",
-        "Spills are counted in loads and stores of local memory.",
+        "By `bench/static.py`, which says how; no GPU needed. Spills are counted in loads and stores of local memory.",
         "",
         "| kernel | call | sm | warps | registers | shared KiB | spills | tensor cores |",
         "|---|---|---|---|---|---|---|---|",
@@ -196,7 +224,8 @@ def main():
     if args.markdown:
         args.markdown.write_text(as_markdown(rows))
     spilling = [row for row in rows if row["spills"]]
-    print(f"{len(rows)} binaries, {len(spilling)} spill, at most {max(row['registers'] for row in rows)} registers")
+    most = max(row["registers"] for row in rows)
+    print(f"triton {triton.__version__}: {len(rows)} binaries, {len(spilling)} spill, at most {most} registers")
     for row in spilling:
         print(row)
 

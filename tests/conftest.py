@@ -1,5 +1,6 @@
 """Shared fixtures. Memory that the package takes uninitialised is poisoned, so that a row it forgets to write shows."""
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -12,6 +13,11 @@ import timm
 import torch
 
 import tinydrop_kernels as tdk
+
+if importlib.util.find_spec("triton") is not None and os.environ["TRITON_INTERPRET"] == "1":
+    import interpreter_bf16
+
+    interpreter_bf16.mend()
 
 DATA = Path(os.environ.get("TINYDROP_DATA", Path(__file__).parents[2] / "shared" / "data"))
 

@@ -171,6 +171,6 @@ def test_class_names():
 def test_info_tells_every_operator():
     result = run("info")
     assert result.exit_code == 0
-    for name in ("torch", "timm", "device", *tdk.ops.KERNELS):
+    for name in ("torch", "timm", "device", *tdk.ops.OPERATORS):
         assert f"\n{name} " in result.output
     assert f"torch                 {torch.__version__}".split("+")[0] in result.output

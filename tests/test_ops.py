@@ -218,24 +218,24 @@ def opcheck_cases():
     }
 
 
-@pytest.mark.parametrize("name", list(ops.KERNELS))
+@pytest.mark.parametrize("name", ops.OPERATORS)
 def test_opcheck(name):
     torch.library.opcheck(getattr(torch.ops.tinydrop, name).default, opcheck_cases()[name])
 
 
 def test_backend_can_be_forced(monkeypatch):
-    assert ops.choose_backend("cuda", True)[0] == "triton" and ops.choose_backend("cpu", True)[0] == "reference"
+    assert ops.choose_backend("cuda")[0] == "triton" and ops.choose_backend("cpu")[0] == "reference"
     with ops.use_backend("reference"):
-        assert ops.choose_backend("cuda", True)[0] == "reference"
+        assert ops.choose_backend("cuda")[0] == "reference"
     monkeypatch.setenv("TINYDROP_BACKEND", "reference")
-    assert ops.choose_backend("cuda", True)[0] == "reference"
+    assert ops.choose_backend("cuda")[0] == "reference"
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with ops.use_backend("triton"):
-        assert ops.choose_backend("cuda", True)[0] == "triton"
+        assert ops.choose_backend("cuda")[0] == "triton"
         with pytest.raises(RuntimeError, match="^backend: triton is forced, but no Triton for cpu"):
-            ops.choose_backend("cpu", True)
-    monkeypatch.setenv("TINYDROP_BACKEND", "cuda")
-    with pytest.raises(ValueError, match="^TINYDROP_BACKEND: got 'cuda'"):
-        ops.choose_backend("cuda", True)
+            ops.choose_backend("cpu")
+    monkeypatch.setenv("TINYDROP_BACKEND", "cudnn")
+    with pytest.raises(ValueError, match="^TINYDROP_BACKEND: got 'cudnn'"):
+        ops.choose_backend("cuda")
     with pytest.raises(ValueError, match="^backend: got 'fast'"), ops.use_backend("fast"):
         pass

@@ -15,6 +15,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from tinydrop_kernels import ops
 from tinydrop_kernels.ops import reference
 from tinydrop_kernels.ops.kernels import pack, select_from_saliency, select_tokens
 
@@ -163,6 +164,75 @@ def test_saliency_of_any_strides_and_dtype():
     for dtype in DTYPES:
         saliency = torch.rand(2, 9, 5, 2, device=DEVICE).to(dtype)[..., 1].transpose(1, 2)
         check_saliency(logits_of([0.5, 0.7]), saliency, (14, 14), *LAW)
+
+
+def min_max(cells: list[float], resized: torch.Tensor) -> torch.Tensor:
+    """(s - min) / (max - min), written from the contract."""
+    finite = [c for c in cells if math.isfinite(c)]
+    low, high = min(finite, default=0.0), max(finite, default=0.0)
+    values = [
+        s if math.isnan(s) else (min(max(s, low), high) - low) / (high - low) if high > low else 0.0
+        for s in resized.flatten().tolist()
+    ]
+    return torch.tensor(values, device=DEVICE).view(resized.shape)
+
+
+def assert_normalised(plain, normalised, maps):
+    """The same decisions, bit by bit; the saliency in [0, 1], or NaN where it was."""
+    for one, other in zip(plain[:3], normalised[:3], strict=True):
+        assert torch.equal(one, other)
+    wanted = torch.stack([min_max(m.flatten().tolist(), s) for m, s in zip(maps.float(), plain[3], strict=True)])
+    torch.testing.assert_close(normalised[3], wanted, atol=1e-6, rtol=1e-6, equal_nan=True)
+    assert ((normalised[3] >= 0) & (normalised[3] <= 1) | plain[3].isnan()).all()
+
+
+def strange_maps(*size: int) -> torch.Tensor:
+    """Ordinary, negative, constant (at a number that interpolation does not hit exactly), with NaN and infinities."""
+    maps = torch.rand(8, *size, device=DEVICE)
+    maps[1] -= 3.0
+    maps[2] = 0.1
+    maps[3, 0, 0] = math.nan
+    maps[4, 0, 0], maps[4, -1, -1] = math.inf, -math.inf
+    maps[5] = math.nan
+    maps[6] = math.inf
+    maps[7] = 0.0
+    maps[7, 0, 0] = math.inf
+    return maps
+
+
+# 3 x 5: fewer cells than a tile of patches; 40 x 37: more, and the last tile of them is not full.
+@pytest.mark.parametrize("size", [(3, 5), (14, 14), (40, 37)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("select", [select_from_saliency.launch, reference.select_from_saliency])
+def test_normalised_saliency(select, size, dtype):
+    maps = strange_maps(*size).to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
+    arguments = (logits_of([0.5] * 8), maps, (14, 14), *LAW)
+    assert_normalised(select(*arguments), select(*arguments, True), maps)
+
+
+@pytest.mark.parametrize("select", [select_tokens.launch, reference.select_tokens])
+def test_normalised_class_activation_map(select):
+    features, weight = integers(3, 12, 37), integers(5, 37)
+    features[1], features[2, 4, 7] = 0.0, math.nan
+    arguments = (logits_of([0.3, 0.5, 0.6]), features, weight, (3, 4), (14, 14), *LAW)
+    maps = torch.einsum("blc,bc->bl", features, weight[:3]).relu().view(3, 3, 4)
+    assert_normalised(select(*arguments), select(*arguments, True), maps)
+
+
+def test_normalised_through_the_operators():
+    logits, features, weight = logits_of([0.3, 0.5, 0.9]), integers(3, 9, 8), integers(5, 8)
+    maps = torch.rand(3, 3, 3, device=DEVICE)
+    for operator, arguments in (
+        ("select_tokens", (logits, features, weight, (3, 3), (5, 7), *LAW)),
+        ("select_from_saliency", (logits, maps, (5, 7), *LAW)),
+    ):
+        registered = getattr(torch.ops.tinydrop, operator).default
+        torch.library.opcheck(registered, (*arguments, True))
+        for backend in ("reference", "triton"):
+            with ops.use_backend(backend):
+                normalised = getattr(ops, operator)(*arguments, normalise=True).saliency
+                assert normalised.amax() == 1 and normalised.amin() >= 0
+                assert not torch.equal(normalised, getattr(ops, operator)(*arguments).saliency)
 
 
 def test_empty_batch():

@@ -1,6 +1,7 @@
 """Every configuration shipped, compiled for GPUs that are not here: no spills, and tensor cores where they belong.
 
-In processes of its own, because Triton decides when it is imported whether kernels are interpreted or compiled.
+In processes of its own, because Triton decides when it is imported whether kernels are interpreted or compiled. With
+the installed Triton, and with the oldest that is supported where it lies beside (bench/static.py says how to get it).
 """
 
 import json
@@ -14,33 +15,46 @@ import pytest
 STATIC = Path(__file__).parents[1] / "bench" / "static.py"
 TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 REGISTERS = 255  # of a thread, on every architecture since sm_35
+# The folder of each Triton, which comes first on the path; None for the installed one.
+TRITONS = {"installed": None, "3.6": os.environ.get("TINYDROP_TRITON36")}
+BUILDS = [*(("installed", capability) for capability in TENSOR_CORE), ("3.6", 90)]
 
 
 @pytest.fixture(scope="module")
 def binaries(tmp_path_factory):
-    """Facts of every kernel binary, by capability."""
+    """Facts of every kernel binary, by (Triton, capability)."""
     pytest.importorskip("triton", reason="there is no Triton on this platform to compile with")
     folder = tmp_path_factory.mktemp("static")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
-    def start(capability):
-        file = folder / f"{capability}.json"
+    def start(version, capability):
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        if TRITONS[version]:
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, (TRITONS[version], environment.get("PYTHONPATH"))))
+        file = folder / f"{version} {capability}.json"
         command = [sys.executable, STATIC, "--capabilities", str(capability), "--json", file]
         return file, subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
 
     found = {}
-    for capability, (file, process) in {capability: start(capability) for capability in TENSOR_CORE}.items():
+    started = {build: start(*build) for build in BUILDS if build[0] == "installed" or TRITONS[build[0]]}
+    for build, (file, process) in started.items():
         output, _ = process.communicate()
         assert process.returncode == 0, output
-        found[capability] = json.loads(file.read_text())
+        assert build[0] == "installed" or f"triton {build[0]}" in output
+        found[build] = json.loads(file.read_text())
     return found
 
 
-@pytest.mark.parametrize("capability", TENSOR_CORE)
-def test_nothing_spills(binaries, capability):
-    rows = binaries[capability]
+@pytest.fixture(params=BUILDS, ids=lambda build: f"{build[0]}-sm_{build[1]}")
+def build(request):
+    if request.param[0] == "3.6" and not TRITONS["3.6"]:
+        pytest.skip("TINYDROP_TRITON36 names no folder with Triton 3.6")
+    return request.param
+
+
+def test_nothing_spills(binaries, build):
+    rows = binaries[build]
     kernels = {row["kernel"] for row in rows}
     assert kernels >= {
         "select_tokens_kernel",
@@ -50,13 +64,22 @@ def test_nothing_spills(binaries, capability):
         "mean_patch_kernel",
         "gather_tokens_kernel",
         "segment_pool_kernel",
+        "varlen_attention_kernel",
     }
     assert [row for row in rows if row["spills"]] == []
     assert max(row["registers"] for row in rows) <= REGISTERS
 
 
-@pytest.mark.parametrize("capability", TENSOR_CORE)
-def test_embedding_is_on_tensor_cores(binaries, capability):
-    rows = [row for row in binaries[capability] if row["kernel"] == "embed_tokens_kernel"]
+def test_embedding_is_on_tensor_cores(binaries, build):
+    rows = [row for row in binaries[build] if row["kernel"] == "embed_tokens_kernel"]
     half = [row for row in rows if not row["call"].startswith("float32")]
-    assert half and all(TENSOR_CORE[capability] in row["tensor_core"] for row in half)
+    assert half and all(TENSOR_CORE[build[1]] in row["tensor_core"] for row in half)
+
+
+def test_attention_is_on_tensor_cores(binaries, build):
+    """Tiles of 64 queries on those of the architecture; smaller ones, for which there are none, on Ampere's."""
+    rows = [row for row in binaries[build] if row["kernel"] == "varlen_attention_kernel"]
+    half = [row for row in rows if not row["call"].startswith("float32")]
+    assert half and all(row["tensor_core"] for row in half)
+    large = [row for row in half if "64 x 64" in row["call"] or "197 x 197" in row["call"]]
+    assert large and all(TENSOR_CORE[build[1]] in row["tensor_core"] for row in large)

@@ -294,9 +294,15 @@ def info(device):
         else platform.processor() or platform.machine()
     )
     click.echo(f"{'device':22s}{device} ({name})")
-    for operator, has_kernel in ops.KERNELS.items():
-        backend, reason = ops.choose_backend(kind, has_kernel)
+    try:
+        backends = {operator: ops.choose_backend(kind) for operator in ops.OPERATORS}
+        first = ops.attention_backends.first_on(kind)
+        backends["varlen_attention"] = (first.name, first.what)
+    except (ValueError, RuntimeError) as error:
+        raise click.ClickException(str(error)) from None
+    for operator, (backend, reason) in backends.items():
         click.echo(f"{operator:22s}{backend}: {reason}")
+    click.echo(f"{'CUDA C++ extension':22s}{'built' if ops.cuda.available() else ops.cuda.WHY_NOT}")
 
 
 if __name__ == "__main__":

@@ -3,15 +3,16 @@
 from tinydrop_kernels.ops.backend import choose_backend, use_backend
 from tinydrop_kernels.ops.embed_tokens import embed_tokens
 from tinydrop_kernels.ops.gather_tokens import gather_tokens
-from tinydrop_kernels.ops.library import KERNELS
+from tinydrop_kernels.ops.library import OPERATORS
 from tinydrop_kernels.ops.pack import pack
 from tinydrop_kernels.ops.reference import keep_counts
 from tinydrop_kernels.ops.segment_pool import segment_pool
 from tinydrop_kernels.ops.select_tokens import Selection, select_from_saliency, select_tokens
-from tinydrop_kernels.ops.varlen_attention import varlen_attention
+from tinydrop_kernels.ops.varlen_attention import RelativeBias, varlen_attention, varlen_attention_qkvpacked
 
 __all__ = [
-    "KERNELS",
+    "OPERATORS",
+    "RelativeBias",
     "Selection",
     "choose_backend",
     "embed_tokens",
@@ -23,4 +24,5 @@ __all__ = [
     "select_tokens",
     "use_backend",
     "varlen_attention",
+    "varlen_attention_qkvpacked",
 ]

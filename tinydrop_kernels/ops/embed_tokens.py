@@ -18,7 +18,6 @@ _op = register(
     "Tensor cu_seqlens, SymInt total, bool summary) -> Tensor",
     _fake,
     reference.embed_tokens,
-    has_kernel=True,
 )
 
 

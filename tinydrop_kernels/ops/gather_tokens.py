@@ -16,7 +16,6 @@ _op = register(
     "SymInt total, bool summary) -> Tensor",
     _fake,
     reference.gather_tokens,
-    has_kernel=True,
 )
 
 

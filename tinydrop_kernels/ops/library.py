@@ -11,33 +11,35 @@ import torch
 from tinydrop_kernels.ops.backend import choose_backend
 
 LIBRARY = torch.library.Library("tinydrop", "DEF")
-KERNELS: dict[str, bool] = {}  # operator: whether it has a Triton kernel
+OPERATORS: list[str] = []
 
 
-def register(schema: str, fake: Callable, reference: Callable, has_kernel: bool = False) -> Callable:
+def kernel_of(name: str) -> Callable:
+    """``launch`` of the operator's module in ``ops.kernels``, which is imported with Triton at the first call."""
+    return importlib.import_module(f"tinydrop_kernels.ops.kernels.{name}").launch
+
+
+def register(schema: str, fake: Callable, reference: Callable, dispatch: Callable | None = None) -> Callable:
     """Define an operator for CPU and CUDA and return it.
 
     Args:
         schema: as in ``torch.library.define``, without the namespace.
         fake: shapes and dtypes of the result, for tracing.
-        reference: plain PyTorch.
-        has_kernel: whether ``ops.kernels`` holds a module of the operator's name, whose ``launch`` takes the same
-            arguments and gives the same result.
+        reference: plain PyTorch. ``launch`` of the operator's module in ``ops.kernels`` takes the same arguments and
+            gives the same result.
+        dispatch: for an operator with more implementations than these two: runs the right one.
     """
     name = LIBRARY.define(schema).split("(")[0].split("::")[-1]
-    KERNELS[name] = has_kernel
+    OPERATORS.append(name)
 
-    def implementation(device_type: str) -> Callable:
-        def run(*args):
-            # the kernels accumulate in float32, which is not enough for float64
-            fits = args[0].dtype != torch.float64
-            if fits and choose_backend(device_type, has_kernel)[0] == "triton":
-                return importlib.import_module(f"tinydrop_kernels.ops.kernels.{name}").launch(*args)
-            return reference(*args)
+    def run(*args):
+        # the kernels accumulate in float32, which is not enough for float64
+        fits = args[0].dtype != torch.float64
+        if fits and choose_backend(args[0].device.type)[0] == "triton":
+            return kernel_of(name)(*args)
+        return reference(*args)
 
-        return run
-
-    for device_type in ("cpu", "cuda"):
-        LIBRARY.impl(name, implementation(device_type), device_type.upper())
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, dispatch or run, key)
     torch.library.register_fake(f"tinydrop::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.tinydrop, name).default

@@ -16,7 +16,6 @@ _op = register(
     "pack(Tensor counts, SymInt num_patches, SymInt num_prefix_tokens, bool summary) -> (Tensor, Tensor)",
     _fake,
     reference.pack,
-    has_kernel=True,
 )
 
 

@@ -54,15 +54,22 @@ def select_tokens(
     tau: float | None,
     gamma: float,
     min_keep: float,
+    normalise: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`ops.select_tokens`."""
     weight = class_weight[logits.argmax(dim=1)].float()
     cam = torch.einsum("blc,bc->bl", features.float(), weight).relu()
-    return select_from_saliency(logits, cam.view(-1, *feature_size), grid_size, tau, gamma, min_keep)
+    return select_from_saliency(logits, cam.view(-1, *feature_size), grid_size, tau, gamma, min_keep, normalise)
 
 
 def select_from_saliency(
-    logits: Tensor, saliency: Tensor, grid_size: tuple[int, int], tau: float | None, gamma: float, min_keep: float
+    logits: Tensor,
+    saliency: Tensor,
+    grid_size: tuple[int, int],
+    tau: float | None,
+    gamma: float,
+    min_keep: float,
+    normalise: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`ops.select_from_saliency`."""
     confidence = logits.float().softmax(dim=1).amax(dim=1)
@@ -76,7 +83,16 @@ def select_from_saliency(
     places = torch.arange(num_patches, device=scores.device)
     kept_first = torch.where(places < counts[:, None], order, num_patches).sort(dim=1).values
     indices = kept_first.masked_fill(kept_first == num_patches, -1).int()
-    return indices, counts, confidence, resized
+    return indices, counts, confidence, _normalised(resized, saliency.float()) if normalise else resized
+
+
+def _normalised(resized: Tensor, saliency: Tensor) -> Tensor:
+    """``(resized - min) / (max - min)`` of each image, where min and max are those of the map's finite cells."""
+    finite = saliency.isfinite()
+    low = saliency.masked_fill(~finite, float("inf")).amin(dim=(1, 2), keepdim=True)
+    high = saliency.masked_fill(~finite, float("-inf")).amax(dim=(1, 2), keepdim=True)
+    share = (resized.clamp(low, high) - low) / (high - low)
+    return share.masked_fill((low >= high) & ~resized.isnan(), 0.0)
 
 
 def pack(counts: Tensor, num_patches: int, num_prefix_tokens: int, summary: bool) -> tuple[Tensor, Tensor]:
@@ -181,8 +197,23 @@ def varlen_attention(
     max_seqlen_q: int,
     max_seqlen_k: int,
     scale: float | None = None,
+    bias_table: Tensor | None = None,
+    positions: Tensor | None = None,
+    grid_size: tuple[int, int] = (1, 1),
 ) -> Tensor:
-    """See :func:`ops.varlen_attention`."""
+    """See :func:`ops.varlen_attention`; the last three arguments are the fields of its ``bias``.
+
+    On CPU one ``scaled_dot_product_attention`` a segment, which was the fastest of what was measured
+    (docs/decisions.md). Elsewhere that would read the lengths back in every layer, so there the segments are padded.
+    """
+    bias = None if bias_table is None else (bias_table, positions, grid_size)
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    attend = segment_attention if query.device.type == "cpu" else padded_attention
+    return attend(query, key, value, *lengths, scale, bias)
+
+
+def segment_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, bias):
+    """One ``scaled_dot_product_attention`` a segment; ``bias`` is the fields of :class:`ops.RelativeBias`, or None."""
     out = query.new_empty(query.shape)
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for q0, q1, k0, k1 in zip(starts_q, starts_q[1:], starts_k, starts_k[1:], strict=False):
@@ -190,8 +221,59 @@ def varlen_attention(
             out[q0:q1] = 0
         elif q1 > q0:
             q, k, v = (t.transpose(0, 1)[None] for t in (query[q0:q1], key[k0:k1], value[k0:k1]))
-            out[q0:q1] = F.scaled_dot_product_attention(q, k, v, scale=scale)[0].transpose(0, 1)
+            mask = None
+            if bias is not None:
+                table, positions, grid_size = bias
+                index = relative_position_index(positions[q0:q1], positions[k0:k1], grid_size)
+                mask = table[index].permute(2, 0, 1)[None].to(q.dtype)
+            out[q0:q1] = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[0].transpose(0, 1)
     return out
+
+
+def padded_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, bias):
+    """One ``scaled_dot_product_attention`` of all segments, padded to the longest; reads nothing back."""
+    if query.shape[0] == 0 or key.shape[0] == 0:
+        return torch.zeros_like(query, memory_format=torch.contiguous_format)
+    rows_q, _ = _padding(cu_seqlens_q, max_seqlen_q, query.shape[0])
+    rows_k, real_k = _padding(cu_seqlens_k, max_seqlen_k, key.shape[0])
+    q, k, v = query[rows_q], key[rows_k], value[rows_k]  # (batch, longest, heads, head_dim)
+    # A segment without keys attends its padding, so that no row of the softmax is empty, and is zeroed afterwards.
+    has_keys = real_k[:, :1]
+    mask = (real_k | ~has_keys)[:, None, None]
+    if bias is not None:
+        table, positions, grid_size = bias
+        index = relative_position_index(positions[rows_q], positions[rows_k], grid_size)
+        mask = table[index].permute(0, 3, 1, 2).to(q.dtype).masked_fill(~mask, float("-inf"))
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    padded = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
+    padded = padded.where(has_keys[:, :, None, None], 0)
+    segment = torch.searchsorted(cu_seqlens_q[1:], torch.arange(query.shape[0], device=query.device), right=True)
+    place = torch.arange(query.shape[0], device=query.device) - cu_seqlens_q[segment]
+    return padded[segment, place]
+
+
+def _padding(cu_seqlens: Tensor, longest: int, total: int) -> tuple[Tensor, Tensor]:
+    """Which packed row stands at each place of the padded batch, and whether one does: ``(batch, longest)``."""
+    place = torch.arange(longest, device=cu_seqlens.device)
+    rows = cu_seqlens[:-1, None] + place
+    return rows.clamp(max=total - 1), rows < cu_seqlens[1:, None]
+
+
+def relative_position_index(positions_q: Tensor, positions_k: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    """Rows of a relative position table, ``(..., queries, keys)``, for patches ``(..., queries)``, ``(..., keys)``.
+
+    Swin's and BEiT's numbering (``timm.models.beit.gen_relative_position_index``): ``(2 rows - 1)(2 columns - 1)``
+    differences of coordinates, row first; then three entries for class token to patch, patch to class token and class
+    token to itself. A negative position is the class token.
+    """
+    rows, columns = grid_size
+    differences = (2 * rows - 1) * (2 * columns - 1)
+    q, k = positions_q.long()[..., :, None], positions_k.long()[..., None, :]
+    down = torch.div(q, columns, rounding_mode="floor") - torch.div(k, columns, rounding_mode="floor")
+    right = q % columns - k % columns
+    index = (down + rows - 1) * (2 * columns - 1) + right + columns - 1
+    index = index.where(q >= 0, differences).where(k >= 0, differences + 1)
+    return index.where((q >= 0) | (k >= 0), differences + 2)
 
 
 def segment_pool(tokens: Tensor, cu_seqlens: Tensor, mode: str, skip: int = 0) -> Tensor:

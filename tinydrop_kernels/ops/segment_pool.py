@@ -17,7 +17,6 @@ _op = register(
     "segment_pool(Tensor tokens, Tensor cu_seqlens, str mode, SymInt skip) -> Tensor",
     _fake,
     reference.segment_pool,
-    has_kernel=True,
 )
 
 

@@ -80,6 +80,21 @@ def bilinear_neighbours(place, size, map_size):
 
 
 @triton.jit
+def finite_range(map_pointer, row_stride, column_stride, rows, columns, BLOCK_SIZE: tl.constexpr):
+    """The least and the greatest finite cell of one image's map, of shape [rows, columns]; inf and -inf if none is."""
+    low = tl.full((BLOCK_SIZE,), float("inf"), tl.float32)
+    high = tl.full((BLOCK_SIZE,), -float("inf"), tl.float32)
+    for start in range(0, rows * columns, BLOCK_SIZE):
+        cells = start + tl.arange(0, BLOCK_SIZE)
+        pointers = map_pointer + cells // columns * row_stride + cells % columns * column_stride
+        value = tl.load(pointers, mask=cells < rows * columns, other=float("inf")).to(tl.float32)
+        is_finite = tl.abs(value) < float("inf")  # false for NaN
+        low = tl.minimum(low, tl.where(is_finite, value, float("inf")))
+        high = tl.maximum(high, tl.where(is_finite, value, -float("inf")))
+    return tl.min(low, axis=0), tl.max(high, axis=0)
+
+
+@triton.jit
 def select_patches(
     image,
     confidence,
@@ -97,6 +112,7 @@ def select_patches(
     tau,
     gamma,
     min_keep,
+    NORMALISE: tl.constexpr,
     BLOCK_SIZE_PATCH: tl.constexpr,
 ):
     """Resize one image's map, of shape [map_rows, map_columns], and write everything that select_tokens returns.
@@ -123,7 +139,15 @@ def select_patches(
     above = (1.0 - column_share) * top_left + column_share * top_right
     below = (1.0 - column_share) * bottom_left + column_share * bottom_right
     saliency = (1.0 - row_share) * above + row_share * below
-    tl.store(saliency_pointer + patches, saliency, mask=mask)
+    if NORMALISE:
+        low, high = finite_range(
+            map_pointer, map_row_stride, map_column_stride, map_rows, map_columns, BLOCK_SIZE_PATCH
+        )
+        share = tl.div_rn(tl.minimum(tl.maximum(saliency, low), high) - low, high - low)
+        share = tl.where(high > low, share, 0.0)
+        tl.store(saliency_pointer + patches, tl.where(saliency != saliency, saliency, share), mask=mask)
+    else:
+        tl.store(saliency_pointer + patches, saliency, mask=mask)
 
     # Integers in the order of the scores: NaN as -inf, both zeros equal, negative numbers reversed; padding below all.
     scores = tl.where(saliency != saliency, -float("inf"), tl.where(saliency == 0.0, 0.0, saliency))
@@ -166,6 +190,7 @@ def select_from_saliency_kernel(
     tau,
     gamma,
     min_keep,
+    NORMALISE: tl.constexpr,
     BLOCK_SIZE_CLASS: tl.constexpr,
     BLOCK_SIZE_PATCH: tl.constexpr,
 ):
@@ -177,7 +202,7 @@ def select_from_saliency_kernel(
         indices_pointer: kept patches in raster order, then -1; contiguous, of shape [batch, rows * columns].
         counts_pointer: number of kept patches, 0 for an exit; of shape [batch].
         confidence_pointer: max softmax, of shape [batch].
-        saliency_pointer: the resized map; contiguous, of shape [batch, rows, columns].
+        saliency_pointer: the resized map, normalised if NORMALISE; contiguous, of shape [batch, rows, columns].
     """
     # This program processes one image.
     image = tl.program_id(axis=0).to(tl.int64)
@@ -201,6 +226,7 @@ def select_from_saliency_kernel(
         tau,
         gamma,
         min_keep,
+        NORMALISE,
         BLOCK_SIZE_PATCH,
     )
 
@@ -214,7 +240,13 @@ def block_sizes(num_classes: int, num_patches: int) -> dict[str, int]:
 
 
 def launch(
-    logits: Tensor, saliency: Tensor, grid_size: tuple[int, int], tau: float | None, gamma: float, min_keep: float
+    logits: Tensor,
+    saliency: Tensor,
+    grid_size: tuple[int, int],
+    tau: float | None,
+    gamma: float,
+    min_keep: float,
+    normalise: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`ops.select_from_saliency`."""
     selection = empty_selection(logits, grid_size)
@@ -233,6 +265,7 @@ def launch(
             1.0 if tau is None else tau,  # no confidence is above 1
             gamma,
             min_keep,
+            normalise,
             **block_sizes(logits.shape[1], grid_size[0] * grid_size[1]),
             num_warps=NUM_WARPS,
             maxnreg=MAX_REGISTERS,

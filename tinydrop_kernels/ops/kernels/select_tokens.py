@@ -77,6 +77,7 @@ def select_tokens_kernel(
     tau,
     gamma,
     min_keep,
+    NORMALISE: tl.constexpr,
     BLOCK_SIZE_CLASS: tl.constexpr,
     BLOCK_SIZE_CELL: tl.constexpr,
     BLOCK_SIZE_CHANNEL: tl.constexpr,
@@ -93,7 +94,7 @@ def select_tokens_kernel(
         indices_pointer: kept patches in raster order, then -1; contiguous, of shape [batch, rows * columns].
         counts_pointer: number of kept patches, 0 for an exit; of shape [batch].
         confidence_pointer: max softmax, of shape [batch].
-        saliency_pointer: the resized map; contiguous, of shape [batch, rows, columns].
+        saliency_pointer: the resized map, normalised if NORMALISE; contiguous, of shape [batch, rows, columns].
     """
     # This program processes one image.
     image = tl.program_id(axis=0).to(tl.int64)
@@ -132,6 +133,7 @@ def select_tokens_kernel(
         tau,
         gamma,
         min_keep,
+        NORMALISE,
         BLOCK_SIZE_PATCH,
     )
 
@@ -145,6 +147,7 @@ def launch(
     tau: float | None,
     gamma: float,
     min_keep: float,
+    normalise: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`ops.select_tokens`."""
     selection = empty_selection(logits, grid_size)
@@ -169,6 +172,7 @@ def launch(
             1.0 if tau is None else tau,  # no confidence is above 1
             gamma,
             min_keep,
+            normalise,
             **block_sizes(num_classes, grid_size[0] * grid_size[1]),
             BLOCK_SIZE_CELL=cell_block_size,
             BLOCK_SIZE_CHANNEL=min(triton.next_power_of_2(num_channels), TILE_SIZE // cell_block_size),

@@ -1,0 +1,89 @@
+"""Which implementation of varlen_attention runs, and why: one table, read from the top."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tinydrop_kernels.ops import backend, cuda, reference
+from tinydrop_kernels.ops.library import kernel_of
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+class Implementation(NamedTuple):
+    name: str
+    runs_on: Callable[[str], bool]  # whether this machine has it, for tensors on a type of device
+    takes: Callable[..., bool]  # whether it can do with an operator's arguments
+    launch: Callable  # takes the operator's arguments
+    what: str
+
+
+def _triton_takes(query: Tensor, *rest) -> bool:
+    return query.shape[2] <= 128 and query.dtype in (*HALF, torch.float32)
+
+
+def _triton(*arguments) -> Tensor:
+    return kernel_of("varlen_attention")(*arguments)
+
+
+def _varlen_attn_takes(query: Tensor, key: Tensor, value: Tensor, *rest) -> bool:
+    has_bias = len(rest) > 5 and rest[5] is not None
+    plain = not has_bias and query.dtype in HALF and query.shape[2] % 8 == 0 and query.shape[2] <= 256
+    return plain and len(query) > 0 and len(key) > 0 and all(t.stride(2) == 1 for t in (query, key, value))
+
+
+def _varlen_attn(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale=None, *bias):
+    from torch.nn.attention.varlen import varlen_attn
+
+    # What follows the first seven arguments has moved between torch's releases.
+    return varlen_attn(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale=scale)
+
+
+# The first that takes the arguments runs. No order among them has been measured on a GPU yet. Until it is, Triton comes
+# first because it takes every dtype, layout and bias; then the extension, which has tiles for short segments too; then
+# torch's, which has them for long ones; padding, which computes what nobody needs, comes last.
+IMPLEMENTATIONS = (
+    Implementation("triton", lambda device: backend.HAS_TRITON, _triton_takes, _triton, "Triton kernel"),
+    Implementation(
+        "cuda", lambda device: device == "cuda" and cuda.available(), cuda.fits, cuda.launch, "CUDA C++ extension"
+    ),
+    Implementation("torch", lambda device: device == "cuda", _varlen_attn_takes, _varlen_attn, "torch's varlen_attn"),
+    Implementation(
+        "reference", lambda device: True, lambda *_: True, reference.varlen_attention, "scaled_dot_product_attention"
+    ),
+)
+
+
+def preference(device_type: str) -> Sequence[Implementation]:
+    """What to try for tensors on such a device, in this order: what is forced before the others.
+
+    Raises:
+        ValueError: the environment variable holds no backend.
+        RuntimeError: the forced backend cannot run there.
+    """
+    forced = backend.forced_backend()
+    if forced == "reference" or (forced == "auto" and device_type != "cuda"):
+        return IMPLEMENTATIONS[-1:]
+    if forced == "cuda" and device_type != "cuda":
+        raise RuntimeError(f"backend: cuda is forced, but the CUDA extension has nothing for {device_type}")
+    if forced == "cuda" and not cuda.available():
+        raise RuntimeError(f"backend: cuda is forced, but the CUDA extension is not there: {cuda.WHY_NOT}")
+    if forced == "triton":
+        backend.choose_backend(device_type)  # raises where Triton cannot run
+    return sorted(IMPLEMENTATIONS, key=lambda implementation: implementation.name != forced)
+
+
+def first_on(device_type: str) -> Implementation:
+    """What runs on such a device if it takes the arguments."""
+    return next(implementation for implementation in preference(device_type) if implementation.runs_on(device_type))
+
+
+def dispatch(*arguments) -> Tensor:
+    """Run the first implementation that this machine has and that takes the operator's arguments."""
+    device_type = arguments[0].device.type
+    for implementation in preference(device_type):
+        if implementation.runs_on(device_type) and implementation.takes(*arguments):
+            return implementation.launch(*arguments)
+    raise AssertionError("the reference takes everything")
