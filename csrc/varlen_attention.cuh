@@ -1,0 +1,395 @@
+// Softmax attention within each segment of a packed batch, for segments short enough that reading them is the work.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "launch_plan.h"
+#include <tensor_core.cuh>  // in angle brackets: found on the include path, where tests put an emulation first
+
+namespace tinydrop {
+
+// A view (rows, heads, head_dim) of 16-bit elements whose last stride is 1 and whose rows are 16-byte aligned.
+struct View {
+  const void* data;
+  int64_t row_stride, head_stride;  // in elements
+};
+
+struct AttentionArguments {
+  View query;                // (total_q, heads, head_dim)
+  View key, value;           // (total_k, heads, head_dim)
+  void* out;                 // (total_q, heads, head_dim), contiguous
+  const int* cu_seqlens_q;   // (batch + 1,)
+  const int* cu_seqlens_k;   // (batch + 1,)
+  View bias_table;           // (distances, heads), with nothing to align; its data is null where there is no bias
+  const int* positions;      // (total_q,), patch numbers in raster order; negative: the class token
+  int grid_rows, grid_columns;
+  int class_token_entries;   // whether the last three of the table's rows are those of the class token
+  int heads, head_dim;
+  float scale_log2;          // scale * log2(e), because softmax is taken in base 2
+  LaunchPlan plan;
+};
+
+constexpr float kLog2e = 1.4426950408889634f;
+
+// Rows of kHeadDim 16-bit elements in shared memory, cut into chunks of 16 bytes. The chunks of a row are permuted
+// (XOR) so that one and the same chunk of 8 consecutive rows, which is what ldmatrix reads at a time, lies in 8
+// different groups of banks. A place in the banks comes again every 8 / kPermuted rows: kPermuted is gcd(kChunks, 8).
+// Addresses are bytes, and the first row's is a multiple of 128.
+template <int kHeadDim>
+struct SharedRows {
+  static constexpr int kChunks = kHeadDim / 8;
+  static constexpr int kRowBytes = kChunks * 16;
+  static constexpr int kPermuted = kChunks % 8 == 0 ? 8 : kChunks % 4 == 0 ? 4 : 2;  // neighbours that change places
+
+  __device__ static int address(int row, int chunk) {
+    return row * kRowBytes + (chunk ^ row * kPermuted / 8 % kPermuted) * 16;
+  }
+  // From the address of chunk 0 or 1 of a row to that of an even number of chunks on.
+  __device__ static uint32_t advance(uint32_t address, int chunks) {
+    return (address ^ chunks % kPermuted * 16) + chunks / kPermuted * kPermuted * 16;
+  }
+};
+
+// Copies rows first to first + count of one head to shared memory, as one thread's part of the block's work; what lies
+// beyond `valid` rows and head_dim columns becomes zeros.
+template <int kHeadDim>
+__device__ __forceinline__ void load_rows(uint32_t shared, const View& view, int first, int head, int count,
+                                          int valid, int head_dim) {
+  using Rows = SharedRows<kHeadDim>;
+  const uint16_t* data = static_cast<const uint16_t*>(view.data);
+  const uint16_t* source = data + int64_t{first} * view.row_stride + head * view.head_stride;
+  for (int i = threadIdx.x; i < count * Rows::kChunks; i += blockDim.x) {
+    const int row = i / Rows::kChunks, chunk = i % Rows::kChunks;
+    const bool inside = row < valid && chunk * 8 < head_dim;
+    const uint16_t* from = inside ? source + row * view.row_stride + chunk * 8 : data;
+    cp_async_16(shared + Rows::address(row, chunk), from, inside);
+  }
+}
+
+// Waits until at most `pending` groups of this thread are under way, or fewer: it takes a constant.
+__device__ __forceinline__ void wait_for_copies(int pending) {
+  switch (pending) {
+    case 0: return cp_async_wait<0>();
+    case 1: return cp_async_wait<1>();
+    case 2: return cp_async_wait<2>();
+    default: return cp_async_wait<3>();
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  uint32_t bits;
+  if constexpr (std::is_same_v<T, __half>) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    memcpy(&bits, &pair, sizeof(bits));
+  } else {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    memcpy(&bits, &pair, sizeof(bits));
+  }
+  return bits;
+}
+
+// Maximum and sum over the four lanes that share a row.
+__device__ __forceinline__ float row_maximum(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));
+}
+__device__ __forceinline__ float row_total(float x) {
+  x += __shfl_xor_sync(0xffffffff, x, 1);
+  return x + __shfl_xor_sync(0xffffffff, x, 2);
+}
+
+// The bias. BEiT numbers the entry of query patch q and key patch k
+//   (q.y - k.y + rows - 1) * (2 columns - 1) + (q.x - k.x + columns - 1),
+// which is code(q) - code(k) + codes - 1 with code(p) = p.y * (2 columns - 1) + p.x, below codes = the table's middle
+// plus one. The last three entries are those of (class query, patch key), (patch query, class key), (class, class).
+// In shared memory these are repeated so that one subtraction finds every entry, query_code(q) - key_code(k):
+//   [0, 2 codes - 1)           patch query, patch key
+//   [2 codes - 1, 3 codes - 1) patch query, class key
+//   [3 codes - 1, 4 codes - 1) class query, patch key
+//   5 codes - 2                class query, class key
+struct BiasCodes {
+  int codes, columns;
+
+  __device__ int key_code(int position) const {
+    return position < 0 ? -codes : position + position / columns * (columns - 1);
+  }
+  __device__ int query_code(int position) const {
+    return position < 0 ? 4 * codes - 2 : key_code(position) + codes - 1;
+  }
+  __device__ int entries() const { return 5 * codes - 1; }
+  // Row of the global table that an entry repeats.
+  __device__ int table_row(int entry) const {
+    const int distances = 2 * codes - 1;
+    if (entry < distances) return entry;
+    if (entry < distances + codes) return distances + 1;
+    return entry < entries() - 1 ? distances : distances + 2;
+  }
+};
+
+// What a warp keeps of its 16 query rows while the keys go by. A lane holds parts of rows lane / 4 and lane / 4 + 8.
+template <int kHeadDim>
+struct RowBlock {
+  float out[kHeadDim / 8][4] = {};            // not yet divided by the sum
+  float maximum[2] = {-INFINITY, -INFINITY};  // of the scores so far, in base 2
+  float sum[2] = {};                          // of this lane's columns
+};
+
+// One step of the online softmax: 16 query rows against kKeyStep keys, of which `keys` (at least 1) exist.
+// Steps are short because the scores of 64 keys would take 16 registers more, which is a block less in flight at
+// head_dim 64, and because lengths are padded to them.
+// `query`, `key`, `value` are shared addresses of the first row; `table` and `key_codes` are used with a bias only.
+template <typename T, int kHeadDim, bool kBias>
+__device__ __forceinline__ void attend(RowBlock<kHeadDim>& rows, uint32_t query, uint32_t key, uint32_t value, int keys,
+                                       bool first, float scale_log2, const float* table, const int (&query_codes)[2],
+                                       const int* key_codes) {
+  using Rows = SharedRows<kHeadDim>;
+  const int lane = threadIdx.x % 32;
+  const int column = 2 * (lane % 4);
+  // Rows and chunks that this lane points ldmatrix to. A key is a column of the score product and a row of the other.
+  query += Rows::address(lane % 16, lane / 16);
+  key += Rows::address(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+  value += Rows::address(lane % 16, lane / 16);
+
+  // Scores: 8 columns an array, laid out as mma_16816's sum. Query fragments are read again in every step, which
+  // is a fifth of the shared-memory reads and spares kHeadDim / 4 registers.
+  float scores[kKeyStep / 8][4] = {};
+#pragma unroll
+  for (int chunk = 0; chunk < Rows::kChunks; chunk += 2) {
+    uint32_t q[4];
+    ldmatrix_x4(q, Rows::advance(query, chunk));
+#pragma unroll
+    for (int group = 0; group < kKeyStep / 16; ++group) {
+      uint32_t k[4];
+      ldmatrix_x4(k, Rows::advance(key, chunk) + group * 16 * Rows::kRowBytes);
+      mma_16816<T>(scores[2 * group], q, k[0], k[1]);
+      mma_16816<T>(scores[2 * group + 1], q, k[2], k[3]);
+    }
+  }
+
+  if constexpr (kBias) {
+#pragma unroll
+    for (int i = 0; i < kKeyStep / 8; ++i) {
+      const int2 codes = *reinterpret_cast<const int2*>(key_codes + 8 * i + column);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        scores[i][2 * r] = fmaf(scores[i][2 * r], scale_log2, table[query_codes[r] - codes.x]);
+        scores[i][2 * r + 1] = fmaf(scores[i][2 * r + 1], scale_log2, table[query_codes[r] - codes.y]);
+      }
+    }
+  }
+  if (keys < kKeyStep) {
+#pragma unroll
+    for (int i = 0; i < kKeyStep / 8; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (8 * i + column + j % 2 >= keys) scores[i][j] = -INFINITY;
+      }
+    }
+  }
+
+  // With a bias the scores are in base 2 already; without, the scale rides along in the exponent's multiply-add.
+  const float scale = kBias ? 1.0f : scale_log2;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float maximum = scores[0][2 * r];
+#pragma unroll
+    for (int i = 0; i < kKeyStep / 8; ++i) maximum = fmaxf(maximum, fmaxf(scores[i][2 * r], scores[i][2 * r + 1]));
+    maximum = fmaxf(rows.maximum[r], row_maximum(maximum) * scale);
+    const float origin = maximum == -INFINITY ? 0.0f : maximum;  // where every score so far is -inf
+    if (!first) {
+      const float correction = exp2_approx(rows.maximum[r] - origin);
+      rows.sum[r] *= correction;
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 8; ++i) {
+        rows.out[i][2 * r] *= correction;
+        rows.out[i][2 * r + 1] *= correction;
+      }
+    }
+    rows.maximum[r] = maximum;
+#pragma unroll
+    for (int i = 0; i < kKeyStep / 8; ++i) {
+#pragma unroll
+      for (int j = 2 * r; j < 2 * r + 2; ++j) {
+        scores[i][j] = exp2_approx(fmaf(scores[i][j], scale, -origin));
+        rows.sum[r] += scores[i][j];
+      }
+    }
+  }
+
+  // A sum's layout is that of a's halves, so the probabilities are multiplied from where they are.
+#pragma unroll
+  for (int group = 0; group < kKeyStep / 16; ++group) {
+    const float(&low)[4] = scores[2 * group], (&high)[4] = scores[2 * group + 1];
+    const uint32_t p[4] = {pack<T>(low[0], low[1]), pack<T>(low[2], low[3]), pack<T>(high[0], high[1]),
+                           pack<T>(high[2], high[3])};
+#pragma unroll
+    for (int chunk = 0; chunk < Rows::kChunks; chunk += 2) {
+      uint32_t v[4];
+      ldmatrix_x4_trans(v, Rows::advance(value, chunk) + group * 16 * Rows::kRowBytes);
+      mma_16816<T>(rows.out[chunk], p, v[0], v[1]);
+      mma_16816<T>(rows.out[chunk + 1], p, v[2], v[3]);
+    }
+  }
+}
+
+// Divides by the sum and writes `valid` rows of 16 to global memory, 16 bytes a lane, by way of `staging` in shared
+// memory, 16 rows that only this warp uses. Rows that met no key are zeros.
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void store_rows(const RowBlock<kHeadDim>& rows, unsigned char* staging, T* out,
+                                           int64_t row_stride, int valid, int head_dim) {
+  using Rows = SharedRows<kHeadDim>;
+  const int lane = threadIdx.x % 32;
+  __syncwarp();  // every lane has read the query that lay here
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float sum = row_total(rows.sum[r]);
+    const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 8; ++i) {
+      const uint32_t pair = pack<T>(rows.out[i][2 * r] * inverse, rows.out[i][2 * r + 1] * inverse);
+      *reinterpret_cast<uint32_t*>(staging + Rows::address(lane / 4 + 8 * r, i) + lane % 4 * 4) = pair;
+    }
+  }
+  __syncwarp();
+  for (int i = lane; i < kRowBlock * Rows::kChunks; i += 32) {
+    const int row = i / Rows::kChunks, chunk = i % Rows::kChunks;
+    if (row < valid && chunk * 8 < head_dim) {
+      *reinterpret_cast<uint4*>(out + row * row_stride + chunk * 8) =
+          *reinterpret_cast<const uint4*>(staging + Rows::address(row, chunk));
+    }
+  }
+}
+
+extern __shared__ __align__(128) unsigned char shared_memory[];
+
+// One block processes one head of up to plan.rows_per_block() query rows of one segment, against all keys of that
+// segment; each warp takes 16 rows at a time. Heads are fastest in the grid: neighbouring blocks read neighbouring
+// bytes of the projection's output.
+//
+// Shared memory: query rows | key_capacity keys | their values | with a bias: its table, the codes of the keys.
+// Copies run in groups of one key tile, so the first tile is multiplied while the others arrive. Where not all tiles
+// fit, tile t lies in half t % 2 and the next one is fetched once every warp is done with the one before. Two blocks
+// of 8 warps have their registers, up to head_dim 80; beyond, the compiler would spill for it.
+template <typename T, int kHeadDim, bool kBias>
+__global__ void __launch_bounds__(kMaxWarps * 32, kHeadDim <= 80 ? 2 : 1)
+    varlen_attention_kernel(const AttentionArguments a) {
+  const int block = blockIdx.x, query_blocks = static_cast<int>(a.plan.query_blocks);
+  const int head = block % a.heads;
+  const int segment = block / a.heads / query_blocks;
+  const int rows_per_block = a.plan.rows_per_block();
+  const int first_row = a.cu_seqlens_q[segment] + block / a.heads % query_blocks * rows_per_block;
+  const int num_rows = min(a.cu_seqlens_q[segment + 1] - first_row, rows_per_block);
+  if (num_rows <= 0) return;
+  const int first_key = a.cu_seqlens_k[segment];
+  const int num_keys = a.cu_seqlens_k[segment + 1] - first_key;
+  const int tiles = (num_keys + kKeyTile - 1) / kKeyTile;
+
+  constexpr int kRowBytes = SharedRows<kHeadDim>::kRowBytes;
+  const uint32_t query = shared_address(shared_memory);
+  const uint32_t key = query + rows_per_block * kRowBytes;
+  const uint32_t value = key + a.plan.key_capacity * kRowBytes;
+  float* table = reinterpret_cast<float*>(shared_memory + (rows_per_block + 2 * a.plan.key_capacity) * kRowBytes);
+  const BiasCodes bias{static_cast<int>(position_codes(a.grid_rows, a.grid_columns)), a.grid_columns};
+  int* key_codes = reinterpret_cast<int*>(table + bias_floats(bias.codes));
+
+  auto place = [&](int tile) { return (a.plan.streams_keys ? tile % kStreamedTiles : tile) * kKeyTile; };
+  auto load_tile = [&](int tile) {
+    const int keys = min(num_keys - tile * kKeyTile, kKeyTile);
+    const int padded = keys <= kKeyStep ? kKeyStep : kKeyTile;
+    const int from = first_key + tile * kKeyTile;
+    load_rows<kHeadDim>(key + place(tile) * kRowBytes, a.key, from, head, padded, keys, a.head_dim);
+    load_rows<kHeadDim>(value + place(tile) * kRowBytes, a.value, from, head, padded, keys, a.head_dim);
+    if constexpr (kBias) {
+      for (int i = threadIdx.x; i < padded; i += blockDim.x) {
+        key_codes[place(tile) + i] = i < keys ? bias.key_code(a.positions[from + i]) : 0;
+      }
+    }
+  };
+
+  const int ahead = a.plan.streams_keys ? min(tiles, 1) : tiles;  // tiles under way at first
+  for (int tile = 0; tile < ahead; ++tile) {
+    if (tile == 0) {
+      const int padded = (num_rows + kRowBlock - 1) / kRowBlock * kRowBlock;
+      load_rows<kHeadDim>(query, a.query, first_row, head, padded, num_rows, a.head_dim);
+    }
+    load_tile(tile);
+    cp_async_commit();
+  }
+  if constexpr (kBias) {
+    const T* column = static_cast<const T*>(a.bias_table.data) + head * a.bias_table.head_stride;
+    for (int i = threadIdx.x; i < bias.entries(); i += blockDim.x) {
+      const int row = bias.table_row(i);
+      const bool exists = a.class_token_entries || row < 2 * bias.codes - 1;
+      table[i] = exists ? static_cast<float>(column[row * a.bias_table.row_stride]) * kLog2e : 0.0f;
+    }
+  }
+
+  const int lane = threadIdx.x % 32;
+  for (int round = 0; round < a.plan.row_blocks_per_warp; ++round) {
+    const int row = (round * a.plan.warps + static_cast<int>(threadIdx.x) / 32) * kRowBlock;  // this warp's first
+    const bool has_rows = row < num_rows;
+    int query_codes[2] = {};
+    if constexpr (kBias) {
+      for (int r = 0; r < 2; ++r) {
+        const int mine = row + lane / 4 + 8 * r;
+        query_codes[r] = bias.query_code(mine < num_rows ? a.positions[first_row + mine] : 0);
+      }
+    }
+
+    RowBlock<kHeadDim> rows;
+    for (int tile = 0; tile < tiles; ++tile) {
+      if (round == 0) {  // in later rounds, which only resident keys have, every tile is there
+        wait_for_copies(ahead - 1);
+        __syncthreads();
+        if (tile + ahead < tiles) load_tile(tile + ahead);
+        cp_async_commit();  // empty at the end, so that `ahead - 1` stays the number that may be pending
+      }
+      if (!has_rows) continue;
+      const int keys = min(num_keys - tile * kKeyTile, kKeyTile);
+#pragma unroll 1
+      for (int step = 0; step < keys; step += kKeyStep) {
+        const int at = place(tile) + step;
+        attend<T, kHeadDim, kBias>(rows, query + row * kRowBytes, key + at * kRowBytes, value + at * kRowBytes,
+                                   keys - step, tile == 0 && step == 0, a.scale_log2, table, query_codes,
+                                   key_codes + at);
+      }
+    }
+    if (!has_rows) continue;
+    T* out = static_cast<T*>(a.out) + (int64_t{first_row + row} * a.heads + head) * a.head_dim;
+    store_rows<T, kHeadDim>(rows, shared_memory + row * kRowBytes, out, int64_t{a.heads} * a.head_dim,
+                            num_rows - row, a.head_dim);
+  }
+}
+
+using AttentionKernel = void (*)(AttentionArguments);
+
+template <typename T, bool kBias, int kIndex = 0>
+AttentionKernel attention_kernel(int head_dim) {
+  constexpr int kHeadDim = kHeadDims[kIndex];
+  if constexpr (kHeadDim < kMaxHeadDim) {
+    if (head_dim > kHeadDim) return attention_kernel<T, kBias, kIndex + 1>(head_dim);
+  }
+  return varlen_attention_kernel<T, kHeadDim, kBias>;
+}
+
+struct AttentionLaunch {
+  AttentionKernel kernel;
+  int64_t blocks;
+  int threads;
+};
+
+// Completes the arguments by their plan, and says what to launch with them.
+inline AttentionLaunch plan_attention(AttentionArguments& a, bool bfloat16, int64_t batch, int64_t max_seqlen_q,
+                                      int64_t max_seqlen_k, int64_t shared_bytes_per_multiprocessor) {
+  const bool bias = a.bias_table.data != nullptr;
+  const int64_t codes = bias ? position_codes(a.grid_rows, a.grid_columns) : 0;
+  a.plan = plan_launch(max_seqlen_q, max_seqlen_k, a.head_dim, codes, shared_bytes_per_multiprocessor);
+  const auto kernel = bfloat16 ? (bias ? attention_kernel<__nv_bfloat16, true> : attention_kernel<__nv_bfloat16, false>)
+                               : (bias ? attention_kernel<__half, true> : attention_kernel<__half, false>);
+  return {kernel(a.head_dim), batch * a.plan.query_blocks * a.heads, a.plan.warps * 32};
+}
+
+}  // namespace tinydrop
