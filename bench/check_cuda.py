@@ -1,23 +1,26 @@
 """Every kernel against the reference, on the GPU that is here (or in Triton's interpreter, TRITON_INTERPRET=1).
 
-    python bench/check_cuda.py [--dtype float32] [operator ...]
+    python bench/check_cuda.py [--dtype float32] [--longest 129] [check ...]
 
-Prints a line for each operator and exits with 1 if one is wrong. float32, float16 and bfloat16; outputs are poisoned
-with NaN before each launch. Indices, counts and layouts must be exact; floating-point rows are compared, each by its
-norm, with the reference in float64.
+Prints a line for each check and exits with 1 if one is wrong. float32, float16 and bfloat16; outputs are poisoned with
+NaN before each launch. Indices, counts and layouts must be exact; floating-point rows are compared, each by its norm,
+with the reference in float64. Attention is checked in every implementation that the dispatcher may choose.
 """
 
 import argparse
+import functools
 import itertools
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
-from measure import CUDA, DEVICE, ops
+from measure import CUDA, DEVICE, cu_seqlens_of, ops
 from torch import Tensor
 
-from tinydrop_kernels.ops import reference
+from tinydrop_kernels.ops import attention_backends, cuda, reference
 
 # Of a row's norm: sums in float32, and one rounding to the type of the result.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -33,7 +36,11 @@ def poison() -> None:
     def poisoned(create: Callable) -> Callable:
         def empty(*args, **kwargs):
             tensor = create(*args, **kwargs)
-            return tensor.fill_(float("nan") if tensor.is_floating_point() else 2**30)
+            if tensor.is_floating_point():
+                tensor.fill_(float("nan"))
+            elif tensor.dtype in (torch.int32, torch.int64):
+                tensor.fill_(2**30)
+            return tensor
 
         return empty
 
@@ -106,6 +113,10 @@ def select_from_saliency() -> Iterator[None]:
         saliency[1, 0, 0] = float("nan")
         selection = kernel(ops.select_from_saliency, logits, saliency, grid, *law)
         assert_selection(selection, logits, saliency, law)
+        normalised = kernel(ops.select_from_saliency, logits, saliency, grid, *law, True)
+        wanted = reference.select_from_saliency(logits, saliency, grid, *law, True)[3]
+        torch.testing.assert_close(normalised.saliency, wanted, rtol=0, atol=1e-5, equal_nan=True)
+        assert_exact(normalised.indices, selection.indices)
         yield
 
 
@@ -177,35 +188,184 @@ def segment_pool() -> Iterator[None]:
         yield
 
 
-CHECKS = (select_tokens, select_from_saliency, pack, embed_tokens, gather_tokens, segment_pool)
+# On both sides of every tile and of its rows, ViT's own (50, 197, 257), and 577 and 1370 (384 and 518 pixels).
+LENGTHS = [0, 1, 2, 15, 16, 17, 31, 32, 33, 49, 50, 63, 64, 65, 99, 127, 128, 129, 197, 198, 257, 577, 1370]
+LONGEST = (16, 32, 64, 128, 198, 1370)  # a batch of all lengths up to each: every tile of Triton's table is used
+HEADS, GRID = 3, (5, 7)
+NORM_TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # of the whole output's norm
+# compute-sanitizer sees where a tensor ends only if the allocator does not keep memory, and then it serves no graph.
+SANITIZED = "PYTORCH_NO_CUDA_MEMORY_CACHING" in os.environ
+MARGIN = 0 if SANITIZED else 128  # rows of NaN before and behind what may be read
+
+
+class NotHereError(Exception):
+    """This machine has no such implementation."""
+
+
+def projections(total: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Query, key and value as views of one projection, as timm's attention leaves them."""
+    rows = torch.full((MARGIN + total + MARGIN, 3, HEADS, head_dim), float("nan"), dtype=dtype, device=DEVICE)
+    return rows[MARGIN : MARGIN + total].copy_(torch.randn(total, 3, HEADS, head_dim, device=DEVICE)).unbind(1)
+
+
+def bias_of(total: int, dtype: torch.dtype, class_token: bool) -> ops.RelativeBias:
+    """A table that lies head after head, and anywhere a class token if there is one."""
+    rows, columns = GRID
+    distances = (2 * rows - 1) * (2 * columns - 1) + 3 * class_token
+    positions = torch.randint(-class_token, rows * columns, (total,), dtype=torch.int32, device=DEVICE)
+    return ops.RelativeBias(randn(HEADS, distances, dtype=dtype).t(), positions, GRID)
+
+
+class Attention(NamedTuple):
+    """A call of ops.varlen_attention."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+    scale: float | None = None
+    bias: ops.RelativeBias | None = None
+
+    @property
+    def arguments(self) -> tuple:
+        """As the implementations take them."""
+        return *self[:8], *(self.bias or ())
+
+
+def segments(lengths_q: list[int], lengths_k: list[int]) -> tuple[Tensor, Tensor, int, int]:
+    cu_seqlens = (cu_seqlens_of(torch.tensor(n, dtype=torch.int32, device=DEVICE)) for n in (lengths_q, lengths_k))
+    return *cu_seqlens, max(lengths_q), max(lengths_k)
+
+
+def attention_cases(dtype: torch.dtype) -> Iterator[Attention]:
+    for longest in (bound for bound in LONGEST if bound <= LENGTHS[-1]):
+        lengths = [n for n in LENGTHS if n <= longest]
+        lengths = lengths[1::2] + lengths[::2]  # long and short ones, and an empty one, beside one another
+        total, places = sum(lengths), segments(lengths, lengths)
+        for head_dim in (16, 64, 72, 88, 128):
+            yield Attention(*projections(total, head_dim, dtype), *places)
+        for head_dim, class_token in ((64, True), (88, False)):  # one for each width of tiles: compiling takes long
+            yield Attention(*projections(total, head_dim, dtype), *places, bias=bias_of(total, dtype, class_token))
+        (query, _, _), (_, key, value) = projections(len(lengths), 64, dtype), projections(total, 64, dtype)
+        yield Attention(query, key, value, *segments([1] * len(lengths), lengths))  # as of an attention pool
+        query, _, _ = projections(total, 64, dtype)
+        yield Attention(query, key, value, *segments(lengths, lengths[1:] + lengths[:1]))  # one of them without keys
+
+    lengths = [n for n in LENGTHS if n <= 65]
+    query, key, value = projections(sum(lengths), 64, dtype)
+    places = segments(lengths, lengths)
+    yield Attention(30 * query, 30 * key, value, *places)  # scores of thousands
+    yield Attention(30 * query, 30 * key, value, *places, scale=1.0)
+    yield Attention(torch.zeros_like(query), key, value, *places)  # equal scores
+    yield Attention(query, key, value, *places, scale=0.5, bias=bias_of(sum(lengths), dtype, True))
+    for first, second in ((0, 0), (0, 1), (1, 2)):  # contiguous, heads outermost, columns apart
+        moved = (t.transpose(first, second).contiguous().transpose(first, second) for t in (query, key, value))
+        yield Attention(*moved, *places)
+    yield Attention(*projections(0, 64, dtype), *segments([0, 0], [0, 0]))
+
+
+def attention_in_float64(case: Attention) -> tuple[Tensor, float]:
+    """By the formula, segment by segment, on the CPU; and the greatest score."""
+    query, key, value = (t.double().cpu() for t in case[:3])
+    scale = query.shape[2] ** -0.5 if case.scale is None else case.scale
+    out, greatest = torch.zeros_like(query, memory_format=torch.contiguous_format), 0.0
+    segments_of = (itertools.pairwise(cu_seqlens.tolist()) for cu_seqlens in case[3:5])
+    for (q0, q1), (k0, k1) in zip(*segments_of, strict=True):
+        if q1 == q0 or k1 == k0:
+            continue
+        scores = scale * torch.einsum("qhd,khd->hqk", query[q0:q1], key[k0:k1])
+        if case.bias is not None:
+            positions = case.bias.positions.cpu()
+            index = reference.relative_position_index(positions[q0:q1], positions[k0:k1], GRID)
+            scores += case.bias.table.double().cpu()[index].permute(2, 0, 1)
+        greatest = max(greatest, scores.abs().max().item())
+        out[q0:q1] = torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1), value[k0:k1])
+    return out, greatest
+
+
+def assert_attention(case: Attention, out: Tensor) -> None:
+    """The whole output by its norm, and no row of a head much worse."""
+    wanted, greatest = attention_in_float64(case)
+    assert out.is_contiguous() and out.shape == wanted.shape and out.dtype == case.query.dtype
+    error = (out.double().cpu() - wanted).norm(dim=-1)
+    whole = (error.norm() / wanted.norm().clamp(min=1e-30)).item()
+    worst = (error / wanted.norm(dim=-1).clamp(min=1e-30)).max().item() if error.numel() else 0.0
+    # Rounding a score to float32 changes its weight by a factor as far from 1 as the score was from its rounding.
+    tolerance = max(NORM_TOLERANCE[out.dtype], greatest * torch.finfo(torch.float32).eps)
+    assert whole <= tolerance, f"off by {whole:.2g} of the norm, not {tolerance:.2g}"  # false for NaN
+    assert worst <= 4 * tolerance, f"a row is off by {worst:.2g} of its norm, not {4 * tolerance:.2g}"
+
+
+def assert_replays(implementation: attention_backends.Implementation, case: Attention, other: Attention) -> None:
+    """A graph of one case, on the values and segments of another."""
+    implementation.launch(*case.arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = implementation.launch(*case.arguments)
+    for tensor, changed in zip(case[:5], other[:5], strict=True):
+        tensor.copy_(changed)
+    graph.replay()
+    assert_attention(case, out)
+
+
+def varlen_attention(implementation: attention_backends.Implementation) -> Iterator[None]:
+    if not implementation.runs_on(DEVICE.type):
+        raise NotHereError(cuda.WHY_NOT if implementation.name == "cuda" and CUDA else f"not for {DEVICE.type}")
+    for dtype in DTYPES:
+        for case in attention_cases(dtype):
+            if implementation.takes(*case.arguments):
+                # Freed at once, so that what C++ allocates next is likely to be this memory.
+                torch.full_like(case.query, float("nan"))
+                assert_attention(case, implementation.launch(*case.arguments))
+                yield
+        lengths = [n for n in LENGTHS if n <= 65]
+        case, other = (
+            Attention(*projections(sum(lengths), 64, dtype), *segments(n, n)) for n in (lengths, lengths[::-1])
+        )
+        if CUDA and not SANITIZED and implementation.takes(*case.arguments):
+            assert_replays(implementation, case, other)
+            yield
+
+
+OPERATORS = (select_tokens, select_from_saliency, pack, embed_tokens, gather_tokens, segment_pool)
+CHECKS: dict[str, Callable[[], Iterator[None]]] = {check.__name__: check for check in OPERATORS} | {
+    f"varlen_attention_{implementation.name}": functools.partial(varlen_attention, implementation)
+    for implementation in attention_backends.IMPLEMENTATIONS
+}
 
 
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("operators", nargs="*", metavar="operator", help=", ".join(c.__name__ for c in CHECKS))
+    parser.add_argument("checks", nargs="*", metavar="check", help=", ".join(CHECKS))
     parser.add_argument("--dtype", choices=[str(d).removeprefix("torch.") for d in DTYPES], help="this one only")
+    parser.add_argument(
+        "--longest", type=int, default=1370 if CUDA else 65, help="leave out attention's longer segments"
+    )
     args = parser.parse_args()
+    if unknown := set(args.checks) - set(CHECKS):
+        parser.error(f"no such check: {', '.join(sorted(unknown))}; there are {', '.join(CHECKS)}")
     if args.dtype:
         DTYPES[:] = [getattr(torch, args.dtype)]
+    LENGTHS[:] = [length for length in LENGTHS if length <= args.longest]
     torch.backends.cuda.matmul.fp32_precision = "ieee"  # the tolerances are of float32 proper
     poison()
     failed = False
     types = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
-    for check in CHECKS:
-        name = check.__name__
-        if args.operators and name not in args.operators:
-            continue
-        if not ops.KERNELS[name]:
-            print(f"{name}: NOT CHECKED, it has no kernel")
-            failed = True
-            continue
+    for name in args.checks or CHECKS:
         torch.manual_seed(0)
         done = 0
         try:
-            for _ in check():
+            for _ in CHECKS[name]():
                 done += 1
-            print(f"{name}, {types}: right in {done} cases", flush=True)
+            print(
+                f"{name}, {types}: " + (f"right in {done} cases" if done else "NOT CHECKED, it takes none"), flush=True
+            )
+        except NotHereError as reason:
+            print(f"{name}: NOT CHECKED, {reason}", flush=True)
         except Exception:
             traceback.print_exc()
             print(f"{name}, {types}: WRONG in case {done}", flush=True)

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from measure import CUDA, Case, measure
+from measure import CUDA, DEVICE, Case, measure, ops
 
 GRIDS = ((14, 14), (24, 24), (37, 37))  # 224 and 384 pixels at patch 16, 518 pixels at patch 14
 # The bars' batches first, in case that the deadline comes.
@@ -51,8 +51,12 @@ def pytest_generate_tests(metafunc):
 
 def pytest_collection_modifyitems(items):
     """All operators of one batch size before the next one, so that a deadline costs every operator its last shapes."""
-    order = {batch: place for place, batch in enumerate(BATCHES)}
-    items.sort(key=lambda item: order[item.callspec.params["case"].batch] if hasattr(item, "callspec") else -1)
+
+    def place(item) -> int:
+        case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
+        return -1 if case is None else BATCHES.index(case.batch)
+
+    items.sort(key=place)
 
 
 def pytest_benchmark_update_json(output_json):
@@ -96,7 +100,9 @@ def compare(benchmark, case):
         if case.implementation == "compiled":
             torch._dynamo.reset()  # each shape is compiled for itself, as for a user who has one
             function = torch.compile(eager, dynamic=False, fullgraph=True)
-        measure(benchmark, case, operator, function, make_arguments, moved_bytes, flops, reads_back)
+        backend = ops.choose_backend(DEVICE.type)[0] if case.implementation == "tinydrop" else "torch"
+        call = (operator, case.implementation, backend, case.labels, function, make_arguments)
+        measure(benchmark, *call, moved_bytes, flops, reads_back)
         if case.implementation == "tinydrop":
             arguments = make_arguments()
             agree(own(*arguments), eager(*arguments))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 if importlib.util.find_spec("timm") is None and "tinydrop_kernels" not in sys.modules:
@@ -51,6 +52,10 @@ class Case:
         """Patches kept of each image, rounded up as the package's policy does."""
         return math.ceil(self.keep * self.num_patches)
 
+    @property
+    def labels(self) -> dict[str, Any]:
+        return {"batch": self.batch, "grid": f"{self.grid[0]}x{self.grid[1]}", "keep": self.keep}
+
     def __str__(self) -> str:
         return f"{self.implementation}-b{self.batch}-{self.grid[0]}x{self.grid[1]}-keep{self.keep:g}"
 
@@ -65,6 +70,27 @@ def kept_indices(case: Case) -> Tensor:
     indices = torch.full((case.batch, case.num_patches), -1, dtype=torch.int32, device=DEVICE)
     indices[:, : case.kept] = chosen.sort(dim=1).values
     return indices
+
+
+def ragged_lengths(mean: float, batch: int, longest: int) -> Tensor:
+    """Lengths of a ragged batch, the same in every run: normal, of a third of the mean in deviation, from 1 up."""
+    noise = torch.randn(batch, generator=torch.Generator().manual_seed(0))
+    return (mean + mean / 3 * noise).round().clamp(1, longest).int().to(DEVICE)
+
+
+def cu_seqlens_of(lengths: Tensor) -> Tensor:
+    return F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+
+
+def relative_bias(lengths: Tensor, heads: int) -> ops.RelativeBias:
+    """BEiT's, for segments of a class token and random patches of the smallest of ViT's grids that has enough."""
+    longest = int(lengths.max())
+    side = next(side for side in (14, 24, 37) if side**2 >= longest - 1)
+    order = torch.rand(len(lengths), side**2, device=DEVICE).argsort(dim=1)
+    chosen = torch.arange(side**2, device=DEVICE) < lengths[:, None] - 1
+    patches = F.pad(order.where(chosen, side**2).sort(dim=1).values, (1, 0), value=-1)
+    positions = patches[:, :longest][torch.arange(longest, device=DEVICE) < lengths[:, None]].int()
+    return ops.RelativeBias(randn((2 * side - 1) ** 2 + 3, heads), positions, (side, side))
 
 
 def size_of(*tensors: Tensor) -> int:
@@ -168,8 +194,10 @@ def _plain_us(step: Callable) -> float:
 
 def measure(
     benchmark: Any,
-    case: Case,
     operator: str,
+    implementation: str,
+    backend: str,
+    labels: dict[str, Any],
     function: Callable,
     make_arguments: Callable[[], tuple],
     moved_bytes: int,
@@ -181,6 +209,8 @@ def measure(
     pytest-benchmark's own statistics are of a call and the wait for its end.
 
     Args:
+        backend: what runs in the end: "torch", "reference", "triton", "cuda".
+        labels: what else tells this call from others of its operator; "batch" above all.
         moved_bytes: the fewest that the operator, not this implementation of it, can read and write.
         flops: of matrix products that the operator cannot do without.
         reads_back: the function waits for the device, which a CUDA graph cannot.
@@ -195,25 +225,20 @@ def measure(
     synchronize()
     estimate = 1e6 * (time.perf_counter() - start)
 
-    backend = "torch"
-    if case.implementation == "tinydrop":
-        backend = ops.choose_backend(DEVICE.type, ops.KERNELS.get(operator, CUDA))[0]
     info: dict[str, Any] = {
         "operator": operator,
-        "implementation": case.implementation,
+        "implementation": implementation,
         "backend": backend,
         "device": torch.cuda.get_device_name() if CUDA else "cpu",
         "torch": torch.__version__,
         "dtype": str(DTYPE).removeprefix("torch."),
-        "batch": case.batch,
-        "grid": f"{case.grid[0]}x{case.grid[1]}",
-        "keep": case.keep,
+        **labels,
         "bytes": moved_bytes,
         "flops": flops,
         "argument_sets": len(argument_sets),
     }
     rounds = int(min(50, max(5, 3e5 / estimate)))
-    benchmark.group = f"{operator} batch {case.batch} grid {info['grid']} keep {case.keep:g}"
+    benchmark.group = " ".join((operator, *(f"{name} {value}" for name, value in labels.items())))
 
     def until_its_end() -> None:
         step()

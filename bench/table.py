@@ -2,13 +2,16 @@
 
     python bench/table.py FILE [FILE ...]
 
-One row for each operator and shape, for the package's own implementation (Triton on CUDA, plain PyTorch on CPU):
+Attention on a GPU has a table of its own: a row for each shape, a column for each implementation's ``us``; the package
+runs the starred one by itself, and ``x best``, ``copy`` and ``host`` are of that one. Of all other operators one row
+for each shape, for the package's own implementation (Triton on CUDA, plain PyTorch on CPU):
 
 * ``us``: microseconds of a call; on CUDA of device time within a CUDA graph (``g``) or, where none can hold the call,
   between CUDA events (``e``); else of wall clock until the call has ended (``w``);
 * ``events``: microseconds of device time between CUDA events, launched one by one;
 * ``host``: microseconds of host time;
-* ``x eager``, ``x compiled``: how many times longer the PyTorch baseline takes, by the same clock as ``us``;
+* ``x eager``, ``x compiled``: how many times longer the PyTorch baseline takes, by the first of these clocks that
+  timed both;
 * ``copy``: the bytes that must move over ``us``, as a fraction of what a large copy moves in the same run;
 * ``floor``: the same, or the matrix products' rate as a fraction of a large product's where that is more.
 """
@@ -34,42 +37,87 @@ COLUMNS = (
 )
 CLOCKS = {"device_us_graph": "g", "device_us_events": "e", "latency_us": "w"}  # the first that was measured counts
 GRIDS = ("14x14", "24x24", "37x37")
+RIVALS = ("varlen_attn", "cudnn", "fa3", "padded", "dense")
+ATTENTION = ("triton", "cuda", *RIVALS)
 
 Row = dict[str, dict]  # implementation: what was measured
 Key = tuple[str, int, str, float]  # operator, batch, grid, fraction kept
+Segments = tuple[int, str, bool]  # attention's: batch, lengths, whether with a bias
 
 
-def load(paths: list[str]) -> dict[Key, Row]:
+def load(paths: list[str]) -> tuple[dict[Key, Row], dict[Segments, Row]]:
+    """What was measured of attention on a GPU, and of everything else."""
     rows: dict[Key, Row] = {}
+    attention: dict[Segments, Row] = {}
     for path in paths:
         with open(path) as file:
             benchmarks = json.load(file)["benchmarks"]
         for benchmark in benchmarks:
             info = benchmark["extra_info"] | {"latency_us": 1e6 * benchmark["stats"]["median"]}
-            key = info["operator"], info["batch"], info["grid"], info["keep"]
-            rows.setdefault(key, {})[info["implementation"]] = info
-    return rows
+            if "lengths" in info:
+                row = attention.setdefault((info["batch"], info["lengths"], info["bias"]), {})
+            elif "operator" in info:  # a rival that failed half-way has no more than a latency
+                row = rows.setdefault((info["operator"], info["batch"], info["grid"], info["keep"]), {})
+            else:
+                continue
+            row[info["implementation"]] = info
+    return rows, attention
 
 
 def clock_of(own: dict) -> str:
     return next(clock for clock in CLOCKS if clock in own)
 
 
-def speed_up(row: Row, other: str) -> float | None:
+def speed_up(row: Row, other: str, own: str = "tinydrop") -> float | None:
     """How many times longer another implementation takes than the package's, if both were measured alike."""
-    if "tinydrop" not in row:
+    if own not in row:
         return None
-    clock = clock_of(row["tinydrop"])
-    return row[other][clock] / row["tinydrop"][clock] if clock in row.get(other, {}) else None
+    clock = next((clock for clock in CLOCKS if clock in row[own] and clock in row.get(other, {})), None)
+    return clock and row[other][clock] / row[own][clock]
+
+
+def default(row: Row) -> dict:
+    """Of attention's row: what was measured of the implementation that the package runs by itself."""
+    return next((info for info in row.values() if info["is_default"]), {})
+
+
+def best_rival(row: Row) -> float | None:
+    """How many times longer than the package the fastest of the others takes."""
+    own = default(row).get("implementation", "")
+    return min((ratio for rival in RIVALS if (ratio := speed_up(row, rival, own))), default=None)
+
+
+def number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def markdown(lines: list[tuple[str, ...]]) -> str:
+    head, *body = lines
+    return "\n".join(f"|{'|'.join(line)}|" for line in (head, ("---",) * len(head), *body))
+
+
+def attention_table(rows: dict[Segments, Row]) -> str:
+    def time(info: dict) -> str:
+        return f"{info[clock_of(info)]:.1f}{CLOCKS[clock_of(info)]}{'*' * info['is_default']}" if info else ""
+
+    lines = [("batch", "lengths", "bias", *ATTENTION, "x best", "copy", "host", "host of varlen_attn")]
+    for segments, row in rows.items():
+        own = default(row)
+        lines.append(
+            (
+                *(str(segments[0]), segments[1], "yes" if segments[2] else ""),
+                *(time(row.get(name, {})) for name in ATTENTION),
+                number(best_rival(row), ".2f"),
+                number(own.get("fraction_of_copy"), ".2f"),
+                number(own.get("host_us"), ".1f"),
+                number(row.get("varlen_attn", {}).get("host_us"), ".1f"),
+            )
+        )
+    return markdown(lines)
 
 
 def table(rows: dict[Key, Row]) -> str:
-    """Markdown."""
-
-    def number(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
-
-    lines = [COLUMNS, tuple("---" for _ in COLUMNS)]
+    lines = [COLUMNS]
     for key in sorted(rows, key=lambda key: (OPERATORS.index(key[0]), *key[1:])):
         own = rows[key].get("tinydrop")
         if own is None:
@@ -87,26 +135,61 @@ def table(rows: dict[Key, Row]) -> str:
                 number(own.get("fraction_of_floor"), ".2f"),
             )
         )
-    return "\n".join(f"|{'|'.join(line)}|" for line in lines)
+    return markdown(lines)
 
 
-def summary(rows: dict[Key, Row]) -> str:
+def summary(rows: list[Row]) -> str:
     """What was measured on, and the ceilings."""
-    infos = [info for row in rows.values() for info in row.values()]
+    infos = [info for row in rows for info in row.values()]
     parts = [", ".join(sorted({f"{i['device']}, torch {i['torch']}, {i['dtype']}" for i in infos}))]
     for name, label in (("copy_gb_per_s", "copy %.0f GB/s"), ("matrix_tflop_per_s", "matrix product %.3g TFLOP/s")):
         parts += sorted({label % i[name] for i in infos if name in i})
     return "; ".join(parts)
 
 
+def judge(bar: str, values: list[float | None], good: Callable[[float], bool], worst: Callable, note: str = "") -> str:
+    if None in values:
+        return f"{bar}: not measured"
+    value = worst(values)
+    return f"{bar}: {'met' if good(value) else 'missed'} ({value:.3g}{note})"
+
+
+def attention_bars(rows: dict[Segments, Row]) -> list[str]:
+    """The figures that an H200 is asked for, in bfloat16, 16 heads of 64, of what the package runs by itself."""
+
+    def on_h200(*segments) -> Row:
+        row = rows.get(segments, {})
+        return row if "H200" in default(row).get("device", "") else {}
+
+    lines = []
+    over_rivals = {"mean 20": 1.5, "mean 50": 1.5, "mean 99": 1.5, "197": 1.15, "257": 1.15, "577": 1.0}
+    for lengths, least in over_rivals.items():
+        row = on_h200(256, lengths, False)
+        missing = [rival for rival in RIVALS if rival not in row and (rival != "dense" or lengths.isdecimal())]
+        note = f"; without {', '.join(missing)}" if missing else ""
+        bar = f"attention, batch 256, {lengths}: {least} times over the best rival"
+        lines.append(judge(bar, [best_rival(row)], lambda x, least=least: x >= least, min, note))
+    for lengths in ("mean 50", "mean 99", "197", "257"):
+        fraction = default(on_h200(256, lengths, False)).get("fraction_of_copy")
+        bar = f"attention, batch 256, {lengths}: 0.7 of the copy's rate"
+        lines.append(judge(bar, [fraction], lambda x: x >= 0.7, min))
+    for lengths in ("mean 20", "mean 50", "mean 99", "197"):
+        biased = default(on_h200(256, lengths, True))
+        plain = on_h200(256, lengths, False).get(biased.get("implementation"), {})
+        ratio = speed_up({"plain": plain, "biased": biased}, "biased", "plain")
+        bar = f"attention, batch 256, {lengths}: with BEiT's bias at most 1.2 times as long"
+        lines.append(judge(bar, [ratio], lambda x: x <= 1.2, max))
+    measured = [on_h200(*segments) for segments in rows if not segments[2]] or [{}]
+    ratios = [
+        default(row)["host_us"] / row["varlen_attn"]["host_us"] if "host_us" in row.get("varlen_attn", {}) else None
+        for row in measured
+    ]
+    bar = "attention, every batch and length: at most varlen_attn's time on the host"
+    return [*lines, judge(bar, ratios, lambda x: x <= 1, max)]
+
+
 def bars(rows: dict[Key, Row]) -> list[str]:
     """The figures that an H200 is asked for; all of them are of Triton kernels in bfloat16."""
-
-    def judge(bar: str, values: list[float | None], good: Callable[[float], bool], worst: Callable) -> str:
-        if None in values:
-            return f"{bar}: not measured"
-        value = worst(values)
-        return f"{bar}: {'met' if good(value) else 'missed'} ({value:.3g})"
 
     def on_h200(key: Key) -> Row:
         row = rows.get(key, {})
@@ -139,8 +222,11 @@ def bars(rows: dict[Key, Row]) -> list[str]:
 def main() -> None:
     if len(sys.argv) < 2:
         sys.exit(__doc__)
-    rows = load(sys.argv[1:])
-    print(table(rows), summary(rows), "\n".join(f"* {line}" for line in bars(rows)), sep="\n\n")
+    rows, attention = load(sys.argv[1:])
+    parts = [attention_table(attention)] if attention else []
+    parts += [table(rows)] if rows else []
+    judged = attention_bars(attention) + bars(rows)
+    print(*parts, summary([*attention.values(), *rows.values()]), "\n".join(f"* {bar}" for bar in judged), sep="\n\n")
 
 
 if __name__ == "__main__":

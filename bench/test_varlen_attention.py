@@ -1,35 +1,224 @@
-"""Attention within segments, at ViT-B's heads. The operator has no kernel yet; on CUDA there is nothing to time."""
+"""Attention within segments: on CPU against padding, at ViT-B's heads; on a GPU against every rival, at ViT-L's."""
+
+import itertools
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import CUDA, DEVICE, ops, randn, size_of
+from measure import CUDA, DEVICE, DTYPE, cu_seqlens_of, measure, ops, ragged_lengths, randn, relative_bias, size_of
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-HEADS, HEAD_DIM = 12, 64
+from tinydrop_kernels.ops import attention_backends, cuda, reference
+
+HEADS, HEAD_DIM = 16, 64
+LONGEST_RAGGED = 197  # every patch of a 14 x 14 grid, and the class token
+# (batch, length of every segment or the mean of their lengths, whether they differ)
+SHAPES = (
+    *((256, mean, True) for mean in (20, 50, 99)),
+    *((256, length, False) for length in (197, 257, 577)),
+    *itertools.product((1, 8), (50, 197), (False,)),
+)
+TOLERANCE = 3e-2 if DTYPE == torch.bfloat16 else 1e-4  # of a row's norm
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one benchmark on a GPU runs."""
+
+    implementation: str
+    batch: int
+    length: int
+    is_ragged: bool
+    has_bias: bool = False
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        lengths = f"mean {self.length}" if self.is_ragged else str(self.length)
+        return {"batch": self.batch, "lengths": lengths, "bias": self.has_bias}
+
+    def __str__(self) -> str:
+        bias = "-bias" if self.has_bias else ""
+        return f"{self.implementation}-b{self.batch}-{'mean' * self.is_ragged}{self.length}{bias}"
+
+
+class Layout(NamedTuple):
+    """What all layers of a model share, and what is therefore not timed."""
+
+    cu_seqlens: Tensor
+    longest: int
+    bias: ops.RelativeBias | None
+    packed_rows: Tensor  # of each place of the padded batch
+    padded_rows: Tensor  # of each packed row
+    key_mask: Tensor  # (batch, 1, 1, width), added to the scores
+
+    @property
+    def lengths(self) -> tuple[Tensor, Tensor, int, int]:
+        return self.cu_seqlens, self.cu_seqlens, self.longest, self.longest
+
+
+def layout_of(run: Run) -> Layout:
+    if run.is_ragged:
+        lengths = ragged_lengths(run.length, run.batch, LONGEST_RAGGED)
+    else:
+        lengths = torch.full((run.batch,), run.length, dtype=torch.int32, device=DEVICE)
+    cu_seqlens, longest = cu_seqlens_of(lengths), int(lengths.max())
+    place = torch.arange(-(-longest // 8) * 8, device=DEVICE)  # a mask of another width would be copied in every call
+    is_token = place < lengths[:, None]
+    packed_rows = (cu_seqlens[:-1, None] + place).clamp(max=int(cu_seqlens[-1]) - 1).flatten()
+    key_mask = torch.zeros(is_token.shape, device=DEVICE, dtype=DTYPE).masked_fill_(~is_token, float("-inf"))
+    bias = relative_bias(lengths, HEADS) if run.has_bias else None
+    return Layout(cu_seqlens, longest, bias, packed_rows, is_token.flatten().nonzero()[:, 0], key_mask[:, None, None])
+
+
+def own(layout: Layout) -> Callable:
+    def call(qkv, *projections):
+        return ops.varlen_attention(*projections, *layout.lengths, bias=layout.bias)
+
+    return call
+
+
+def flash_attention_2(layout: Layout) -> Callable:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return lambda qkv, *projections: varlen_attn(*projections, *layout.lengths)
+
+
+def flash_attention_3(layout: Layout) -> Callable:
+    from fa3_fwd_interface import flash_attn_varlen_func
+
+    return lambda qkv, *projections: flash_attn_varlen_func(*projections, *layout.lengths)
+
+
+def cudnn(layout: Layout) -> Callable:
+    """What varlen_attn calls where it chooses cuDNN. Called directly, because torch 2.11 never chooses it."""
+    attend = torch.ops.aten._cudnn_attention_forward.default
+    flags = True, 0.0, False, False  # log-sum-exp (as varlen_attn), dropout, causal, debug mask
+    return lambda qkv, *projections: attend(*projections, None, *layout.lengths, *flags)[0]
+
+
+def padded(layout: Layout) -> Callable:
+    """Pad to the longest segment, mask the padding's keys, and pack again."""
+    batch, width = layout.key_mask.shape[0], layout.key_mask.shape[3]
+
+    def call(qkv, *projections):
+        rows = qkv.index_select(0, layout.packed_rows).view(batch, width, 3, HEADS, HEAD_DIM)
+        out = F.scaled_dot_product_attention(*rows.permute(2, 0, 3, 1, 4), attn_mask=layout.key_mask)
+        return out.transpose(1, 2).reshape(-1, HEADS, HEAD_DIM).index_select(0, layout.padded_rows)
+
+    return call
+
+
+def dense(layout: Layout) -> Callable:
+    """Equal lengths are a batch."""
+
+    def call(qkv, *projections):
+        batch = qkv.view(-1, layout.longest, 3, HEADS, HEAD_DIM)
+        out = F.scaled_dot_product_attention(*batch.permute(2, 0, 3, 1, 4))
+        return out.transpose(1, 2).reshape(-1, HEADS, HEAD_DIM)
+
+    return call
+
+
+OWN = ("triton", "cuda")
+IMPLEMENTATIONS = {
+    **dict.fromkeys(OWN, own),
+    "varlen_attn": flash_attention_2,
+    "fa3": flash_attention_3,
+    "padded": padded,
+    "dense": dense,
+    "cudnn": cudnn,  # last: not validated for short segments before 9.24, and a crash on the device ends the process
+}
+
+
+def runs() -> list[Run]:
+    found = []
+    for name in IMPLEMENTATIONS:
+        found += [Run(name, *shape) for shape in SHAPES if name != "dense" or not shape[2]]
+        if name in OWN:
+            plain = [Run(name, *shape) for shape in SHAPES if shape[0] == 256 and shape[1] <= LONGEST_RAGGED]
+            found += [replace(run, has_bias=True) for run in plain]
+    return found
+
+
+def chosen(layout: Layout, qkv: Tensor, *projections: Tensor) -> str:
+    """Which of the package's implementations runs."""
+    arguments = (*projections, *layout.lengths, None, *(layout.bias or ()))
+    preferred = (i for i in attention_backends.preference(DEVICE.type) if i.runs_on(DEVICE.type))
+    return next(implementation.name for implementation in preferred if implementation.takes(*arguments))
+
+
+def row_error(out: Tensor, wanted: Tensor) -> float:
+    return ((out.float() - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max().item()
+
+
+@pytest.mark.parametrize("run", runs() if CUDA else [], ids=str)
+def test_rivals(run, benchmark):
+    is_own = run.implementation in OWN
+    if run.implementation == "cuda" and not cuda.available():
+        pytest.skip(f"cuda: {cuda.WHY_NOT}")
+    layout = layout_of(run)
+    total = int(layout.cu_seqlens[-1])
+
+    def make_arguments():
+        qkv = randn(total, 3, HEADS, HEAD_DIM)
+        return qkv, *qkv.unbind(1)
+
+    arguments = make_arguments()
+    bias = layout.bias and layout.bias._replace(table=layout.bias.table.float())
+    wanted = reference.padded_attention(*(t.float() for t in arguments[1:]), *layout.lengths, None, bias)
+    benchmark.extra_info["is_default"] = is_own and chosen(layout, *arguments) == run.implementation
+    moved_bytes = 4 * size_of(arguments[1]) + size_of(layout.cu_seqlens)
+    if layout.bias:
+        moved_bytes += size_of(layout.bias.table, layout.bias.positions)
+    lengths = layout.cu_seqlens.diff().long()
+    flops = 4 * int(lengths.square().sum()) * HEADS * HEAD_DIM
+
+    # Newer torch lets varlen_attn choose between FlashAttention-2 and cuDNN, which is timed by itself.
+    flash_alone = sdpa_kernel(SDPBackend.FLASH_ATTENTION) if run.implementation == "varlen_attn" else nullcontext()
+    with ops.use_backend(run.implementation if is_own else "auto"), flash_alone:
+        if is_own and chosen(layout, *arguments) != run.implementation:
+            pytest.skip(f"{run.implementation}: does not take these arguments")
+        try:
+            function = IMPLEMENTATIONS[run.implementation](layout)
+            error = row_error(function(*arguments), wanted)
+            assert error <= TOLERANCE, f"a row is off by {error:.2g} of its norm"
+            call = ("varlen_attention", run.implementation, run.implementation, run.labels, function, make_arguments)
+            measure(benchmark, *call, moved_bytes, flops)
+        except Exception as error:
+            if is_own:
+                raise
+            reason = str(error).strip().split("\n")[0][:100]
+            pytest.skip(f"{run.implementation}: {type(error).__name__}: {reason}")
 
 
 def user(query, key, value, index, mask):
-    """Pad to the longest segment, mask the padding's keys, and pack again."""
+    """Pad to the longest segment, mask the padding's keys, and pack again, from packed query, key and value."""
 
     def padded(packed):
-        rows = packed.new_zeros(mask.numel(), HEADS, HEAD_DIM).index_copy_(0, index, packed)
-        return rows.view(*mask.shape, HEADS, HEAD_DIM).transpose(1, 2)
+        rows = packed.new_zeros(mask.numel(), *packed.shape[1:]).index_copy_(0, index, packed)
+        return rows.view(*mask.shape, *packed.shape[1:]).transpose(1, 2)
 
     out = F.scaled_dot_product_attention(padded(query), padded(key), padded(value), attn_mask=mask[:, None, None])
     return out.transpose(1, 2).flatten(0, 1)[index]
 
 
-@pytest.mark.skipif(CUDA and not ops.KERNELS["varlen_attention"], reason="varlen_attention has no kernel yet")
+@pytest.mark.skipif(CUDA, reason="on a GPU test_rivals times attention")
 def test_varlen_attention(case, compare):
+    heads, head_dim = 12, 64
     spread = torch.linspace(0.5, 1.5, case.batch) if case.batch > 1 else torch.ones(1)
     lengths = ((case.kept * spread).int() + 1).to(DEVICE)
-    cu_seqlens = torch.cat((lengths.new_zeros(1), lengths.cumsum(0, dtype=torch.int32)))
+    cu_seqlens = cu_seqlens_of(lengths)
     longest, total = int(lengths.max()), int(cu_seqlens[-1])
     mask = torch.arange(longest, device=DEVICE) < lengths[:, None]
     index = mask.flatten().nonzero()[:, 0]
 
     def make_arguments():
-        return tuple(randn(total, 3, HEADS, HEAD_DIM).unbind(1))
+        return tuple(randn(total, 3, heads, head_dim).unbind(1))
 
     def own(query, key, value):
         return ops.varlen_attention(query, key, value, cu_seqlens, cu_seqlens, longest, longest)
@@ -38,5 +227,5 @@ def test_varlen_attention(case, compare):
         return user(query, key, value, index, mask)
 
     query, _, _ = make_arguments()
-    flops = 4 * int(lengths.long().square().sum()) * HEADS * HEAD_DIM
+    flops = 4 * int(lengths.long().square().sum()) * heads * head_dim
     compare("varlen_attention", own, eager, make_arguments, 4 * size_of(query) + size_of(cu_seqlens), flops)

@@ -16,6 +16,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_guidance, tiny_vit, varied_images
+
+import tinydrop_kernels as tdk
+from tinydrop_kernels.ops import attention_backends
 
 ROOT = Path(__file__).parents[1]
 EMULATOR = Path(__file__).parent / "cuda_emulator"
@@ -294,6 +298,27 @@ def test_launches_fill_their_blocks(emulate):
     _, plan = emulate(query, key, value, [100], [100])
     assert (plan.warps, plan.row_blocks_per_warp, plan.query_blocks) == (4, 2, 1)
     assert 4 * (plan.shared_bytes + 1024) <= SHARED["h100"]
+
+
+@pytest.mark.parametrize("options", [{}, {"global_pool": "map", "class_token": False}], ids=["token", "map pool"])
+def test_patched_model(emulate, monkeypatch, options):
+    """A whole ViT whose attention runs on the extension's kernel: exits, few tokens, all tokens; a pool's query."""
+
+    def launch(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale=None, *bias):
+        lengths = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
+        return emulate(query, key, value, *lengths, scale=scale)[0]
+
+    vit = tiny_vit(**options).bfloat16()
+    tdk.patch(vit, tiny_guidance(), tdk.DropPolicy(tau=0.4, gamma=1.0, min_keep=0.1))
+    images = varied_images(6).bfloat16()
+    with torch.inference_mode():
+        wanted = vit(images)
+        emulated = attention_backends.Implementation("cuda", lambda device: True, lambda *_: True, launch, "emulated")
+        monkeypatch.setattr(attention_backends, "IMPLEMENTATIONS", (emulated,))
+        out = vit(images)
+    counts = vit.tinydrop.last.selection.counts.tolist()
+    assert 0 in counts and len(set(counts)) > 2
+    torch.testing.assert_close(out, wanted, atol=3e-2, rtol=3e-2)
 
 
 @pytest.mark.parametrize(
