@@ -309,7 +309,7 @@ def test_patched_model(emulate, monkeypatch, options):
         return emulate(query, key, value, *lengths, scale=scale)[0]
 
     vit = tiny_vit(**options).bfloat16()
-    tdk.patch(vit, tiny_guidance(), tdk.DropPolicy(tau=0.4, gamma=1.0, min_keep=0.1))
+    tdk.patch(vit, tiny_guidance(), tdk.DropPolicy(tau=0.5, gamma=1.0, min_keep=0.1))
     images = varied_images(6).bfloat16()
     with torch.inference_mode():
         wanted = vit(images)
