@@ -68,7 +68,7 @@ def scores_of(
     return tl.where(is_key, scores, -float("inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["query_blocks"])
 def varlen_attention_kernel(
     query_pointer,
     key_pointer,
