@@ -114,6 +114,7 @@ def attention_calls(dtype: torch.dtype) -> Iterator[tuple[str, tuple]]:
     lengths = (16, 64, 197) if dtype == torch.float32 else (16, 32, 64, 128, 197)
     for head_dim, queries, longest in (
         *((head_dim, None, longest) for head_dim in (64, 128) for longest in lengths),
+        (16, None, 197),
         (72, None, 197),
         (64, 1, 197),
         (72, 1, 197),

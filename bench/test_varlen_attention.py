@@ -91,7 +91,11 @@ def flash_attention_2(layout: Layout) -> Callable:
 def flash_attention_3(layout: Layout) -> Callable:
     from fa3_fwd_interface import flash_attn_varlen_func
 
-    return lambda qkv, *projections: flash_attn_varlen_func(*projections, *layout.lengths)
+    def call(qkv, *projections):
+        out = flash_attn_varlen_func(*projections, *layout.lengths)
+        return out[0] if isinstance(out, tuple) else out  # some releases give the log-sum-exp too
+
+    return call
 
 
 def cudnn(layout: Layout) -> Callable:

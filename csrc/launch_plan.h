@@ -14,7 +14,7 @@ constexpr int kKeyStep = 32;        // keys of a step of the online softmax; len
 constexpr int kKeyTile = 64;        // keys that are copied at a time
 constexpr int kStreamedTiles = 2;   // key tiles in shared memory where not all fit: one in use, one arriving
 constexpr int kMaxWarps = 8;
-constexpr int kMinWarps = 2;
+constexpr int kMinWarps = 2;        // also where one has all rows: the other helps to copy the keys
 constexpr int kWarpsPerMultiprocessor = 16;  // as many as the registers of the kernel for head_dim 64 allow
 constexpr int kMaxRowBlocks = 24;            // of a block whose keys all stay: 384 rows
 
@@ -51,7 +51,7 @@ struct LaunchPlan {
 // |--------------------------------------------------------|-------------------------|-------------------------|
 // | keys and values                                        | all stay                | pass by in tiles of 64  |
 // | rows of a block                                        | the segment's, <= 384   | <= 128                  |
-// | warps of a block                                       | 2 to 8                  | 1 to 8                  |
+// | warps of a block                                       | 2 to 8                  | 2 to 8                  |
 // | row blocks of a warp                                   | as many as that takes   | 1                       |
 //
 // Reading is what these lengths wait for, so all of a segment is requested at once where it fits, and as many blocks as
@@ -78,7 +78,7 @@ inline LaunchPlan plan_launch(int64_t max_seqlen_q, int64_t max_seqlen_k, int he
     const int64_t query_blocks = divide_up(row_blocks, most);
     const int64_t row_blocks_per_block = divide_up(row_blocks, query_blocks);
     const int64_t per_warp = divide_up(row_blocks_per_block, warps);
-    const int64_t used_warps = divide_up(row_blocks_per_block, per_warp);
+    const int64_t used_warps = std::max<int64_t>(divide_up(row_blocks_per_block, per_warp), kMinWarps);
     return LaunchPlan{static_cast<int>(used_warps),
                       static_cast<int>(per_warp),
                       query_blocks,

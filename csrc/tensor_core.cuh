@@ -16,6 +16,16 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// The address in global memory `index` times `stride` bytes from start, as the one instruction that it is; the compiler
+// makes 64-bit products and sums of it.
+template <typename T>
+__device__ __forceinline__ T* strided(T* start, int index, int stride) {
+  T* address;
+  asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(address) : "r"(index), "r"(stride), "l"(start));
+  __builtin_assume(__isGlobal(address));
+  return address;
+}
+
 // Four 8 x 8 matrices of 16-bit elements. Lanes 8 i to 8 i + 7 give the addresses of the rows of matrix i; lane l gets
 // elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4 of each.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&matrices)[4], uint32_t row) {

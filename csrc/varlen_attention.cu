@@ -1,5 +1,6 @@
 // The operator tinydrop_cuda::varlen_attention: checks its arguments and launches the kernel. Through torch's stable
 // ABI and with the CUDA runtime linked in, so that one library loads on every torch from 2.11 on, without a GPU too.
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <sstream>
@@ -47,7 +48,7 @@ cudaStream_t current_stream(int32_t device) {
 }
 
 void check_device(const char* name, const Tensor& tensor, const Tensor& query) {
-  check(tensor.is_cuda() && tensor.get_device_index() == query.get_device_index(), name,
+  check(tensor.is_cuda() == query.is_cuda() && tensor.get_device_index() == query.get_device_index(), name,
         ": is on another device than query");
 }
 
@@ -63,6 +64,8 @@ View view(const char* name, const Tensor& tensor, const Tensor& query) {
     check(tensor.size(dim) == 1 || tensor.stride(dim) % 8 == 0, name, ": got stride ", tensor.stride(dim),
           " in dimension ", dim, ", accepted are multiples of 8 elements");
   }
+  check(tensor.size(0) == 1 || tensor.stride(0) <= kMaxRowStride, name, ": got stride ", tensor.stride(0),
+        " in dimension 0, accepted are up to ", kMaxRowStride);
   const void* data = tensor.const_data_ptr();
   check(reinterpret_cast<uintptr_t>(data) % 16 == 0, name, ": starts at an address that is no multiple of 16 bytes");
   return {data, tensor.stride(0), tensor.stride(1)};
@@ -116,10 +119,9 @@ Tensor varlen_attention(const Tensor& query, const Tensor& key, const Tensor& va
   check(cu_seqlens_q.dim() == 1 && cu_seqlens_q.size(0) > 0, "cu_seqlens_q: accepted is (batch + 1,)");
   check(max_seqlen_q >= 0, "max_seqlen_q: got ", max_seqlen_q, ", accepted are lengths");
   check(max_seqlen_k >= 0, "max_seqlen_k: got ", max_seqlen_k, ", accepted are lengths");
-  check(std::isfinite(scale) && scale > 0, "scale: got ", scale, ", accepted are positive numbers");
+  check(heads * head_dim <= kMaxRowStride, "query: got ", heads, " heads of ", head_dim, ", accepted are rows of ",
+        kMaxRowStride, " elements");
 
-  const int32_t device = query.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
   const int64_t batch = cu_seqlens_q.size(0) - 1;
   AttentionArguments a{};
   a.query = view("query", query, query);
@@ -131,25 +133,30 @@ Tensor varlen_attention(const Tensor& query, const Tensor& key, const Tensor& va
   a.heads = static_cast<int>(heads);
   a.head_dim = static_cast<int>(head_dim);
   a.scale_log2 = static_cast<float>(scale) * kLog2e;
+  check(std::isfinite(a.scale_log2) && a.scale_log2 > 0, "scale: got ", scale, ", accepted are positive float32s");
   a.grid_rows = a.grid_columns = 1;
   if (bias_table.has_value()) add_bias(a, *bias_table, positions, grid_rows, grid_columns, query, key);
 
+  const int32_t device = query.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
   Tensor out = torch::stable::new_empty(query, {query.size(0), heads, head_dim});
   if (out.numel() == 0 || batch == 0) return out;
   a.out = out.mutable_data_ptr();
 
-  const AttentionLaunch launch = plan_attention(a, bfloat16, batch, max_seqlen_q, max_seqlen_k,
-                                                attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
-  const int64_t shared_limit = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  // No segment is longer than all together, so that a generous bound costs nothing.
+  const AttentionLaunch launch =
+      plan_attention(a, bfloat16, batch, std::min(max_seqlen_q, query.size(0)), std::min(max_seqlen_k, key.size(0)),
+                     attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
+  const int shared_limit = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   check(a.plan.shared_bytes <= shared_limit, bias_table.has_value() ? "bias_table" : "query", ": needs ",
         a.plan.shared_bytes, " bytes of shared memory in a block, this device has ", shared_limit);
   check(launch.blocks <= INT32_MAX, "cu_seqlens_q: needs ", launch.blocks, " blocks, accepted are ", INT32_MAX);
 
+  // The same limit from every call: threads share it, and one that lowers it would fail another's launch.
   const void* kernel = reinterpret_cast<const void*>(launch.kernel);
   constexpr int64_t kSharedBytesUnasked = 48 * 1024;
   if (a.plan.shared_bytes > kSharedBytesUnasked) {
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(a.plan.shared_bytes)),
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_limit),
                "cudaFuncSetAttribute");
   }
   void* parameters[] = {&a};

@@ -1,6 +1,8 @@
 // Softmax attention within each segment of a packed batch, for segments short enough that reading them is the work.
 #pragma once
 
+#include <cfloat>
+
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -15,6 +17,7 @@ struct View {
   const void* data;
   int64_t row_stride, head_stride;  // in elements
 };
+constexpr int64_t kMaxRowStride = (int64_t{1} << 30) - 1;  // of what is copied and of out: its bytes are an int
 
 struct AttentionArguments {
   View query;                // (total_q, heads, head_dim)
@@ -46,25 +49,48 @@ struct SharedRows {
   __device__ static int address(int row, int chunk) {
     return row * kRowBytes + (chunk ^ row * kPermuted / 8 % kPermuted) * 16;
   }
-  // From the address of chunk 0 or 1 of a row to that of an even number of chunks on.
+  // From the address of chunk 0 of a row to that of any other, or from chunk 1 to that of an even number of chunks on.
   __device__ static uint32_t advance(uint32_t address, int chunks) {
     return (address ^ chunks % kPermuted * 16) + chunks / kPermuted * kPermuted * 16;
   }
 };
 
-// Copies rows first to first + count of one head to shared memory, as one thread's part of the block's work; what lies
-// beyond `valid` rows and head_dim columns becomes zeros.
-template <int kHeadDim>
-__device__ __forceinline__ void load_rows(uint32_t shared, const View& view, int first, int head, int count,
-                                          int valid, int head_dim) {
+// Rows of one head, from `first` on, and where in shared memory they go.
+struct CopiedRows {
+  uint32_t shared;
+  int row_bytes;
+  const uint16_t* data;
+
+  __device__ CopiedRows(uint32_t shared, const View& view, int first, int head)
+      : shared(shared),
+        row_bytes(2 * static_cast<int>(view.row_stride)),
+        data(strided(static_cast<const uint16_t*>(view.data) + head * view.head_stride, first, row_bytes)) {}
+};
+
+// Copies `count` rows, a multiple of 8, of each tensor to shared memory, as one thread's part of the block's work; what
+// lies beyond `valid` rows and head_dim columns becomes zeros. A warp takes 8 rows at a time, after which the
+// permutation comes again, and kLanes chunks of each, which are whole groups of permuted ones: so a lane finds its
+// places before the loop, and for every further group of chunks a constant is added.
+template <int kHeadDim, int kTensors>
+__device__ __forceinline__ void load_rows(const CopiedRows (&tensors)[kTensors], int count, int valid, int head_dim) {
   using Rows = SharedRows<kHeadDim>;
-  const uint16_t* data = static_cast<const uint16_t*>(view.data);
-  const uint16_t* source = data + int64_t{first} * view.row_stride + head * view.head_stride;
-  for (int i = threadIdx.x; i < count * Rows::kChunks; i += blockDim.x) {
-    const int row = i / Rows::kChunks, chunk = i % Rows::kChunks;
-    const bool inside = row < valid && chunk * 8 < head_dim;
-    const uint16_t* from = inside ? source + row * view.row_stride + chunk * 8 : data;
-    cp_async_16(shared + Rows::address(row, chunk), from, inside);
+  constexpr int kTogether = 8, kLanes = Rows::kPermuted == 8 ? 8 : 4;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  for (int top = warp * kTogether; top < count; top += warps * kTogether) {
+#pragma unroll
+    for (int i = 0; i < kTogether; i += 32 / kLanes) {
+      const int row = i + lane / kLanes, chunk = lane % kLanes;
+#pragma unroll
+      for (const CopiedRows& rows : tensors) {
+        const uint32_t to = rows.shared + top * Rows::kRowBytes + Rows::address(row, chunk);
+        const uint16_t* from = strided(rows.data + chunk * 8, top + row, rows.row_bytes);
+#pragma unroll
+        for (int group = 0; group < Rows::kChunks; group += kLanes) {
+          if (Rows::kChunks % kLanes != 0 && group + chunk >= Rows::kChunks) continue;
+          cp_async_16(to + group * 16, from + group * 8, top + row < valid && (group + chunk) * 8 < head_dim);
+        }
+      }
+    }
   }
 }
 
@@ -132,9 +158,10 @@ struct BiasCodes {
 // What a warp keeps of its 16 query rows while the keys go by. A lane holds parts of rows lane / 4 and lane / 4 + 8.
 template <int kHeadDim>
 struct RowBlock {
-  float out[kHeadDim / 8][4] = {};            // not yet divided by the sum
-  float maximum[2] = {-INFINITY, -INFINITY};  // of the scores so far, in base 2
-  float sum[2] = {};                          // of this lane's columns
+  float out[kHeadDim / 8][4] = {};          // not yet divided by the sum
+  float origin[2] = {-FLT_MAX, -FLT_MAX};   // what probabilities are relative to, in base 2; never -inf, so that a
+                                            // score of -inf has probability 0 even where all so far are -inf
+  float sum[2] = {};                        // of this lane's columns
 };
 
 // One step of the online softmax: 16 query rows against kKeyStep keys, of which `keys` (at least 1) exist.
@@ -192,15 +219,27 @@ __device__ __forceinline__ void attend(RowBlock<kHeadDim>& rows, uint32_t query,
 
   // With a bias the scores are in base 2 already; without, the scale rides along in the exponent's multiply-add.
   const float scale = kBias ? 1.0f : scale_log2;
+  float maximum[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    float maximum = scores[0][2 * r];
+    maximum[r] = scores[0][2 * r];
 #pragma unroll
-    for (int i = 0; i < kKeyStep / 8; ++i) maximum = fmaxf(maximum, fmaxf(scores[i][2 * r], scores[i][2 * r + 1]));
-    maximum = fmaxf(rows.maximum[r], row_maximum(maximum) * scale);
-    const float origin = maximum == -INFINITY ? 0.0f : maximum;  // where every score so far is -inf
-    if (!first) {
-      const float correction = exp2_approx(rows.maximum[r] - origin);
+    for (int i = 0; i < kKeyStep / 8; ++i) {
+      maximum[r] = fmaxf(maximum[r], fmaxf(scores[i][2 * r], scores[i][2 * r + 1]));
+    }
+    maximum[r] = row_maximum(maximum[r]) * scale;
+  }
+  // An origin need not be the maximum, since the sum divides it out: it stays until probabilities might exceed 2^8, and
+  // most steps correct nothing. float16 holds 2^16, which leaves 2^8 to rounding: that of an origin of up to 2^27, far
+  // from any logit of a network that works.
+  constexpr float kSlack = 8;
+  if (maximum[0] > rows.origin[0] + kSlack || maximum[1] > rows.origin[1] + kSlack) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float origin = fmaxf(rows.origin[r], maximum[r]);
+      const float correction = exp2_approx(rows.origin[r] - origin);
+      rows.origin[r] = origin;
+      if (first) continue;  // out and sum are zero
       rows.sum[r] *= correction;
 #pragma unroll
       for (int i = 0; i < kHeadDim / 8; ++i) {
@@ -208,14 +247,13 @@ __device__ __forceinline__ void attend(RowBlock<kHeadDim>& rows, uint32_t query,
         rows.out[i][2 * r + 1] *= correction;
       }
     }
-    rows.maximum[r] = maximum;
+  }
 #pragma unroll
-    for (int i = 0; i < kKeyStep / 8; ++i) {
+  for (int i = 0; i < kKeyStep / 8; ++i) {
 #pragma unroll
-      for (int j = 2 * r; j < 2 * r + 2; ++j) {
-        scores[i][j] = exp2_approx(fmaf(scores[i][j], scale, -origin));
-        rows.sum[r] += scores[i][j];
-      }
+    for (int j = 0; j < 4; ++j) {
+      scores[i][j] = exp2_approx(fmaf(scores[i][j], scale, -rows.origin[j / 2]));
+      rows.sum[j / 2] += scores[i][j];
     }
   }
 
@@ -235,35 +273,37 @@ __device__ __forceinline__ void attend(RowBlock<kHeadDim>& rows, uint32_t query,
   }
 }
 
-// Divides by the sum and writes `valid` rows of 16 to global memory, 16 bytes a lane, by way of `staging` in shared
-// memory, 16 rows that only this warp uses. Rows that met no key are zeros.
+extern __shared__ __align__(128) unsigned char shared_memory[];
+
+// Divides by the sum and writes `valid` rows of 16 to global memory, 16 bytes a lane, by way of 16 rows that only this
+// warp uses, `staging` bytes from the start of shared memory. Rows that met no key are zeros.
 template <typename T, int kHeadDim>
-__device__ __forceinline__ void store_rows(const RowBlock<kHeadDim>& rows, unsigned char* staging, T* out,
-                                           int64_t row_stride, int valid, int head_dim) {
+__device__ __forceinline__ void store_rows(const RowBlock<kHeadDim>& rows, uint32_t staging, T* out, int row_bytes,
+                                           int valid, int head_dim) {
   using Rows = SharedRows<kHeadDim>;
   const int lane = threadIdx.x % 32;
+  const uint32_t mine = staging + Rows::address(lane / 4, 0) + lane % 4 * 4;
   __syncwarp();  // every lane has read the query that lay here
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float sum = row_total(rows.sum[r]);
-    const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+    const float inverse = sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);
 #pragma unroll
     for (int i = 0; i < kHeadDim / 8; ++i) {
       const uint32_t pair = pack<T>(rows.out[i][2 * r] * inverse, rows.out[i][2 * r + 1] * inverse);
-      *reinterpret_cast<uint32_t*>(staging + Rows::address(lane / 4 + 8 * r, i) + lane % 4 * 4) = pair;
+      *reinterpret_cast<uint32_t*>(shared_memory + Rows::advance(mine, i) + 8 * r * Rows::kRowBytes) = pair;
     }
   }
   __syncwarp();
-  for (int i = lane; i < kRowBlock * Rows::kChunks; i += 32) {
-    const int row = i / Rows::kChunks, chunk = i % Rows::kChunks;
+#pragma unroll
+  for (int i = 0; i < kRowBlock * Rows::kChunks; i += 32) {
+    const int row = (i + lane) / Rows::kChunks, chunk = (i + lane) % Rows::kChunks;
     if (row < valid && chunk * 8 < head_dim) {
-      *reinterpret_cast<uint4*>(out + row * row_stride + chunk * 8) =
-          *reinterpret_cast<const uint4*>(staging + Rows::address(row, chunk));
+      *reinterpret_cast<uint4*>(strided(out + chunk * 8, row, row_bytes)) =
+          *reinterpret_cast<const uint4*>(shared_memory + staging + Rows::address(row, chunk));
     }
   }
 }
-
-extern __shared__ __align__(128) unsigned char shared_memory[];
 
 // One block processes one head of up to plan.rows_per_block() query rows of one segment, against all keys of that
 // segment; each warp takes 16 rows at a time. Heads are fastest in the grid: neighbouring blocks read neighbouring
@@ -284,7 +324,8 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kHeadDim <= 80 ? 2 : 1)
   const int num_rows = min(a.cu_seqlens_q[segment + 1] - first_row, rows_per_block);
   if (num_rows <= 0) return;
   const int first_key = a.cu_seqlens_k[segment];
-  const int num_keys = a.cu_seqlens_k[segment + 1] - first_key;
+  int num_keys = a.cu_seqlens_k[segment + 1] - first_key;
+  if (!a.plan.streams_keys) num_keys = min(num_keys, a.plan.key_capacity);  // should max_seqlen_k be too small
   const int tiles = (num_keys + kKeyTile - 1) / kKeyTile;
 
   constexpr int kRowBytes = SharedRows<kHeadDim>::kRowBytes;
@@ -299,9 +340,8 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kHeadDim <= 80 ? 2 : 1)
   auto load_tile = [&](int tile) {
     const int keys = min(num_keys - tile * kKeyTile, kKeyTile);
     const int padded = keys <= kKeyStep ? kKeyStep : kKeyTile;
-    const int from = first_key + tile * kKeyTile;
-    load_rows<kHeadDim>(key + place(tile) * kRowBytes, a.key, from, head, padded, keys, a.head_dim);
-    load_rows<kHeadDim>(value + place(tile) * kRowBytes, a.value, from, head, padded, keys, a.head_dim);
+    const int from = first_key + tile * kKeyTile, to = place(tile) * kRowBytes;
+    load_rows<kHeadDim>({{key + to, a.key, from, head}, {value + to, a.value, from, head}}, padded, keys, a.head_dim);
     if constexpr (kBias) {
       for (int i = threadIdx.x; i < padded; i += blockDim.x) {
         key_codes[place(tile) + i] = i < keys ? bias.key_code(a.positions[from + i]) : 0;
@@ -313,7 +353,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kHeadDim <= 80 ? 2 : 1)
   for (int tile = 0; tile < ahead; ++tile) {
     if (tile == 0) {
       const int padded = (num_rows + kRowBlock - 1) / kRowBlock * kRowBlock;
-      load_rows<kHeadDim>(query, a.query, first_row, head, padded, num_rows, a.head_dim);
+      load_rows<kHeadDim>({{query, a.query, first_row, head}}, padded, num_rows, a.head_dim);
     }
     load_tile(tile);
     cp_async_commit();
@@ -358,9 +398,9 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kHeadDim <= 80 ? 2 : 1)
       }
     }
     if (!has_rows) continue;
-    T* out = static_cast<T*>(a.out) + (int64_t{first_row + row} * a.heads + head) * a.head_dim;
-    store_rows<T, kHeadDim>(rows, shared_memory + row * kRowBytes, out, int64_t{a.heads} * a.head_dim,
-                            num_rows - row, a.head_dim);
+    const int row_bytes = 2 * a.heads * a.head_dim;
+    T* out = strided(static_cast<T*>(a.out) + head * a.head_dim, first_row + row, row_bytes);
+    store_rows(rows, row * kRowBytes, out, row_bytes, num_rows - row, a.head_dim);
   }
 }
 

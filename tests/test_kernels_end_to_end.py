@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import tiny_guidance, tiny_vit, varied_images
 from test_families import make
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tinydrop_kernels as tdk
 from tinydrop_kernels import ops
@@ -31,8 +32,31 @@ def test_same_answers_as_the_reference(key, summary):
 READS = ("tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
 
 
+class SizesFromValues(TorchDispatchMode):
+    """Counts operations whose result's size depends on values, for which a GPU would be waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        indices = args[1] if name == "aten.index.Tensor" else ()
+        if (
+            "nonzero" in name
+            or "masked_select" in name
+            or any(i is not None and i.dtype == torch.bool for i in indices)
+        ):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("summary", [False, True])
-@pytest.mark.parametrize("options", [{}, {"global_pool": "avg", "reg_tokens": 2}], ids=["token", "avg"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"global_pool": "avg", "reg_tokens": 2}, {"global_pool": "map"}],
+    ids=["token", "avg", "map with class token"],
+)
 def test_one_read_from_the_device_per_batch(monkeypatch, summary, options):
     """On the kernels a batch reads values back once, in pack. Counted are the calls of the package and of timm, not the
     interpreter's own."""
@@ -53,5 +77,7 @@ def test_one_read_from_the_device_per_batch(monkeypatch, summary, options):
         vit(varied_images(4))
         for name in READS:
             monkeypatch.setattr(torch.Tensor, name, counting(name, getattr(torch.Tensor, name)))
-        vit(varied_images(4))
+        with SizesFromValues() as sizes:
+            vit(varied_images(4))
+    assert sizes.found == []
     assert reads == {"tinydrop_kernels.ops.pack.pack: tolist": 1}

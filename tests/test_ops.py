@@ -213,7 +213,10 @@ def opcheck_cases():
         "pack": (counts, 16, 1, True),
         "embed_tokens": (images, torch.randn(6, 3, 2, 2), None, prefix, pos_embed, indices, cu_seqlens, total, True),
         "gather_tokens": (torch.randn(3, 16, 6), prefix, pos_embed, indices, cu_seqlens, total, True),
-        "varlen_attention": (*qkv.unbind(1), cu_seqlens, cu_seqlens, 17, 17, 0.3),
+        "varlen_attention": (
+            *(*qkv.unbind(1), cu_seqlens, cu_seqlens, 17, 17, 0.3),
+            *(torch.randn(49 + 3, 2), torch.randint(-1, 16, (total,)).int(), (4, 4)),
+        ),
         "segment_pool": (torch.randn(total, 6), cu_seqlens, "mean", 1),
     }
 

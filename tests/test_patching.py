@@ -130,6 +130,18 @@ def test_moves_inside_a_larger_module(patched):
     assert next(patched.tinydrop.guidance.parameters()).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("options", [{}, {"global_pool": "map", "class_token": False}], ids=["token", "map pool"])
+def test_norms_that_answer_in_float32(images, options):
+    """As layer norms do under autocast on CUDA, of which CPU's knows nothing."""
+    vit = tdk.patch(tiny_vit(qk_norm=True, **options).bfloat16(), tiny_guidance(), DROP_HALF)
+    with torch.inference_mode():
+        wanted = vit(images.bfloat16())
+        for name, module in vit.named_modules():
+            if name.endswith(("q_norm", "k_norm")):
+                module.register_forward_hook(lambda module, inputs, out: out.float())
+        torch.testing.assert_close(vit(images.bfloat16()), wanted)
+
+
 @pytest.mark.parametrize("summary", [False, True])
 def test_autocast(patched, images, summary):
     patched.tinydrop.policy = tdk.DropPolicy.fixed(0.5, summary=summary)

@@ -14,7 +14,6 @@ import pytest
 
 STATIC = Path(__file__).parents[1] / "bench" / "static.py"
 TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
-REGISTERS = 255  # of a thread, on every architecture since sm_35
 # The folder of each Triton, which comes first on the path; None for the installed one.
 TRITONS = {"installed": None, "3.6": os.environ.get("TINYDROP_TRITON36")}
 BUILDS = [*(("installed", capability) for capability in TENSOR_CORE), ("3.6", 90)]
@@ -67,7 +66,6 @@ def test_nothing_spills(binaries, build):
         "varlen_attention_kernel",
     }
     assert [row for row in rows if row["spills"]] == []
-    assert max(row["registers"] for row in rows) <= REGISTERS
 
 
 def test_embedding_is_on_tensor_cores(binaries, build):

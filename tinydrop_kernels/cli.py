@@ -296,8 +296,9 @@ def info(device):
     click.echo(f"{'device':22s}{device} ({name})")
     try:
         backends = {operator: ops.choose_backend(kind) for operator in ops.OPERATORS}
-        first = ops.attention_backends.first_on(kind)
-        backends["varlen_attention"] = (first.name, first.what)
+        attention = ops.attention_backends.first_on(kind)
+        if attention.name != backends["varlen_attention"][0]:  # it has more to choose from than the others
+            backends["varlen_attention"] = (attention.name, attention.what)
     except (ValueError, RuntimeError) as error:
         raise click.ClickException(str(error)) from None
     for operator, (backend, reason) in backends.items():

@@ -125,8 +125,7 @@ class Guidance(nn.Module):
         finally:
             hook.remove()
         tokens, *args = captured["args"]
-        with torch.inference_mode(False):
-            args, kwargs = _detached(args), _detached(captured["kwargs"])
+        args, kwargs = _detached(args), _detached(captured["kwargs"])
 
         def rest(tokens):
             again = self.model.forward_head(self.model.norm(self.model.blocks[-1](tokens, *args, **kwargs)))
@@ -138,6 +137,7 @@ class Guidance(nn.Module):
         skip = self.model.num_prefix_tokens
         return Guided(logits, None, self._grad_cam(gradient[:, skip:], tokens[:, skip:]))
 
+    @torch.compiler.disable  # torch 2.11 compiles the copy so that it is made in inference mode after all
     def _class_gradient(self, features: Tensor, head=None) -> tuple[Tensor, Tensor]:
         """Gradient of each image's top logit with respect to its ``features``, and the features without graph."""
         with torch.inference_mode(False), torch.enable_grad():
@@ -233,9 +233,11 @@ def per_channel(statistic: tuple[float, ...], channels: int) -> tuple[float, ...
     return values if len(values) == channels else (sum(values) / len(values),) * channels
 
 
+@torch.compiler.disable
 def _detached(tree):
     """Copies that autograd may save, also of tensors made under inference mode."""
-    return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tree)
+    with torch.inference_mode(False):
+        return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def _rows_and_columns(cells: int, input_size: tuple[int, int]) -> tuple[int, int]:

@@ -47,4 +47,5 @@ void wait_for_copies(int pending);
 
 inline void __syncthreads() { emulator::barrier(); }
 inline void __syncwarp() { emulator::meet(); }
+inline float __fdividef(float a, float b) { return a / b; }
 inline float __shfl_xor_sync(unsigned, float value, int mask) { return emulator::shuffle_xor(value, mask); }

@@ -15,6 +15,10 @@ extern unsigned char shared_memory[];
 inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(static_cast<const unsigned char*>(pointer) - shared_memory);
 }
+template <typename T>
+T* strided(T* start, int index, int stride) {
+  return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(start) + int64_t{index} * stride);
+}
 inline void ldmatrix_x4(uint32_t (&matrices)[4], uint32_t row) { emulator::load_matrices(matrices, row, false); }
 inline void ldmatrix_x4_trans(uint32_t (&matrices)[4], uint32_t row) { emulator::load_matrices(matrices, row, true); }
 template <typename T>

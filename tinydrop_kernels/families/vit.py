@@ -64,7 +64,8 @@ def attend(attention: TimmModule, x: Tensor, attn_mask=None, is_causal: bool = F
     layout = attn_mask
     qkv = attention.qkv(x).view(-1, 3, attention.num_heads, attention.head_dim)
     query, key, value = qkv.unbind(1)
-    query, key = attention.q_norm(query), attention.k_norm(key)
+    # autocast norms in float32
+    query, key = attention.q_norm(query).to(value.dtype), attention.k_norm(key).to(value.dtype)
     cu_seqlens, longest = layout.cu_seqlens, layout.max_seqlen
     out = ops.varlen_attention(query, key, value, cu_seqlens, cu_seqlens, longest, longest, attention.scale)
     out = attention.norm(out.flatten(1))
@@ -216,9 +217,9 @@ def _map_pool(pool: TimmModule, tokens: Tensor, layout: RaggedLayout, skip: int)
     batch, latents = len(cu_seqlens) - 1, pool.latent_len
     query = pool.q(pool.latent[0]).view(latents, pool.num_heads, pool.head_dim)
     key, value = pool.kv(tokens).view(-1, 2, pool.num_heads, pool.head_dim).unbind(1)
-    query, key = pool.q_norm(query), pool.k_norm(key)
+    query, key = pool.q_norm(query), pool.k_norm(key).to(value.dtype)
     cu_seqlens_q = torch.arange(0, (batch + 1) * latents, latents, dtype=torch.int32, device=tokens.device)
-    query = query.expand(batch, -1, -1, -1).flatten(0, 1).to(key.dtype)
+    query = query.expand(batch, -1, -1, -1).flatten(0, 1).to(value.dtype)
     x = ops.varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens, latents, longest, pool.scale)
     x = pool.proj_drop(pool.proj(x.flatten(1)))
     if pool.mlp is not None:
@@ -227,10 +228,12 @@ def _map_pool(pool: TimmModule, tokens: Tensor, layout: RaggedLayout, skip: int)
 
 
 def _without_prefix(tokens: Tensor, layout: RaggedLayout, skip: int) -> tuple[Tensor, Tensor, int]:
+    """Each segment less its first rows, all moved up; how many rows are left behind the last is not read back."""
     position = torch.arange(layout.total, device=tokens.device)
     segment = torch.searchsorted(layout.cu_seqlens[1:], position, right=True)
     patches = position - layout.cu_seqlens[segment] >= skip
     stays = (layout.cu_seqlens.diff() > 0).int()
     cu_seqlens = layout.cu_seqlens.clone()
     cu_seqlens[1:] -= skip * stays.cumsum(0, dtype=torch.int32)
-    return tokens[patches], cu_seqlens, layout.max_seqlen - skip
+    patches_first = (~patches).byte().argsort(stable=True)
+    return tokens[patches_first], cu_seqlens, layout.max_seqlen - skip

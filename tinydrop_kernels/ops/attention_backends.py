@@ -28,17 +28,22 @@ def _triton(*arguments) -> Tensor:
     return kernel_of("varlen_attention")(*arguments)
 
 
-def _varlen_attn_takes(query: Tensor, key: Tensor, value: Tensor, *rest) -> bool:
-    has_bias = len(rest) > 5 and rest[5] is not None
-    plain = not has_bias and query.dtype in HALF and query.shape[2] % 8 == 0 and query.shape[2] <= 256
-    return plain and len(query) > 0 and len(key) > 0 and all(t.stride(2) == 1 for t in (query, key, value))
+def _varlen_attn_takes(
+    query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale=None, bias_table=None, *rest
+) -> bool:
+    fits = query.dtype in HALF and query.shape[2] % 8 == 0 and query.shape[2] <= 256 and len(query) and len(key)
+    plain = bias_table is None and (scale is None or scale > 0)
+    return bool(fits and plain) and all(cuda.is_aligned(tensor) for tensor in (query, key, value))
 
 
 def _varlen_attn(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale=None, *bias):
     from torch.nn.attention.varlen import varlen_attn
 
     # What follows the first seven arguments has moved between torch's releases.
-    return varlen_attn(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale=scale)
+    starts = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+    out = varlen_attn(query, key, value, *starts, max_seqlen_q, max_seqlen_k, scale=scale)
+    assert isinstance(out, Tensor)
+    return out.contiguous()
 
 
 # The first that takes the arguments runs. No order among them has been measured on a GPU yet. Until it is, Triton comes

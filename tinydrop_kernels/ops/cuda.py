@@ -8,6 +8,8 @@ from torch import Tensor
 
 MAX_HEAD_DIM = 128
 MAX_GRID = 32  # rows and columns of a bias's grid: its table takes 40 KB of shared memory there
+MAX_ROW_STRIDE = 2**30 - 1
+SCALES = 2.0**-126, 2.0**126  # a float32, times log2(e) too
 
 
 def _load() -> tuple[tuple[str, ...], str]:
@@ -29,17 +31,32 @@ def available() -> bool:
     return not WHY_NOT
 
 
-@functools.cache
 def compiled_for(major: int, minor: int) -> bool:
     """Whether a GPU of this compute capability runs the extension.
 
-    Code for ``sm_80`` runs on 8.0 and every later 8.x; code for ``sm_90a`` on 9.0 alone.
+    ``80`` runs on 8.0 and every later 8.x, ``80+PTX`` on all that came after it, ``90a`` on 9.0 alone.
     """
-    exact = {f"{major}{minor}a", f"{major}{minor}f"}
-    return any(name in exact or name in {f"{major}{older}" for older in range(minor + 1)} for name in ARCHITECTURES)
+
+    def runs(name: str) -> bool:
+        code, ptx, _ = name.partition("+")
+        if code[-1] in "af":
+            return code[:-1] == f"{major}{minor}"
+        return int(code) <= 10 * major + minor and (bool(ptx) or int(code) // 10 == major)
+
+    return any(runs(name) for name in ARCHITECTURES)
 
 
-def _aligned(tensor: Tensor) -> bool:
+@functools.cache
+def _gpu(index: int) -> tuple[bool, bool]:
+    """Whether a GPU runs the extension, and whether a block has the shared memory for every bias there.
+
+    Only up to a head_dim of 64 does it fit in the 99 KB of GPUs that are not made for data centres.
+    """
+    gpu = torch.cuda.get_device_properties(index)
+    return compiled_for(gpu.major, gpu.minor), gpu.shared_memory_per_block_optin >= 160 * 1024
+
+
+def is_aligned(tensor: Tensor) -> bool:
     """Whether every row of head_dim elements is contiguous and begins at a multiple of 16 bytes."""
     rows = all(size == 1 or stride % 8 == 0 for size, stride in zip(tensor.shape[:2], tensor.stride()[:2], strict=True))
     return rows and tensor.stride(2) == 1 and tensor.data_ptr() % 16 == 0
@@ -59,16 +76,20 @@ def fits(
     grid_size: tuple[int, int] = (1, 1),
 ) -> bool:
     """Whether the extension is there and takes these arguments of :func:`ops.varlen_attention`."""
+    if not available() or not query.is_cuda:
+        return False
+    runs, has_room = _gpu(query.device.index)
     return (
-        available()
-        and query.is_cuda
+        runs
         and query.dtype in (torch.float16, torch.bfloat16)
         and query.shape[2] % 8 == 0
         and 8 <= query.shape[2] <= MAX_HEAD_DIM
-        and (scale is None or scale > 0)
-        and (bias_table is None or (bias_table.dtype == query.dtype and max(grid_size) <= MAX_GRID))
-        and all(_aligned(tensor) for tensor in (query, key, value))
-        and compiled_for(*torch.cuda.get_device_capability(query.device))
+        and (scale is None or SCALES[0] <= scale <= SCALES[1])
+        and (
+            bias_table is None
+            or (bias_table.dtype == query.dtype and max(grid_size) <= MAX_GRID and (query.shape[2] <= 64 or has_room))
+        )
+        and all(is_aligned(tensor) and tensor.stride(0) <= MAX_ROW_STRIDE for tensor in (query, key, value))
     )
 
 
@@ -91,12 +112,12 @@ def launch(
         query,
         key,
         value,
-        cu_seqlens_q,
-        cu_seqlens_k,
+        cu_seqlens_q.contiguous(),
+        cu_seqlens_k.contiguous(),
         max_seqlen_q,
         max_seqlen_k,
         scale,
         bias_table,
-        positions,
+        None if positions is None else positions.contiguous(),
         *grid_size,
     )

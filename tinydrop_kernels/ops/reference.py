@@ -217,6 +217,8 @@ def segment_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_
     out = query.new_empty(query.shape)
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for q0, q1, k0, k1 in zip(starts_q, starts_q[1:], starts_k, starts_k[1:], strict=False):
+        if q1 - q0 > max_seqlen_q or k1 - k0 > max_seqlen_k:  # here it is seen; the kernels take the caller's word
+            raise ValueError(f"max_seqlen: got {max_seqlen_q}, {max_seqlen_k}, one segment has {q1 - q0}, {k1 - k0}")
         if k1 == k0:
             out[q0:q1] = 0
         elif q1 > q0:
@@ -234,9 +236,11 @@ def padded_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q
     """One ``scaled_dot_product_attention`` of all segments, padded to the longest; reads nothing back."""
     if query.shape[0] == 0 or key.shape[0] == 0:
         return torch.zeros_like(query, memory_format=torch.contiguous_format)
-    rows_q, _ = _padding(cu_seqlens_q, max_seqlen_q, query.shape[0])
+    rows_q, real_q = _padding(cu_seqlens_q, max_seqlen_q, query.shape[0])
     rows_k, real_k = _padding(cu_seqlens_k, max_seqlen_k, key.shape[0])
-    q, k, v = query[rows_q], key[rows_k], value[rows_k]  # (batch, longest, heads, head_dim)
+    # (batch, longest, heads, head_dim). What stands in the padding is another image's, whose NaN must not come along.
+    q = query[rows_q].where(real_q[..., None, None], 0)
+    k, v = (t[rows_k].where(real_k[..., None, None], 0) for t in (key, value))
     # A segment without keys attends its padding, so that no row of the softmax is empty, and is zeroed afterwards.
     has_keys = real_k[:, :1]
     mask = (real_k | ~has_keys)[:, None, None]
@@ -247,8 +251,9 @@ def padded_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     padded = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
     padded = padded.where(has_keys[:, :, None, None], 0)
-    segment = torch.searchsorted(cu_seqlens_q[1:], torch.arange(query.shape[0], device=query.device), right=True)
-    place = torch.arange(query.shape[0], device=query.device) - cu_seqlens_q[segment]
+    row = torch.arange(query.shape[0], device=query.device)
+    segment = torch.searchsorted(cu_seqlens_q[1:], row, right=True).clamp(max=len(cu_seqlens_q) - 2)
+    place = (row - cu_seqlens_q[segment]).clamp(max=max_seqlen_q - 1)  # rows behind the last segment get anything
     return padded[segment, place]
 
 

@@ -18,7 +18,8 @@ class RelativeBias(NamedTuple):
     """
 
     table: Tensor  # floating (distances, heads), any strides; (2 rows - 1)(2 columns - 1) distances, 3 more for BEiT's
-    positions: Tensor  # int32 (total,): each packed row's patch in raster order; negative: the class token
+    positions: Tensor  # int32 (total,): each packed row's patch on the grid, in raster order; negative: the class
+    # token, for which the table must have its three entries. Not checked: looking would synchronise
     grid_size: tuple[int, int]  # rows and columns of the patch grid
 
 
@@ -49,15 +50,16 @@ def varlen_attention(
 ) -> Tensor:
     """``softmax(scale * query @ key.T + bias) @ value`` within each segment; segments do not see one another.
 
-    An empty segment has no rows; queries of a segment without keys yield zeros. Scores, softmax and sums are float32
-    (float64 for float64). Which implementation runs is told in :mod:`ops.attention_backends`.
+    An empty segment has no rows; queries of a segment without keys yield zeros, and rows behind the last segment mean
+    nothing. Scores, softmax and sums are float32 (float64 for float64); the reference adds the bias in query's dtype.
+    Which implementation runs is told in :mod:`ops.attention_backends`.
 
     Args:
         query: floating ``(total_q, heads, head_dim)``, any strides: a view of timm's ``(total, 3, heads, head_dim)``
             projection is read where it lies.
         key, value: the same dtype, ``(total_k, heads, head_dim)``, any strides.
         cu_seqlens_q, cu_seqlens_k: int32 ``(batch + 1,)``, FlashAttention's convention.
-        max_seqlen_q, max_seqlen_k: at least the longest segment. Not checked: looking would synchronise.
+        max_seqlen_q, max_seqlen_k: at least the longest segment. Not checked on a GPU: looking would synchronise.
         scale: factor on the scores, ``head_dim ** -0.5`` by default.
         bias: relative position bias; queries and keys are the same tokens then.
 
@@ -99,17 +101,21 @@ def varlen_attention_qkvpacked(
 
 def _check(query, key, value, cu_seqlens_q, cu_seqlens_k, bias) -> None:
     """Refuse what a kernel would read wrongly; touches no values."""
-    if query.ndim != 3:
-        raise ValueError(f"query: got {query.ndim} dimensions, accepted are (total, heads, head_dim)")
+    if query.ndim != 3 or query.shape[2] == 0:
+        raise ValueError(f"query: got {tuple(query.shape)}, accepted is (total, heads, head_dim)")
+    if not query.is_floating_point():
+        raise TypeError(f"query: got {query.dtype}, accepted is floating point")
     for name, tensor in (("key", key), ("value", value)):
         if tensor.shape != key.shape or tensor.shape[1:] != query.shape[1:]:
             raise ValueError(f"{name}: got {tuple(tensor.shape)}, accepted is (total_k, *{tuple(query.shape[1:])})")
         if tensor.dtype != query.dtype:
             raise TypeError(f"{name}: got {tensor.dtype}, accepted is query's {query.dtype}")
+        _check_device(name, tensor, query)
     for name, tensor in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        if tensor.dtype != torch.int32 or tensor.shape != cu_seqlens_q.shape or tensor.ndim != 1:
+        if tensor.dtype != torch.int32 or tensor.shape != cu_seqlens_q.shape or tensor.ndim != 1 or not len(tensor):
             got = f"{tensor.dtype} {tuple(tensor.shape)}"
             raise ValueError(f"{name}: got {got}, accepted is int32 (batch + 1,), the same for queries and keys")
+        _check_device(name, tensor, query)
     if bias is not None:
         rows, columns = bias.grid_size
         distances, heads = (2 * rows - 1) * (2 * columns - 1), query.shape[1]
@@ -121,6 +127,15 @@ def _check(query, key, value, cu_seqlens_q, cu_seqlens_k, bias) -> None:
             raise ValueError(f"bias.positions: got {got}, accepted is int32 ({query.shape[0]},)")
         if key.shape != query.shape:
             raise ValueError(f"key: got {key.shape[0]} rows, accepted with a bias are query's {query.shape[0]}")
+        if not bias.table.is_floating_point():
+            raise TypeError(f"bias.table: got {bias.table.dtype}, accepted is floating point")
+        _check_device("bias.table", bias.table, query)
+        _check_device("bias.positions", bias.positions, query)
+
+
+def _check_device(name: str, tensor: Tensor, query: Tensor) -> None:
+    if tensor.device != query.device:
+        raise ValueError(f"{name}: got it on {tensor.device}, accepted is query's {query.device}")
 
 
 @register_flop_formula(torch.ops.tinydrop.varlen_attention, get_raw=True)

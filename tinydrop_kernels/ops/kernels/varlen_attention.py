@@ -10,13 +10,15 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2_E = tl.constexpr(math.log2(math.e))
+# Below every score, but finite: where there are no keys, or a bias hides them all, every weight is 0.
+LOWEST = tl.constexpr(-3e38)
 
 
 @triton.jit
-def load_tile(pointer, rows, end, row_stride, column_stride, head_dim: tl.constexpr, BLOCK_DIM: tl.constexpr):
+def load_tile(pointer, rows, end, row_stride, head_dim: tl.constexpr, BLOCK_DIM: tl.constexpr):
     """Rows of one head, of shape [BLOCK_ROWS, BLOCK_DIM]; zeros from row ``end`` and column ``head_dim`` on."""
     column = tl.arange(0, BLOCK_DIM)
-    pointers = pointer + rows.to(tl.int64)[:, None] * row_stride + (column * column_stride)[None, :]
+    pointers = pointer + rows.to(tl.int64)[:, None] * row_stride + column[None, :]
     return tl.load(pointers, mask=(rows < end)[:, None] & (column < head_dim)[None, :], other=0.0)
 
 
@@ -83,13 +85,10 @@ def varlen_attention_kernel(
     query_blocks,
     query_row_units,
     query_head_units,
-    query_column_stride,
     key_row_units,
     key_head_units,
-    key_column_stride,
     value_row_units,
     value_head_units,
-    value_column_stride,
     distance_stride,
     bias_head_stride,
     grid_rows,
@@ -134,7 +133,7 @@ def varlen_attention_kernel(
     query_pointer += head * query_head_units * STRIDE_UNIT
     key_pointer += head * key_head_units * STRIDE_UNIT
     value_pointer += head * value_head_units * STRIDE_UNIT
-    query = load_tile(query_pointer, query_rows, query_end, query_row_stride, query_column_stride, head_dim, BLOCK_DIM)
+    query = load_tile(query_pointer, query_rows, query_end, query_row_stride, head_dim, BLOCK_DIM)
     query_position = query_rows
     if bias_pointer is not None:
         bias_pointer += head * bias_head_stride
@@ -142,31 +141,28 @@ def varlen_attention_kernel(
 
     if RESIDENT:
         key_rows = key_start + tl.arange(0, BLOCK_KEY)
-        key = load_tile(key_pointer, key_rows, key_end, key_row_stride, key_column_stride, head_dim, BLOCK_DIM)
-        value = load_tile(value_pointer, key_rows, key_end, value_row_stride, value_column_stride, head_dim, BLOCK_DIM)
+        key = load_tile(key_pointer, key_rows, key_end, key_row_stride, head_dim, BLOCK_DIM)
+        value = load_tile(value_pointer, key_rows, key_end, value_row_stride, head_dim, BLOCK_DIM)
         scores = scores_of(
             *(query, key, key_rows, key_end, query_position, bias_pointer, positions_pointer),
             *(distance_stride, score_scale, grid_rows, grid_columns),
         )
-        highest = tl.max(scores, axis=1)
-        highest = tl.where(highest == -float("inf"), 0.0, highest)  # a segment without keys
+        highest = tl.maximum(tl.max(scores, axis=1), LOWEST)
         weights = tl.exp2(scores - highest[:, None])
         total = tl.sum(weights, axis=1)
         summed = tl.dot(weights.to(value.dtype), value, input_precision="ieee")
     else:
-        highest = tl.full((BLOCK_QUERY,), -float("inf"), tl.float32)
+        highest = tl.full((BLOCK_QUERY,), LOWEST, tl.float32)
         total = tl.zeros((BLOCK_QUERY,), tl.float32)
         summed = tl.zeros((BLOCK_QUERY, BLOCK_DIM), tl.float32)
         for first in range(key_start, key_end, BLOCK_KEY):
             key_rows = first + tl.arange(0, BLOCK_KEY)
-            key = load_tile(key_pointer, key_rows, key_end, key_row_stride, key_column_stride, head_dim, BLOCK_DIM)
+            key = load_tile(key_pointer, key_rows, key_end, key_row_stride, head_dim, BLOCK_DIM)
             scores = scores_of(
                 *(query, key, key_rows, key_end, query_position, bias_pointer, positions_pointer),
                 *(distance_stride, score_scale, grid_rows, grid_columns),
             )
-            value = load_tile(
-                value_pointer, key_rows, key_end, value_row_stride, value_column_stride, head_dim, BLOCK_DIM
-            )
+            value = load_tile(value_pointer, key_rows, key_end, value_row_stride, head_dim, BLOCK_DIM)
             raised = tl.maximum(highest, tl.max(scores, axis=1))
             shrink = tl.exp2(highest - raised)
             weights = tl.exp2(scores - raised[:, None])
@@ -197,7 +193,7 @@ class Tile(NamedTuple):
 # which also ends early for the short segments of a ragged batch. Chosen from what compiles without spills for sm_80,
 # sm_90 and sm_100 (bench/results/static.md). On a GPU nothing has been measured yet; bench/tune_attention.py does.
 LONG = 1 << 30
-WIDE = {
+HEAVY = {  # a wide head or a bias takes more registers
     16: Tile(16, 16, 2),
     32: Tile(32, 32, 4),
     64: Tile(64, 64, 4),
@@ -212,15 +208,9 @@ HALF_TILES = {
         128: Tile(128, 128, 8),
         LONG: Tile(128, 64, 8, 3),
     },
-    (False, True): {
-        16: Tile(16, 16, 1),
-        32: Tile(32, 32, 2),
-        64: Tile(64, 64, 4),
-        128: Tile(64, 128, 8),
-        LONG: Tile(64, 64, 8),
-    },
-    (True, False): WIDE,
-    (True, True): WIDE,
+    (False, True): {**HEAVY, LONG: Tile(64, 32, 8, maxnreg=255)},
+    (True, False): HEAVY,
+    (True, True): HEAVY,
 }
 FLOAT32_TILES = {
     False: {16: Tile(16, 16, 2), LONG: Tile(32, 32, 8)},
@@ -255,12 +245,14 @@ def launch(
     """See :func:`ops.varlen_attention`."""
     out = query.new_empty(query.shape)
     total, heads, head_dim = query.shape
-    if total == 0 or heads == 0 or max_seqlen_q == 0:
+    if total == 0 or heads == 0 or head_dim == 0 or max_seqlen_q == 0:
         return out
+    # Rows are read in one piece; only a tensor whose innermost elements are strewn is copied first.
+    query, key, value = (t if t.stride(2) == 1 else t.contiguous() for t in (query, key, value))
     scale = head_dim**-0.5 if scale is None else scale
     tile = tile_for(max_seqlen_q, max_seqlen_k, head_dim, query.dtype == torch.float32, bias_table is not None)
     query_blocks = triton.cdiv(max_seqlen_q, tile.BLOCK_QUERY)
-    strides = [stride for tensor in (query, key, value) for stride in tensor.stride()[:2]]
+    strides = (*query.stride()[:2], *key.stride()[:2], *value.stride()[:2])
     unit = 1 if any(stride % 8 for stride in strides) else 8
     with torch.cuda.device_of(query):
         # Launches a 1D grid: for each segment each block of queries for each head.
@@ -276,17 +268,17 @@ def launch(
             scale * LOG2_E.value,
             heads,
             query_blocks,
-            *(
-                stride // unit if axis < 2 else stride
-                for t in (query, key, value)
-                for axis, stride in enumerate(t.stride())
-            ),
+            *(stride // unit for stride in strides),
             *((0, 0) if bias_table is None else bias_table.stride()),
             *grid_size,
             head_dim=head_dim,
             STRIDE_UNIT=unit,
             BLOCK_DIM=max(16, triton.next_power_of_2(head_dim)),
             RESIDENT=max_seqlen_k <= tile.BLOCK_KEY,
-            **tile._asdict(),
+            BLOCK_QUERY=tile.BLOCK_QUERY,
+            BLOCK_KEY=tile.BLOCK_KEY,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            **({"maxnreg": tile.maxnreg} if tile.maxnreg else {}),  # not every GPU's compiler knows it
         )
     return out
