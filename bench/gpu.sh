@@ -49,8 +49,17 @@ finish() { # wait for all that was started
     done >>"$results/gpu_check.txt"
     started=()
 }
-has_extension() {
-    "$python" -c 'import sys, torch, bench.measure; from tinydrop_kernels.ops import cuda; sys.exit(not cuda.available())'
+has_extension() { # built from the sources that are here: an older one would be checked and timed in their name
+    "$python" - <<'PYTHON'
+import hashlib, pathlib, sys
+import torch, bench.measure
+from tinydrop_kernels.ops import cuda
+if not cuda.available():
+    sys.exit(1)
+from tinydrop_kernels import _C
+sources = b"".join(file.read_bytes() for file in sorted(pathlib.Path("csrc").iterdir()))
+sys.exit(getattr(_C, "SOURCES", "") != hashlib.sha256(sources).hexdigest()[:16])
+PYTHON
 }
 
 # Correctness first, in many processes, since most of the time goes into compiling.

@@ -119,8 +119,8 @@ Tensor varlen_attention(const Tensor& query, const Tensor& key, const Tensor& va
   check(cu_seqlens_q.dim() == 1 && cu_seqlens_q.size(0) > 0, "cu_seqlens_q: accepted is (batch + 1,)");
   check(max_seqlen_q >= 0, "max_seqlen_q: got ", max_seqlen_q, ", accepted are lengths");
   check(max_seqlen_k >= 0, "max_seqlen_k: got ", max_seqlen_k, ", accepted are lengths");
-  check(heads * head_dim <= kMaxRowStride, "query: got ", heads, " heads of ", head_dim, ", accepted are rows of ",
-        kMaxRowStride, " elements");
+  check(heads * head_dim <= kMaxRowStride, "query: got ", heads, " heads of ", head_dim, ", accepted are up to ",
+        kMaxRowStride, " elements a row");
 
   const int64_t batch = cu_seqlens_q.size(0) - 1;
   AttentionArguments a{};

@@ -312,9 +312,9 @@ __device__ __forceinline__ void store_rows(const RowBlock<kHeadDim>& rows, uint3
 // Shared memory: query rows | key_capacity keys | their values | with a bias: its table, the codes of the keys.
 // Copies run in groups of one key tile, so the first tile is multiplied while the others arrive. Where not all tiles
 // fit, tile t lies in half t % 2 and the next one is fetched once every warp is done with the one before. Two blocks
-// of 8 warps have their registers, up to head_dim 80; beyond, the compiler would spill for it.
+// of 8 warps have their registers, up to head_dim 80 (64 with a bias); beyond, the compiler would spill for it.
 template <typename T, int kHeadDim, bool kBias>
-__global__ void __launch_bounds__(kMaxWarps * 32, kHeadDim <= 80 ? 2 : 1)
+__global__ void __launch_bounds__(kMaxWarps * 32, kHeadDim <= (kBias ? 64 : 80) ? 2 : 1)
     varlen_attention_kernel(const AttentionArguments a) {
   const int block = blockIdx.x, query_blocks = static_cast<int>(a.plan.query_blocks);
   const int head = block % a.heads;

@@ -5,6 +5,7 @@ extension itself is built, loaded and looked into. Skipped where there is no com
 """
 
 import ctypes
+import hashlib
 import importlib.util
 import math
 import os
@@ -13,13 +14,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import tiny_guidance, tiny_vit, varied_images
 
 import tinydrop_kernels as tdk
-from tinydrop_kernels.ops import attention_backends
+from tinydrop_kernels.ops import attention_backends, cuda
 
 ROOT = Path(__file__).parents[1]
 EMULATOR = Path(__file__).parent / "cuda_emulator"
@@ -99,7 +101,9 @@ def emulator(folder: Path, csrc: Path, optimise: str = "-O2"):
     integers = [ctypes.c_int, *[ctypes.c_int64] * 4, ctypes.c_int]
     function.argtypes = [ctypes.POINTER(Arguments), *integers]
 
-    def run(query, key, value, seqlens_q, seqlens_k, scale=None, bias=None, multiprocessor="h100", early=False):
+    def run(
+        query, key, value, seqlens_q, seqlens_k, scale=None, bias=None, multiprocessor="h100", early=False, longest=None
+    ):
         total, heads, head_dim = query.shape
         guarded = torch.full((total + 2 * GUARD, heads, head_dim), float("nan"), dtype=query.dtype)
         out = guarded[GUARD : GUARD + total]
@@ -122,7 +126,7 @@ def emulator(folder: Path, csrc: Path, optimise: str = "-O2"):
             arguments.bias_table, arguments.positions = View.of(table), positions.data_ptr()
             distances = (2 * arguments.grid_rows - 1) * (2 * arguments.grid_columns - 1)
             arguments.class_token_entries = len(table) > distances
-        longest = [max(lengths, default=0) for lengths in (seqlens_q, seqlens_k)]
+        longest = longest or [max(lengths, default=0) for lengths in (seqlens_q, seqlens_k)]
         shared = SHARED[multiprocessor]
         bfloat16 = query.dtype == torch.bfloat16
         error = function(ctypes.byref(arguments), bfloat16, len(seqlens_q), *longest, shared, early)
@@ -174,6 +178,15 @@ def packed_qkv(seqlens, heads, head_dim, dtype, spread=1.0):
     return guarded[GUARD : GUARD + total].unbind(1)
 
 
+def guarded_bias(table, positions, grid):
+    """Between values that must not be read: NaN, and patches far beyond the table."""
+    tables = table.new_full((len(table) + 2 * GUARD, *table.shape[1:]), float("nan"))
+    tables[GUARD:-GUARD] = table
+    patches = torch.full((len(positions) + 2 * GUARD,), 2**30, dtype=torch.int32)
+    patches[GUARD:-GUARD] = positions
+    return tables[GUARD:-GUARD], patches[GUARD:-GUARD], grid
+
+
 def check(emulate, query, key, value, seqlens_q, seqlens_k, **options):
     out, plan = emulate(query, key, value, seqlens_q, seqlens_k, **options)
     expected = exact(query, key, value, seqlens_q, seqlens_k, options.get("scale"), options.get("bias"))
@@ -223,6 +236,14 @@ def test_large_scores(emulate, dtype):
     check(emulate, query, key, value, SHORT, SHORT, scale=1.0)
 
 
+def test_growing_scores(emulate):
+    """Every step's maximum exceeds the one before: at first by less than what a step tolerates, then by more."""
+    query, key, value = packed_qkv([257], 1, 64, torch.float16)
+    query = torch.ones_like(query)
+    key = (torch.arange(257)[:, None, None] ** 2 / 4096 + 0.1 * key).half()
+    check(emulate, query, key, value, [257], [257])
+
+
 def test_equal_scores_average_the_values(emulate):
     query, key, value = packed_qkv([50, 197], 2, 64, torch.float16)
     key = torch.zeros_like(key)
@@ -240,6 +261,26 @@ def test_cross_attention(emulate, multiprocessor):
     check(emulate, query, key, value, seqlens_q, seqlens_k, multiprocessor=multiprocessor)
     out, _ = emulate(query, key, value, seqlens_q, seqlens_k, multiprocessor=multiprocessor)
     assert (out[1] == 0).all()
+
+
+def test_keys_beyond_the_bound_are_not_read(emulate):
+    """max_seqlen_k is not checked; what exceeds it must not be written over the rest of shared memory."""
+    query, key, value = packed_qkv([50, 100], 2, 64, torch.float16)
+    out, plan = emulate(query, key, value, [50, 100], [50, 100], longest=[100, 40])
+    assert plan.key_capacity == 64 and not plan.streams_keys
+    expected = exact(query[50:], key[50:114], value[50:114], [100], [64])
+    torch.testing.assert_close(out[50:].double(), expected, atol=2e-3, rtol=2e-3)
+
+
+def test_offsets_beyond_32_bits(emulate):
+    """Rows 256 MB apart: 5 GB of addresses, of which few are touched."""
+    rows, stride = 20, 2**27
+    try:
+        memory = torch.empty((rows - 1) * stride + 64, dtype=torch.float16)
+    except RuntimeError:
+        pytest.skip("5 GB of addresses are refused here")
+    far = memory.as_strided((rows, 1, 64), (stride, 64, 1)).copy_(torch.randn(rows, 1, 64))
+    check(emulate, far, far, far, [18, 2], [18, 2])
 
 
 def test_no_keys_at_all(emulate):
@@ -275,8 +316,23 @@ def test_bias(emulate, class_token, multiprocessor, early):
     positions = torch.cat(positions).int()
     table = torch.randn((2 * grid[0] - 1) * (2 * grid[1] - 1) + 3 * class_token, heads).bfloat16()
     query, key, value = packed_qkv(seqlens, heads, 64, torch.bfloat16)
-    options = {"bias": (table, positions, grid), "multiprocessor": multiprocessor, "early": early}
+    options = {"bias": guarded_bias(table, positions, grid), "multiprocessor": multiprocessor, "early": early}
     check(emulate, query, key, value, seqlens, seqlens, **options)
+
+
+def check_hidden_keys(emulate, multiprocessor="h100"):
+    """A bias of -inf hides what lies more than two rows above, from the last rows two whole tiles of keys."""
+    grid = rows, columns = 20, 8
+    table = torch.randn(2 * rows - 1, 2 * columns - 1, 1)
+    table[rows + 2 :] = -math.inf
+    bias = guarded_bias(table.flatten(0, 1).half(), torch.arange(rows * columns).int(), grid)
+    query, key, value = packed_qkv([rows * columns], 1, 64, torch.float16)
+    check(emulate, query, key, value, [160], [160], bias=bias, multiprocessor=multiprocessor)
+
+
+@pytest.mark.parametrize("multiprocessor", ["h100", "none"], ids=["resident", "streamed"])
+def test_bias_that_hides_keys(emulate, multiprocessor):
+    check_hidden_keys(emulate, multiprocessor)
 
 
 @pytest.mark.parametrize("head_dim", [16, 32, 80, 96, 128])
@@ -298,6 +354,8 @@ def test_launches_fill_their_blocks(emulate):
     _, plan = emulate(query, key, value, [100], [100])
     assert (plan.warps, plan.row_blocks_per_warp, plan.query_blocks) == (4, 2, 1)
     assert 4 * (plan.shared_bytes + 1024) <= SHARED["h100"]
+    _, plan = emulate(query[:1], key, value, [1], [100])  # a pool's query: its keys are copied by two warps
+    assert (plan.warps, plan.row_blocks_per_warp, plan.query_blocks) == (2, 1, 1)
 
 
 @pytest.mark.parametrize("options", [{}, {"global_pool": "map", "class_token": False}], ids=["token", "map pool"])
@@ -327,8 +385,10 @@ def test_patched_model(emulate, monkeypatch, options):
         ("wait_for_copies(ahead - 1);", "wait_for_copies(ahead);", "before a barrier|isfinite"),
         ("        __syncthreads();\n", "", "another"),
         ("chunk ^ row", "chunk ^ 0 * row", "share banks"),
+        ("origin[2] = {-FLT_MAX, -FLT_MAX}", "origin[2] = {-INFINITY, -INFINITY}", "isfinite"),
+        ("num_keys = min(num_keys, a.plan.key_capacity)", "(void)0", "beyond"),
     ],
-    ids=["wait", "barrier", "swizzle"],
+    ids=["wait", "barrier", "swizzle", "origin", "capacity"],
 )
 def test_the_emulator_catches_what_is_missing(tmp_path, line, instead, complaint):
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
@@ -339,9 +399,16 @@ def test_the_emulator_catches_what_is_missing(tmp_path, line, instead, complaint
     query, key, value = packed_qkv([197], 1, 64, torch.float16)
     with pytest.raises(AssertionError, match=complaint):
         check(emulate, query, key, value, [197], [197], multiprocessor="none")
+        check_hidden_keys(emulate)
+        emulate(query, key, value, [197], [197], longest=[197, 40])
 
 
 # -- The extension itself
+
+
+def hash_of_sources(project: Path) -> str:
+    """As the extension tells it."""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted((project / "csrc").iterdir()))).hexdigest()[:16]
 
 
 def copy_of_the_project(folder: Path) -> Path:
@@ -353,12 +420,16 @@ def copy_of_the_project(folder: Path) -> Path:
     return folder
 
 
-def build(project: Path, hide_torch: bool = False, **variables: str) -> subprocess.CompletedProcess:
-    """``setup.py build`` into ``project/lib``."""
+IN_PLACE = ("build_ext", "--inplace")
+
+
+def build(project: Path, *command: str, hide_torch: bool = False, **variables: str) -> subprocess.CompletedProcess:
+    """``setup.py build`` into ``project/lib``, or another command."""
     pytest.importorskip("setuptools", minversion="77", reason="building asks for setuptools 77")
     hide = "sys.modules['torch'] = None; " if hide_torch else ""
     program = f"import runpy, sys; {hide}sys.argv[0] = 'setup.py'; runpy.run_path('setup.py')"
-    command = [sys.executable, "-c", program, "--quiet", "build", "--build-lib", "lib", "--build-temp", "temp"]
+    command = [sys.executable, "-c", program, "--quiet", *(command or ("build", "--build-lib", "lib"))]
+    command += ["--build-temp", "temp"]
     kept = {k: v for k, v in os.environ.items() if k not in ("TINYDROP_CUDA", "TORCH_CUDA_ARCH_LIST")}
     return subprocess.run(command, cwd=project, env=kept | variables, capture_output=True, text=True)
 
@@ -376,10 +447,11 @@ def built(tmp_path_factory):
 
 def test_extension_loads_without_a_gpu(built):
     program = """
-import torch
+import sys, torch
 from tinydrop_kernels.ops import cuda
 assert cuda.available(), cuda.WHY_NOT
-print(cuda.ARCHITECTURES, torch.ops.tinydrop_cuda.varlen_attention.default._schema)
+print(cuda.ARCHITECTURES, sys.modules["tinydrop_kernels._C"].SOURCES)
+print(torch.ops.tinydrop_cuda.varlen_attention.default._schema)
 x = torch.zeros(4, 2, 64, dtype=torch.half)
 c = torch.tensor([0, 4], dtype=torch.int32)
 assert cuda.compiled_for(8, 6) and cuda.compiled_for(9, 0) and not cuda.compiled_for(7, 5)
@@ -392,9 +464,119 @@ else:
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=built, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "('80', '90a', '100')" in done.stdout
+    assert f"('80', '90a', '100') {hash_of_sources(ROOT)}\n" in done.stdout
     assert "Tensor? bias_table, Tensor? positions, int grid_rows, int grid_columns) -> Tensor" in done.stdout
     assert [file.name for file in (built / "tinydrop_kernels").glob("_C*")] == ["_C.abi3.so"]
+
+
+# What the launcher does not take.
+REFUSED = {
+    "query": ["x[0]", "x.float()", "x[:, :, :60]", "torch.zeros(4, 2, 136).half()", "x[:1, :1].expand(4, 2**24, 64)"],
+    "key": [
+        *("x[0]", "x.bfloat16()", "x[:, :1]", "x[:, :, :1].expand(4, 2, 64)"),
+        "torch.zeros(4, 2, 65).half()[:, :, 1:]",
+        "torch.zeros(4, 2, 72).half()[:, :, 1:65]",
+        "torch.empty(2**30 + 128, dtype=x.dtype).as_strided((2, 2, 64), (2**30, 64, 1))",
+    ],
+    "value": ["x[:3]", "x.float()"],
+    "cu_seqlens_q": ["c[None]", "c[:0]", "c.long()", "torch.zeros(4).int()[::2]"],
+    "cu_seqlens_k": ["c[:1]", "c.long()"],
+    "max_seqlen_q": ["-1"],
+    "max_seqlen_k": ["-1"],
+    "scale": ["0.0", "-1.0", "math.nan", "math.inf", "1e-46", "3e38"],
+    "bias_table": ["b.bfloat16()", "b[:, :1]", "b[:7]", "b[:, 0]"],
+    "positions": ["None", "p[:3]", "p.long()", "torch.zeros(8).int()[::2]"],
+    "grid_rows": ["0", "2000"],
+    "grid_columns": ["0", "2000"],
+}
+LAUNCHER = """
+import math, sys, torch
+from tinydrop_kernels.ops import cuda
+x, c = torch.zeros(4, 2, 64).half(), torch.tensor([0, 4]).int()
+b, p = torch.zeros(9, 2).half(), torch.arange(4).int()
+def launch(**instead):
+    fine = dict(query=x, key=x, value=x, cu_seqlens_q=c, cu_seqlens_k=c, max_seqlen_q=4, max_seqlen_k=4, scale=1.0)
+    fine |= dict(bias_table=b, positions=p, grid_rows=2, grid_columns=2)
+    on_cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    try:
+        torch.ops.tinydrop_cuda.varlen_attention.default.redispatch(on_cuda, *(fine | instead).values())
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+for case in sys.argv[1:]:
+    name, _, value = case.partition("=")
+    message = launch(**{name: eval(value)})
+    print("right" if message and message.startswith(name + ": ") else "WRONG", case, message)
+print("fine:", launch())
+"""
+
+
+def test_launcher_refuses_by_name(built):
+    """As far as it gets with tensors on the CPU that are declared to be on CUDA."""
+    cases = [f"{name}={value}" for name, values in REFUSED.items() for value in values]
+    command = [sys.executable, "-c", LAUNCHER, *cases]
+    done = subprocess.run(command, cwd=built, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *lines, fine = done.stdout.splitlines()
+    assert len(lines) == len(cases)
+    assert [line for line in lines if not line.startswith("right")] == []
+    assert not re.match(r"fine: (query|key|value|cu_|max_|scale|bias|positions|grid)", fine)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "runs", "does_not_run"),
+    [
+        ("80", [(8, 0), (8, 9)], [(7, 5), (9, 0)]),
+        ("86", [(8, 6), (8, 9)], [(8, 0), (9, 0)]),
+        ("90a", [(9, 0)], [(8, 0), (10, 0)]),
+        ("100f", [(10, 0)], [(9, 0), (12, 0)]),
+        ("100", [(10, 0), (10, 3)], [(9, 0), (12, 0)]),
+        ("90+PTX", [(9, 0), (10, 3), (12, 0)], [(8, 9)]),
+    ],
+)
+def test_gpus_that_code_runs_on(monkeypatch, architecture, runs, does_not_run):
+    monkeypatch.setattr(cuda, "ARCHITECTURES", (architecture,))
+    assert all(cuda.compiled_for(*gpu) for gpu in runs)
+    assert not any(cuda.compiled_for(*gpu) for gpu in does_not_run)
+
+
+class OnCuda(SimpleNamespace):
+    """What ``fits`` asks of a tensor on a GPU."""
+
+    is_cuda, device, dtype = True, SimpleNamespace(index=0), torch.float16
+
+    @classmethod
+    def of(cls, *shape, row_stride=None):
+        tensor = torch.empty(shape, device="meta")
+        strides = (row_stride or tensor.stride(0), *tensor.stride()[1:])
+        stride = lambda dim=None: strides if dim is None else strides[dim]  # noqa: E731
+        return cls(shape=tensor.shape, stride=stride, data_ptr=lambda: 0)
+
+
+@pytest.mark.parametrize("has_room", [True, False], ids=["227 KB", "99 KB"])
+def test_what_fits(monkeypatch, has_room):
+    monkeypatch.setattr(cuda, "WHY_NOT", "")
+    monkeypatch.setattr(cuda, "_gpu", lambda index: (True, has_room))
+
+    def fits(*options, head_dim=64, row_stride=None):
+        tensor = OnCuda.of(4, 2, head_dim, row_stride=row_stride)
+        return cuda.fits(tensor, tensor, tensor, None, None, 4, 4, *options)
+
+    assert fits() and fits(0.125) and fits(head_dim=128) and not fits(head_dim=136) and not fits(head_dim=60)
+    assert not any(fits(scale) for scale in (0.0, -1.0, 1e-46, 3e38, math.nan, math.inf))
+    assert fits(row_stride=2**27) and not fits(row_stride=2**30)
+    bias = OnCuda.of(9, 2), None
+    assert fits(None, *bias, (32, 32)) and not fits(None, *bias, (33, 1))
+    assert fits(None, *bias, (2, 2), head_dim=80) == has_room
+    monkeypatch.setattr(cuda, "_gpu", lambda index: (False, True))
+    assert not fits()
+
+
+def test_launch_makes_vectors_contiguous(monkeypatch):
+    monkeypatch.setattr(torch.ops, "tinydrop_cuda", SimpleNamespace(varlen_attention=lambda *args: args), raising=False)
+    vector = torch.arange(8).int()[::2]
+    tensor = torch.zeros(4, 1, 8)
+    arguments = cuda.launch(tensor, tensor, tensor, vector, vector, 4, 4, None, None, vector)
+    assert all(arguments[i].is_contiguous() and arguments[i].equal(vector) for i in (3, 4, 9))
 
 
 def cuobjdump() -> str:
@@ -429,7 +611,7 @@ def test_products_are_on_tensor_cores(built, architecture):
         assert "LDL" not in body and "STL" not in body
 
 
-# -- setup.py, with a toolkit whose compiler always fails
+# -- setup.py, with a toolkit whose compiler always fails, and one whose compiler makes nothing of the sources
 
 
 @pytest.fixture
@@ -444,6 +626,24 @@ def broken_toolkit(tmp_path):
         "bin/nvcc": "#!/bin/sh\necho 'fatal error: out of luck' >&2\nexit 1\n",
         "include/cuda_runtime.h": "",
     }.items():
+        file = home / name
+        file.parent.mkdir(parents=True)
+        file.write_text(text)
+        file.chmod(0o755)
+    return str(home)
+
+
+@pytest.fixture
+def hollow_toolkit(tmp_path):
+    """Its nvcc knows GPUs up to 9.0, and makes an object file that holds nothing but its command line."""
+    if shutil.which("g++") is None:
+        pytest.skip("linking an extension needs g++")
+    home = tmp_path / "hollow"
+    nvcc = """#!/bin/sh
+[ "$1" = --list-gpu-code ] && echo 'sm_75 sm_80 sm_86 sm_90' && exit
+echo "extern const char command[]; const char command[] = \\"$*\\";" | g++ -fPIC -x c++ -c -o "$4" -
+"""
+    for name, text in {"bin/nvcc": nvcc, "include/cuda_runtime.h": "", "lib64/libcudart_static.a": "!<arch>\n"}.items():
         file = home / name
         file.parent.mkdir(parents=True)
         file.write_text(text)
@@ -467,6 +667,55 @@ def test_failed_build_leaves_a_pure_package(project, broken_toolkit):
         "tinydrop_kernels: built without its CUDA extension: nvcc failed: fatal error: out of luck"
     ]
     assert_pure_python(project)
+
+
+def built_extension(project: Path, folder: str = "lib") -> bytes:
+    (file,) = (project / folder / "tinydrop_kernels").glob("_C*")
+    return file.read_bytes()
+
+
+def test_edited_source_is_linked_anew(project, hollow_toolkit):
+    built = []
+    for line in ("// once", "// twice"):
+        with (project / "csrc" / "varlen_attention.cuh").open("a") as source:
+            source.write(line)
+        assert build(project, CUDA_HOME=hollow_toolkit, TINYDROP_CUDA="1").returncode == 0
+        built.append(built_extension(project))
+        assert hash_of_sources(project).encode() in built[-1]
+    assert built[0] != built[1]
+
+
+@pytest.mark.parametrize("command", [(), IN_PLACE], ids=["build", "in place"])
+def test_failed_build_leaves_no_earlier_library(project, hollow_toolkit, broken_toolkit, command):
+    folder = "." if command else "lib"
+    assert build(project, *command, CUDA_HOME=hollow_toolkit).returncode == 0
+    assert built_extension(project, folder)
+    assert build(project, *command, CUDA_HOME=broken_toolkit).returncode == 0
+    assert not list((project / folder / "tinydrop_kernels").glob("_C*"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "built", "options"),
+    [
+        ("", b"80;90a", b"compute_80,code=sm_80 -gencode=arch=compute_90a,code=sm_90a"),
+        ("7.0 8.6 9.0+PTX", b"86;90+PTX", b"compute_90,code=sm_90 -gencode=arch=compute_90,code=compute_90"),
+    ],
+    ids=["default", "asked"],
+)
+def test_architectures(project, hollow_toolkit, asked, built, options):
+    done = build(project, CUDA_HOME=hollow_toolkit, TINYDROP_CUDA="1", TORCH_CUDA_ARCH_LIST=asked)
+    assert done.returncode == 0, done.stderr
+    library = built_extension(project)
+    assert b"\0" + built + b"\0" in library and options in library
+
+
+@pytest.mark.parametrize(
+    ("asked", "complaint"), [("7.0;7.5", "need 8.0 or later"), ("Hopper", "accepted is for example")]
+)
+def test_architectures_that_are_refused(project, hollow_toolkit, asked, complaint):
+    done = build(project, CUDA_HOME=hollow_toolkit, TINYDROP_CUDA="1", TORCH_CUDA_ARCH_LIST=asked)
+    assert done.returncode != 0
+    assert f"TORCH_CUDA_ARCH_LIST: got '{asked}'" in done.stderr and complaint in done.stderr
 
 
 def test_demanded_build_fails_loudly(project, broken_toolkit):
