@@ -21,6 +21,7 @@ from measure import CUDA, DEVICE, cu_seqlens_of, ops
 from torch import Tensor
 
 from tinydrop_kernels.ops import attention_backends, cuda, reference
+from tinydrop_kernels.ops.attention_arguments import AttentionArguments
 
 # Of a row's norm: sums in float32, and one rounding to the type of the result.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -230,9 +231,9 @@ class Attention(NamedTuple):
     bias: ops.RelativeBias | None = None
 
     @property
-    def arguments(self) -> tuple:
+    def arguments(self) -> AttentionArguments:
         """As the implementations take them."""
-        return *self[:8], *(self.bias or ())
+        return AttentionArguments(*self[:8], *(self.bias or ()))
 
 
 def segments(lengths_q: list[int], lengths_k: list[int]) -> tuple[Tensor, Tensor, int, int]:
@@ -316,7 +317,7 @@ def varlen_attention(implementation: attention_backends.Implementation) -> Itera
         raise NotHereError(cuda.WHY_NOT if implementation.name == "cuda" and CUDA else f"not for {DEVICE.type}")
     for dtype in DTYPES:
         for case in attention_cases(dtype):
-            if implementation.takes(*case.arguments):
+            if implementation.takes(case.arguments):
                 # Freed at once, so that what C++ allocates next is likely to be this memory.
                 torch.full_like(case.query, float("nan"))
                 assert_attention(case, implementation.launch(*case.arguments))
@@ -325,7 +326,7 @@ def varlen_attention(implementation: attention_backends.Implementation) -> Itera
         case, other = (
             Attention(*projections(sum(lengths), 64, dtype), *segments(n, n)) for n in (lengths, lengths[::-1])
         )
-        if CUDA and not SANITIZED and implementation.takes(*case.arguments):
+        if CUDA and not SANITIZED and implementation.takes(case.arguments):
             assert_replays(implementation, case, other)
             yield
 

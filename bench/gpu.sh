@@ -51,14 +51,13 @@ finish() { # wait for all that was started
 }
 has_extension() { # built from the sources that are here: an older one would be checked and timed in their name
     "$python" - <<'PYTHON'
-import hashlib, pathlib, sys
-import torch, bench.measure
+import sys
+import setup, torch, bench.measure
 from tinydrop_kernels.ops import cuda
 if not cuda.available():
     sys.exit(1)
 from tinydrop_kernels import _C
-sources = b"".join(file.read_bytes() for file in sorted(pathlib.Path("csrc").iterdir()))
-sys.exit(getattr(_C, "SOURCES", "") != hashlib.sha256(sources).hexdigest()[:16])
+sys.exit(_C.SOURCES != setup.sources())
 PYTHON
 }
 

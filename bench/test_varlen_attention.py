@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tinydrop_kernels.ops import attention_backends, cuda, reference
+from tinydrop_kernels.ops.attention_arguments import AttentionArguments
 
 HEADS, HEAD_DIM = 16, 64
 LONGEST_RAGGED = 197  # every patch of a 14 x 14 grid, and the class token
@@ -152,8 +153,7 @@ def runs() -> list[Run]:
 def chosen(layout: Layout, qkv: Tensor, *projections: Tensor) -> str:
     """Which of the package's implementations runs."""
     arguments = (*projections, *layout.lengths, None, *(layout.bias or ()))
-    preferred = (i for i in attention_backends.preference(DEVICE.type) if i.runs_on(DEVICE.type))
-    return next(implementation.name for implementation in preferred if implementation.takes(*arguments))
+    return attention_backends.choose(AttentionArguments(*arguments)).name
 
 
 def row_error(out: Tensor, wanted: Tensor) -> float:

@@ -5,16 +5,16 @@ ViT's own 50 (a quarter of 14 x 14 and a class token), 99, 197 and 257; 577 and 
 Heads of 64, the usual; of 8, less than a tile; of 16 and 128; of 72 and 88, which no tile fits.
 """
 
-import itertools
-
 import pytest
 import torch
+from attention_oracle import exact
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 
 from tinydrop_kernels import ops
 from tinydrop_kernels.ops import attention_backends, cuda, reference
+from tinydrop_kernels.ops.attention_arguments import AttentionArguments
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # of the norm
@@ -49,29 +49,7 @@ def bias_for(total: int, heads: int, dtype: torch.dtype, class_token: bool = Tru
 
 
 def in_float64(query, key, value, cu_seqlens_q, cu_seqlens_k, scale=None, bias=None) -> torch.Tensor:
-    """By the formula, segment by segment, with the bias written out pair by pair."""
-    scale = query.shape[2] ** -0.5 if scale is None else scale
-    out = query.new_zeros(query.shape, dtype=torch.float64)
-    ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    for (q0, q1), (k0, k1) in zip(itertools.pairwise(ends_q), itertools.pairwise(ends_k), strict=True):
-        if q1 == q0 or k1 == k0:
-            continue
-        q, k, v = (t.double() for t in (query[q0:q1], key[k0:k1], value[k0:k1]))
-        scores = scale * torch.einsum("qhd,khd->hqk", q, k)
-        if bias is not None:
-            index = [[table_row(p, r) for r in bias.positions[k0:k1].tolist()] for p in bias.positions[q0:q1].tolist()]
-            scores += bias.table.double()[torch.tensor(index, device=DEVICE)].permute(2, 0, 1)
-        out[q0:q1] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
-    return out
-
-
-def table_row(query: int, key: int) -> int:
-    rows, columns = GRID
-    distances = (2 * rows - 1) * (2 * columns - 1)
-    if query < 0 or key < 0:
-        return distances + {(True, False): 0, (False, True): 1, (True, True): 2}[query < 0, key < 0]
-    down, right = query // columns - key // columns, query % columns - key % columns
-    return (down + rows - 1) * (2 * columns - 1) + right + columns - 1
+    return exact(query, key, value, cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist(), scale, bias)
 
 
 def on_triton(*arguments) -> torch.Tensor:
@@ -336,8 +314,7 @@ def first_that_fits(head_dim: int, dtype: torch.dtype, biased: bool = False) -> 
         query, key, value = torch.empty(9, 3, 2, head_dim, dtype=dtype, device="cuda").unbind(1)
         bias = (torch.empty(120, 2, dtype=dtype, device="cuda"), torch.empty(9, device="cuda").int(), GRID)
         arguments = (query, key, value, None, None, 9, 9, None, *(bias if biased else ()))
-        tried = attention_backends.preference("cuda")
-        return next(i.name for i in tried if i.runs_on("cuda") and i.takes(*arguments))
+        return attention_backends.choose(AttentionArguments(*arguments)).name
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")

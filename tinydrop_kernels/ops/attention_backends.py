@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tinydrop_kernels.ops import backend, cuda, reference
+from tinydrop_kernels.ops.attention_arguments import AttentionArguments
 from tinydrop_kernels.ops.library import kernel_of
 
 HALF = (torch.float16, torch.bfloat16)
@@ -15,33 +16,28 @@ HALF = (torch.float16, torch.bfloat16)
 class Implementation(NamedTuple):
     name: str
     runs_on: Callable[[str], bool]  # whether this machine has it, for tensors on a type of device
-    takes: Callable[..., bool]  # whether it can do with an operator's arguments
-    launch: Callable  # takes the operator's arguments
+    takes: Callable[[AttentionArguments], bool]
+    launch: Callable[..., Tensor]  # takes the operator's arguments
     what: str
 
 
-def _triton_takes(query: Tensor, *rest) -> bool:
-    return query.shape[2] <= 128 and query.dtype in (*HALF, torch.float32)
+def _triton_takes(call: AttentionArguments) -> bool:
+    return call.query.shape[2] <= 128 and call.query.dtype in (*HALF, torch.float32)
 
 
-def _triton(*arguments) -> Tensor:
-    return kernel_of("varlen_attention")(*arguments)
+def _varlen_attn_takes(call: AttentionArguments) -> bool:
+    head_dim, plain = call.query.shape[2], call.bias_table is None and (call.scale is None or call.scale > 0)
+    fits = call.query.dtype in HALF and head_dim % 8 == 0 and head_dim <= 256 and len(call.query) and len(call.key)
+    return bool(plain and fits) and all(cuda.is_aligned(tensor) for tensor in call[:3])
 
 
-def _varlen_attn_takes(
-    query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale=None, bias_table=None, *rest
-) -> bool:
-    fits = query.dtype in HALF and query.shape[2] % 8 == 0 and query.shape[2] <= 256 and len(query) and len(key)
-    plain = bias_table is None and (scale is None or scale > 0)
-    return bool(fits and plain) and all(cuda.is_aligned(tensor) for tensor in (query, key, value))
-
-
-def _varlen_attn(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale=None, *bias):
+def _varlen_attn(*arguments) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
+    call = AttentionArguments(*arguments)
     # What follows the first seven arguments has moved between torch's releases.
-    starts = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
-    out = varlen_attn(query, key, value, *starts, max_seqlen_q, max_seqlen_k, scale=scale)
+    starts = call.cu_seqlens_q.contiguous(), call.cu_seqlens_k.contiguous()
+    out = varlen_attn(*call[:3], *starts, call.max_seqlen_q, call.max_seqlen_k, scale=call.scale)
     assert isinstance(out, Tensor)
     return out.contiguous()
 
@@ -50,13 +46,19 @@ def _varlen_attn(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, ma
 # first because it takes every dtype, layout and bias; then the extension, which has tiles for short segments too; then
 # torch's, which has them for long ones; padding, which computes what nobody needs, comes last.
 IMPLEMENTATIONS = (
-    Implementation("triton", lambda device: backend.HAS_TRITON, _triton_takes, _triton, "Triton kernel"),
+    Implementation(
+        "triton",
+        lambda device: backend.HAS_TRITON,
+        _triton_takes,
+        lambda *arguments: kernel_of("varlen_attention")(*arguments),  # imports Triton
+        "Triton kernel",
+    ),
     Implementation(
         "cuda", lambda device: device == "cuda" and cuda.available(), cuda.fits, cuda.launch, "CUDA C++ extension"
     ),
     Implementation("torch", lambda device: device == "cuda", _varlen_attn_takes, _varlen_attn, "torch's varlen_attn"),
     Implementation(
-        "reference", lambda device: True, lambda *_: True, reference.varlen_attention, "scaled_dot_product_attention"
+        "reference", lambda device: True, lambda call: True, reference.varlen_attention, "scaled_dot_product_attention"
     ),
 )
 
@@ -85,10 +87,12 @@ def first_on(device_type: str) -> Implementation:
     return next(implementation for implementation in preference(device_type) if implementation.runs_on(device_type))
 
 
+def choose(call: AttentionArguments) -> Implementation:
+    """The first implementation that this machine has and that takes these arguments; the reference takes all."""
+    device_type = call.query.device.type
+    return next(i for i in preference(device_type) if i.runs_on(device_type) and i.takes(call))
+
+
 def dispatch(*arguments) -> Tensor:
-    """Run the first implementation that this machine has and that takes the operator's arguments."""
-    device_type = arguments[0].device.type
-    for implementation in preference(device_type):
-        if implementation.runs_on(device_type) and implementation.takes(*arguments):
-            return implementation.launch(*arguments)
-    raise AssertionError("the reference takes everything")
+    """Run the chosen implementation on the operator's arguments."""
+    return choose(AttentionArguments(*arguments)).launch(*arguments)

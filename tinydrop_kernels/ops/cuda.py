@@ -6,6 +6,8 @@ import importlib
 import torch
 from torch import Tensor
 
+from tinydrop_kernels.ops.attention_arguments import AttentionArguments
+
 MAX_HEAD_DIM = 128
 MAX_GRID = 32  # rows and columns of a bias's grid: its table takes 40 KB of shared memory there
 MAX_ROW_STRIDE = 2**30 - 1
@@ -62,20 +64,9 @@ def is_aligned(tensor: Tensor) -> bool:
     return rows and tensor.stride(2) == 1 and tensor.data_ptr() % 16 == 0
 
 
-def fits(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    scale: float | None = None,
-    bias_table: Tensor | None = None,
-    positions: Tensor | None = None,
-    grid_size: tuple[int, int] = (1, 1),
-) -> bool:
-    """Whether the extension is there and takes these arguments of :func:`ops.varlen_attention`."""
+def fits(call: AttentionArguments) -> bool:
+    """Whether the extension is there and takes these arguments."""
+    query, table = call.query, call.bias_table
     if not available() or not query.is_cuda:
         return False
     runs, has_room = _gpu(query.device.index)
@@ -84,40 +75,26 @@ def fits(
         and query.dtype in (torch.float16, torch.bfloat16)
         and query.shape[2] % 8 == 0
         and 8 <= query.shape[2] <= MAX_HEAD_DIM
-        and (scale is None or SCALES[0] <= scale <= SCALES[1])
+        and (call.scale is None or SCALES[0] <= call.scale <= SCALES[1])
         and (
-            bias_table is None
-            or (bias_table.dtype == query.dtype and max(grid_size) <= MAX_GRID and (query.shape[2] <= 64 or has_room))
+            table is None
+            or (table.dtype == query.dtype and max(call.grid_size) <= MAX_GRID and (query.shape[2] <= 64 or has_room))
         )
-        and all(is_aligned(tensor) and tensor.stride(0) <= MAX_ROW_STRIDE for tensor in (query, key, value))
+        and all(is_aligned(tensor) and tensor.stride(0) <= MAX_ROW_STRIDE for tensor in call[:3])
     )
 
 
-def launch(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    scale: float | None = None,
-    bias_table: Tensor | None = None,
-    positions: Tensor | None = None,
-    grid_size: tuple[int, int] = (1, 1),
-) -> Tensor:
-    """See :func:`ops.varlen_attention`."""
-    scale = query.shape[2] ** -0.5 if scale is None else scale
+def launch(*arguments) -> Tensor:
+    """See :func:`ops.varlen_attention`; the arguments are those of :class:`AttentionArguments`."""
+    call = AttentionArguments(*arguments)
     return torch.ops.tinydrop_cuda.varlen_attention(
-        query,
-        key,
-        value,
-        cu_seqlens_q.contiguous(),
-        cu_seqlens_k.contiguous(),
-        max_seqlen_q,
-        max_seqlen_k,
-        scale,
-        bias_table,
-        None if positions is None else positions.contiguous(),
-        *grid_size,
+        *call[:3],
+        call.cu_seqlens_q.contiguous(),
+        call.cu_seqlens_k.contiguous(),
+        call.max_seqlen_q,
+        call.max_seqlen_k,
+        call.query.shape[2] ** -0.5 if call.scale is None else call.scale,
+        call.bias_table,
+        None if call.positions is None else call.positions.contiguous(),
+        *call.grid_size,
     )

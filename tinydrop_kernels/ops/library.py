@@ -19,18 +19,30 @@ def kernel_of(name: str) -> Callable:
     return importlib.import_module(f"tinydrop_kernels.ops.kernels.{name}").launch
 
 
-def register(schema: str, fake: Callable, reference: Callable, dispatch: Callable | None = None) -> Callable:
-    """Define an operator for CPU and CUDA and return it.
+def define(schema: str, fake: Callable, run: Callable) -> Callable:
+    """Define an operator that ``run`` carries out on CPU and CUDA, and return it.
 
     Args:
         schema: as in ``torch.library.define``, without the namespace.
         fake: shapes and dtypes of the result, for tracing.
-        reference: plain PyTorch. ``launch`` of the operator's module in ``ops.kernels`` takes the same arguments and
-            gives the same result.
-        dispatch: for an operator with more implementations than these two: runs the right one.
+        run: takes the operator's arguments.
     """
     name = LIBRARY.define(schema).split("(")[0].split("::")[-1]
     OPERATORS.append(name)
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, run, key)
+    torch.library.register_fake(f"tinydrop::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.tinydrop, name).default
+
+
+def register(schema: str, fake: Callable, reference: Callable) -> Callable:
+    """:func:`define` an operator that has two implementations.
+
+    Args:
+        reference: plain PyTorch. ``launch`` of the operator's module in ``ops.kernels`` takes the same arguments and
+            gives the same result.
+    """
+    name = schema.split("(")[0]
 
     def run(*args):
         # the kernels accumulate in float32, which is not enough for float64
@@ -39,7 +51,4 @@ def register(schema: str, fake: Callable, reference: Callable, dispatch: Callabl
             return kernel_of(name)(*args)
         return reference(*args)
 
-    for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, dispatch or run, key)
-    torch.library.register_fake(f"tinydrop::{name}", fake, lib=LIBRARY)
-    return getattr(torch.ops.tinydrop, name).default
+    return define(schema, fake, run)

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from tinydrop_kernels.ops import attention_backends, reference
 from tinydrop_kernels.ops.backend import wants_gradient
-from tinydrop_kernels.ops.library import register
+from tinydrop_kernels.ops.library import define
 
 
 class RelativeBias(NamedTuple):
@@ -27,12 +27,11 @@ def _fake(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqle
     return torch.empty_like(query, memory_format=torch.contiguous_format)
 
 
-_op = register(
+_op = define(
     "varlen_attention(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
     "SymInt max_seqlen_q, SymInt max_seqlen_k, float? scale=None, Tensor? bias_table=None, Tensor? positions=None, "
     "SymInt[2] grid_size=1) -> Tensor",
     _fake,
-    reference.varlen_attention,
     attention_backends.dispatch,
 )
 

@@ -275,10 +275,7 @@ def launch(
             STRIDE_UNIT=unit,
             BLOCK_DIM=max(16, triton.next_power_of_2(head_dim)),
             RESIDENT=max_seqlen_k <= tile.BLOCK_KEY,
-            BLOCK_QUERY=tile.BLOCK_QUERY,
-            BLOCK_KEY=tile.BLOCK_KEY,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            **({"maxnreg": tile.maxnreg} if tile.maxnreg else {}),  # not every GPU's compiler knows it
+            # not every GPU's compiler knows of maxnreg
+            **{name: value for name, value in tile._asdict().items() if value is not None},
         )
     return out

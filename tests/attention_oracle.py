@@ -1,0 +1,31 @@
+"""Attention in float64, written from the contract and sharing no code with the package."""
+
+import torch
+
+
+def exact(query, key, value, seqlens_q, seqlens_k, scale=None, bias=None):
+    """Attention in float64, segment by segment, as its formula is written."""
+    scale = query.shape[2] ** -0.5 if scale is None else scale
+    out = query.new_zeros(query.shape, dtype=torch.float64)
+    q0 = k0 = 0
+    for rows, keys in zip(seqlens_q, seqlens_k, strict=True):
+        q, k, v = query[q0 : q0 + rows], key[k0 : k0 + keys], value[k0 : k0 + keys]
+        scores = scale * torch.einsum("qhd,khd->hqk", q.double(), k.double())
+        if bias is not None:
+            scores += exact_bias(*bias, slice(q0, q0 + rows))
+        out[q0 : q0 + rows] = torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1) if keys else scores, v.double())
+        q0, k0 = q0 + rows, k0 + keys
+    return out
+
+
+def exact_bias(table, positions, grid_size, segment):
+    """``(heads, n, n)``, by BEiT's numbering of relative positions (timm's ``gen_relative_position_index``)."""
+    rows, columns = grid_size
+    p = positions[segment].long()
+    dy, dx = (p // columns)[:, None] - (p // columns), (p % columns)[:, None] - (p % columns)
+    index = (dy + rows - 1) * (2 * columns - 1) + dx + columns - 1
+    of_class = p < 0
+    index[of_class] = len(table) - 3
+    index[:, of_class] = len(table) - 2
+    index[of_class[:, None] & of_class] = len(table) - 1
+    return table.double()[index].permute(2, 0, 1)
