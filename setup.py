@@ -72,7 +72,7 @@ def architectures(home: Path) -> list[str]:
     asked = (os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES).replace(" ", ";").split(";")
     names = [name.replace(".", "") for name in asked if name]
     if not names or not all(re.fullmatch(r"\d{2,3}[af]?(\+PTX)?", name) for name in names):
-        raise CannotBuild(f"TORCH_CUDA_ARCH_LIST: got {';'.join(asked)!r}, accepted is for example {ARCHITECTURES!r}")
+        raise CannotBuild(f"TORCH_CUDA_ARCH_LIST: got {';'.join(asked)!r}, expected for example {ARCHITECTURES!r}")
     names = [name for name in names if number(name) >= OLDEST_ARCHITECTURE]
     if not names:
         raise CannotBuild(f"TORCH_CUDA_ARCH_LIST: got {';'.join(asked)!r}, the kernels need 8.0 or later")
@@ -136,7 +136,7 @@ class BuildCuda(build_ext):
 def demanded() -> bool:
     wish = os.environ.get("TINYDROP_CUDA", "")
     if wish not in ("", "0", "1"):
-        raise SystemExit(f"TINYDROP_CUDA: got {wish!r}, accepted are 0 and 1")
+        raise SystemExit(f"TINYDROP_CUDA: got {wish!r}, expected 0 or 1")
     return wish == "1"
 
 

@@ -55,17 +55,17 @@ void check_device(const char* name, const Tensor& tensor, const Tensor& query) {
 // A tensor (rows, heads, head_dim) as the kernel reads it, of query's dtype, heads and head_dim.
 View view(const char* name, const Tensor& tensor, const Tensor& query) {
   check_device(name, tensor, query);
-  check(tensor.dim() == 3, name, ": got ", tensor.dim(), " dimensions, accepted is (total, heads, head_dim)");
+  check(tensor.dim() == 3, name, ": got ", tensor.dim(), " dimensions, expected (total, heads, head_dim)");
   check(tensor.scalar_type() == query.scalar_type(), name, ": has another dtype than query");
   check(tensor.size(1) == query.size(1) && tensor.size(2) == query.size(2), name, ": got ", tensor.size(1),
         " heads of ", tensor.size(2), ", query has ", query.size(1), " of ", query.size(2));
-  check(tensor.stride(2) == 1, name, ": got a last stride of ", tensor.stride(2), ", accepted is 1");
+  check(tensor.stride(2) == 1, name, ": got a last stride of ", tensor.stride(2), ", expected 1");
   for (int dim = 0; dim < 2; ++dim) {
     check(tensor.size(dim) == 1 || tensor.stride(dim) % 8 == 0, name, ": got stride ", tensor.stride(dim),
-          " in dimension ", dim, ", accepted are multiples of 8 elements");
+          " in dimension ", dim, ", expected multiples of 8 elements");
   }
   check(tensor.size(0) == 1 || tensor.stride(0) <= kMaxRowStride, name, ": got stride ", tensor.stride(0),
-        " in dimension 0, accepted are up to ", kMaxRowStride);
+        " in dimension 0, expected up to ", kMaxRowStride);
   const void* data = tensor.const_data_ptr();
   check(reinterpret_cast<uintptr_t>(data) % 16 == 0, name, ": starts at an address that is no multiple of 16 bytes");
   return {data, tensor.stride(0), tensor.stride(1)};
@@ -73,9 +73,9 @@ View view(const char* name, const Tensor& tensor, const Tensor& query) {
 
 const int* int_vector(const char* name, const Tensor& tensor, int64_t length, const Tensor& query) {
   check_device(name, tensor, query);
-  check(tensor.scalar_type() == ScalarType::Int, name, ": accepted is int32");
+  check(tensor.scalar_type() == ScalarType::Int, name, ": expected int32");
   check(tensor.dim() == 1 && tensor.is_contiguous() && tensor.size(0) == length, name,
-        ": accepted is a contiguous vector of ", length);
+        ": expected a contiguous vector of ", length);
   return static_cast<const int*>(tensor.const_data_ptr());
 }
 
@@ -83,16 +83,16 @@ const int* int_vector(const char* name, const Tensor& tensor, int64_t length, co
 void add_bias(AttentionArguments& a, const Tensor& table, const std::optional<Tensor>& positions, int64_t grid_rows,
               int64_t grid_columns, const Tensor& query, const Tensor& key) {
   check(positions.has_value(), "positions: got None, which a bias_table does not go without");
-  check(query.size(0) == key.size(0), "key: got ", key.size(0), " rows, with a bias_table accepted are query's ",
+  check(query.size(0) == key.size(0), "key: got ", key.size(0), " rows, expected with a bias_table query's ",
         query.size(0));
-  check(grid_rows > 0 && grid_rows <= 1024, "grid_rows: got ", grid_rows, ", accepted are 1 to 1024");
-  check(grid_columns > 0 && grid_columns <= 1024, "grid_columns: got ", grid_columns, ", accepted are 1 to 1024");
+  check(grid_rows > 0 && grid_rows <= 1024, "grid_rows: got ", grid_rows, ", expected 1 to 1024");
+  check(grid_columns > 0 && grid_columns <= 1024, "grid_columns: got ", grid_columns, ", expected 1 to 1024");
   check_device("bias_table", table, query);
   check(table.scalar_type() == query.scalar_type(), "bias_table: has another dtype than query");
   const int64_t distances = (2 * grid_rows - 1) * (2 * grid_columns - 1);
-  check(table.dim() == 2 && table.size(1) == query.size(1), "bias_table: accepted is (distances, ", query.size(1), ")");
+  check(table.dim() == 2 && table.size(1) == query.size(1), "bias_table: expected (distances, ", query.size(1), ")");
   check(table.size(0) == distances || table.size(0) == distances + 3, "bias_table: got ", table.size(0),
-        " distances, accepted are ", distances, ", or 3 more with a class token");
+        " distances, expected ", distances, ", or 3 more with a class token");
   a.bias_table = {table.const_data_ptr(), table.stride(0), table.stride(1)};
   a.class_token_entries = table.size(0) > distances;
   a.positions = int_vector("positions", *positions, query.size(0), query);
@@ -110,16 +110,16 @@ Tensor varlen_attention(const Tensor& query, const Tensor& key, const Tensor& va
                         const Tensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
                         std::optional<Tensor> bias_table, std::optional<Tensor> positions, int64_t grid_rows,
                         int64_t grid_columns) {
-  check(query.dim() == 3, "query: got ", query.dim(), " dimensions, accepted is (total, heads, head_dim)");
+  check(query.dim() == 3, "query: got ", query.dim(), " dimensions, expected (total, heads, head_dim)");
   const bool bfloat16 = query.scalar_type() == ScalarType::BFloat16;
-  check(bfloat16 || query.scalar_type() == ScalarType::Half, "query: accepted are float16 and bfloat16");
+  check(bfloat16 || query.scalar_type() == ScalarType::Half, "query: expected float16 or bfloat16");
   const int64_t heads = query.size(1), head_dim = query.size(2);
   check(head_dim % 8 == 0 && head_dim >= 8 && head_dim <= kMaxHeadDim, "query: got a head_dim of ", head_dim,
-        ", accepted are multiples of 8 up to ", kMaxHeadDim);
-  check(cu_seqlens_q.dim() == 1 && cu_seqlens_q.size(0) > 0, "cu_seqlens_q: accepted is (batch + 1,)");
-  check(max_seqlen_q >= 0, "max_seqlen_q: got ", max_seqlen_q, ", accepted are lengths");
-  check(max_seqlen_k >= 0, "max_seqlen_k: got ", max_seqlen_k, ", accepted are lengths");
-  check(heads * head_dim <= kMaxRowStride, "query: got ", heads, " heads of ", head_dim, ", accepted are up to ",
+        ", expected multiples of 8 up to ", kMaxHeadDim);
+  check(cu_seqlens_q.dim() == 1 && cu_seqlens_q.size(0) > 0, "cu_seqlens_q: expected (batch + 1,)");
+  check(max_seqlen_q >= 0, "max_seqlen_q: got ", max_seqlen_q, ", expected a length");
+  check(max_seqlen_k >= 0, "max_seqlen_k: got ", max_seqlen_k, ", expected a length");
+  check(heads * head_dim <= kMaxRowStride, "query: got ", heads, " heads of ", head_dim, ", expected up to ",
         kMaxRowStride, " elements a row");
 
   const int64_t batch = cu_seqlens_q.size(0) - 1;
@@ -133,7 +133,7 @@ Tensor varlen_attention(const Tensor& query, const Tensor& key, const Tensor& va
   a.heads = static_cast<int>(heads);
   a.head_dim = static_cast<int>(head_dim);
   a.scale_log2 = static_cast<float>(scale) * kLog2e;
-  check(std::isfinite(a.scale_log2) && a.scale_log2 > 0, "scale: got ", scale, ", accepted are positive float32s");
+  check(std::isfinite(a.scale_log2) && a.scale_log2 > 0, "scale: got ", scale, ", expected a positive float32");
   a.grid_rows = a.grid_columns = 1;
   if (bias_table.has_value()) add_bias(a, *bias_table, positions, grid_rows, grid_columns, query, key);
 
@@ -150,7 +150,7 @@ Tensor varlen_attention(const Tensor& query, const Tensor& key, const Tensor& va
   const int shared_limit = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   check(a.plan.shared_bytes <= shared_limit, bias_table.has_value() ? "bias_table" : "query", ": needs ",
         a.plan.shared_bytes, " bytes of shared memory in a block, this device has ", shared_limit);
-  check(launch.blocks <= INT32_MAX, "cu_seqlens_q: needs ", launch.blocks, " blocks, accepted are ", INT32_MAX);
+  check(launch.blocks <= INT32_MAX, "cu_seqlens_q: needs ", launch.blocks, " blocks, expected at most ", INT32_MAX);
 
   // The same limit from every call: threads share it, and one that lowers it would fail another's launch.
   const void* kernel = reinterpret_cast<const void*>(launch.kernel);

@@ -14,8 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tinydrop_kernels.ops import cuda
-from tinydrop_kernels.ops.attention_arguments import AttentionArguments
+from tinydrop_kernels.ops import OPERATORS, cuda_extension, registry, use_backend
 
 ROOT = Path(__file__).parents[1]
 
@@ -62,15 +61,16 @@ def built(tmp_path_factory):
 def test_extension_loads_without_a_gpu(built):
     program = """
 import sys, torch
-from tinydrop_kernels.ops import cuda
-assert cuda.available(), cuda.WHY_NOT
-print(cuda.ARCHITECTURES, sys.modules["tinydrop_kernels._C"].SOURCES)
+from tinydrop_kernels.ops import cuda_extension
+assert cuda_extension.available(), cuda_extension.WHY_NOT
+print(cuda_extension.ARCHITECTURES, sys.modules["tinydrop_kernels._C"].SOURCES)
 print(torch.ops.tinydrop_cuda.varlen_attention.default._schema)
 x = torch.zeros(4, 2, 64, dtype=torch.half)
 c = torch.tensor([0, 4], dtype=torch.int32)
-assert cuda.compiled_for(8, 6) and cuda.compiled_for(9, 0) and not cuda.compiled_for(7, 5)
+runs = cuda_extension.compiled_for
+assert runs(8, 6) and runs(9, 0) and not runs(7, 5)
 try:
-    cuda.launch(x, x, x, c, c, 4, 4)
+    cuda_extension.launch(x, x, x, c, c, 4, 4, None, None, None, (1, 1), 0)
 except NotImplementedError as error:
     assert "CPU" in str(error)
 else:
@@ -105,7 +105,7 @@ REFUSED = {
 }
 LAUNCHER = """
 import math, sys, torch
-from tinydrop_kernels.ops import cuda
+from tinydrop_kernels.ops import cuda_extension
 x, c = torch.zeros(4, 2, 64).half(), torch.tensor([0, 4]).int()
 b, p = torch.zeros(9, 2).half(), torch.arange(4).int()
 def launch(**instead):
@@ -148,15 +148,16 @@ def test_launcher_refuses_by_name(built):
     ],
 )
 def test_gpus_that_code_runs_on(monkeypatch, architecture, runs, does_not_run):
-    monkeypatch.setattr(cuda, "ARCHITECTURES", (architecture,))
-    assert all(cuda.compiled_for(*gpu) for gpu in runs)
-    assert not any(cuda.compiled_for(*gpu) for gpu in does_not_run)
+    monkeypatch.setattr(cuda_extension, "ARCHITECTURES", (architecture,))
+    assert all(cuda_extension.compiled_for(*gpu) for gpu in runs)
+    assert not any(cuda_extension.compiled_for(*gpu) for gpu in does_not_run)
 
 
 class OnCuda(SimpleNamespace):
-    """What ``fits`` asks of a tensor on a GPU."""
+    """What choosing an implementation asks of a tensor on a GPU."""
 
-    is_cuda, device, dtype = True, SimpleNamespace(index=0), torch.float16
+    is_cuda, device, dtype = True, SimpleNamespace(type="cuda", index=0), torch.float16
+    __len__ = lambda self: self.shape[0]  # noqa: E731
 
     @classmethod
     def of(cls, *shape, row_stride=None):
@@ -166,31 +167,46 @@ class OnCuda(SimpleNamespace):
         return cls(shape=tensor.shape, stride=stride, data_ptr=lambda: 0)
 
 
-@pytest.mark.parametrize("has_room", [True, False], ids=["227 KB", "99 KB"])
-def test_what_fits(monkeypatch, has_room):
-    monkeypatch.setattr(cuda, "WHY_NOT", "")
-    monkeypatch.setattr(cuda, "_gpu", lambda index: (True, has_room))
+@pytest.fixture(params=[True, False], ids=["227 KB", "99 KB"])
+def has_room(request, monkeypatch):
+    """An extension that is loaded, on a GPU with much shared memory or with little."""
+    monkeypatch.setattr(cuda_extension, "WHY_NOT", "")
+    monkeypatch.setattr(cuda_extension, "_gpu", lambda index: (True, request.param))
+    # What a machine has is remembered, and must be forgotten with the extension.
+    registry._preference.cache_clear()
+    yield request.param
+    registry._preference.cache_clear()
 
-    def fits(*options, head_dim=64, row_stride=None):
-        tensor = OnCuda.of(4, 2, head_dim, row_stride=row_stride)
-        return cuda.fits(AttentionArguments(tensor, tensor, tensor, None, None, 4, 4, *options))
 
-    assert fits() and fits(0.125) and fits(head_dim=128) and not fits(head_dim=136) and not fits(head_dim=60)
-    assert not any(fits(scale) for scale in (0.0, -1.0, 1e-46, 3e38, math.nan, math.inf))
-    assert fits(row_stride=2**27) and not fits(row_stride=2**30)
+def chosen(scale=None, table=None, positions=None, grid_size=(1, 1), skip_keys=0, head_dim=64, row_stride=None):
+    tensor = OnCuda.of(4, 2, head_dim, row_stride=row_stride)
+    rest = (None, None, 4, 4, scale, table, positions, grid_size, skip_keys)
+    return OPERATORS["varlen_attention"].choose(tensor, tensor, tensor, *rest).name
+
+
+def test_what_it_takes(monkeypatch, has_room):
+    def takes(*options, **layout):
+        with use_backend("cuda"):
+            return chosen(*options, **layout) == "cuda"
+
+    assert takes() and takes(0.125) and takes(head_dim=128) and not takes(head_dim=136) and not takes(head_dim=60)
+    assert not any(takes(scale) for scale in (0.0, -1.0, 1e-46, 3e38, math.nan, math.inf))
+    assert takes(row_stride=2**27) and not takes(row_stride=2**30)
+    assert not takes(skip_keys=1)
     bias = OnCuda.of(9, 2), None
-    assert fits(None, *bias, (32, 32)) and not fits(None, *bias, (33, 1))
-    assert fits(None, *bias, (2, 2), head_dim=80) == has_room
-    monkeypatch.setattr(cuda, "_gpu", lambda index: (False, True))
-    assert not fits()
+    assert takes(None, *bias, (32, 32)) and not takes(None, *bias, (33, 1))
+    assert takes(None, *bias, (2, 2), head_dim=80) == has_room
+    monkeypatch.setattr(cuda_extension, "_gpu", lambda index: (False, True))
+    assert not takes()
 
 
 def test_launch_makes_vectors_contiguous(monkeypatch):
     monkeypatch.setattr(torch.ops, "tinydrop_cuda", SimpleNamespace(varlen_attention=lambda *args: args), raising=False)
     vector = torch.arange(8).int()[::2]
     tensor = torch.zeros(4, 1, 8)
-    arguments = cuda.launch(tensor, tensor, tensor, vector, vector, 4, 4, None, None, vector)
+    arguments = cuda_extension.launch(tensor, tensor, tensor, vector, vector, 4, 4, None, None, vector, (3, 5), 0)
     assert all(arguments[i].is_contiguous() and arguments[i].equal(vector) for i in (3, 4, 9))
+    assert arguments[7] == 8**-0.5 and arguments[10:] == (3, 5)
 
 
 def cuobjdump() -> str:
@@ -323,9 +339,7 @@ def test_architectures(project, hollow_toolkit, asked, built, options):
     assert b"\0" + built + b"\0" in library and options in library
 
 
-@pytest.mark.parametrize(
-    ("asked", "complaint"), [("7.0;7.5", "need 8.0 or later"), ("Hopper", "accepted is for example")]
-)
+@pytest.mark.parametrize(("asked", "complaint"), [("7.0;7.5", "need 8.0 or later"), ("Hopper", "expected for example")])
 def test_architectures_that_are_refused(project, hollow_toolkit, asked, complaint):
     done = build(project, CUDA_HOME=hollow_toolkit, TINYDROP_CUDA="1", TORCH_CUDA_ARCH_LIST=asked)
     assert done.returncode != 0
@@ -367,7 +381,7 @@ def test_isolated_build_is_pure_python(project):
 
 def test_bad_wishes_are_refused(project):
     done = build(project, TINYDROP_CUDA="yes")
-    assert done.returncode != 0 and "TINYDROP_CUDA: got 'yes', accepted are 0 and 1" in done.stderr
+    assert done.returncode != 0 and "TINYDROP_CUDA: got 'yes', expected 0 or 1" in done.stderr
 
 
 def test_torch_is_no_build_requirement():

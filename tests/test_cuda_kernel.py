@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from attention_oracle import exact
-from conftest import tiny_guidance, tiny_vit, varied_images
+from helpers import tiny_guidance, tiny_vit, varied_images
+from ops.attention_oracle import exact
 
 import tinydrop_kernels as tdk
-from tinydrop_kernels.ops import attention_backends
+from tinydrop_kernels.ops import OPERATORS, registry
 
 ROOT = Path(__file__).parents[1]
 EMULATOR = Path(__file__).parent / "cuda_emulator"
@@ -331,20 +331,29 @@ def test_launches_fill_their_blocks(emulate):
 def test_patched_model(emulate, monkeypatch, options):
     """A whole ViT whose attention runs on the extension's kernel: exits, few tokens, all tokens; a pool's query."""
 
-    def launch(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale=None, *bias):
+    launches = []
+
+    def launch(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, *others):
+        launches.append(len(query))
         lengths = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
         return emulate(query, key, value, *lengths, scale=scale)[0]
 
     vit = tiny_vit(**options).bfloat16()
-    tdk.patch(vit, tiny_guidance(), tdk.DropPolicy(tau=0.5, gamma=1.0, min_keep=0.1))
+    tdk.patch(
+        vit, tiny_guidance(), tdk.DropPolicy(tau=0.5, gamma=1.0, min_keep=0.1, coarsen=0.0, blend=0.0, second_look=None)
+    )
     images = varied_images(6).bfloat16()
     with torch.inference_mode():
         wanted = vit(images)
-        emulated = attention_backends.Implementation("cuda", lambda device: True, lambda call: True, launch, "emulated")
-        monkeypatch.setattr(attention_backends, "IMPLEMENTATIONS", (emulated,))
-        out = vit(images)
-    counts = vit.tinydrop.last.selection.counts.tolist()
+        monkeypatch.setattr(OPERATORS["varlen_attention"], "implementations", (registry.reference(launch),))
+        registry._preference.cache_clear()  # what a machine has is remembered
+        try:
+            out = vit(images)
+        finally:
+            registry._preference.cache_clear()
+    counts = vit.tinydrop.last.counts.tolist()
     assert 0 in counts and len(set(counts)) > 2
+    assert len(launches) == len(vit.blocks) + (vit.attn_pool is not None)
     torch.testing.assert_close(out, wanted, atol=3e-2, rtol=3e-2)
 
 

@@ -60,7 +60,6 @@ def test_nothing_spills(binaries, build):
         "select_from_saliency_kernel",
         "pack_kernel",
         "embed_tokens_kernel",
-        "mean_patch_kernel",
         "gather_tokens_kernel",
         "segment_pool_kernel",
         "varlen_attention_kernel",

@@ -1,28 +1,29 @@
-"""The operators. Each has its contract in its docstring; tensors in, tensors out, no models."""
+"""The operators. Each has its contract in its docstring; tensors in, tensors out, no models. Needs torch alone."""
 
-from tinydrop_kernels.ops.backend import choose_backend, use_backend
-from tinydrop_kernels.ops.embed_tokens import embed_tokens
-from tinydrop_kernels.ops.gather_tokens import gather_tokens
-from tinydrop_kernels.ops.library import OPERATORS
-from tinydrop_kernels.ops.pack import pack
-from tinydrop_kernels.ops.reference import keep_counts
-from tinydrop_kernels.ops.segment_pool import segment_pool
-from tinydrop_kernels.ops.select_tokens import Selection, select_from_saliency, select_tokens
-from tinydrop_kernels.ops.varlen_attention import RelativeBias, varlen_attention, varlen_attention_qkvpacked
+from tinydrop_kernels.ops.attention import varlen_attention
+from tinydrop_kernels.ops.embed import embed_tokens
+from tinydrop_kernels.ops.gather import gather_tokens
+from tinydrop_kernels.ops.packing import pack
+from tinydrop_kernels.ops.pool import segment_pool
+from tinydrop_kernels.ops.registry import OPERATORS, use_backend
+from tinydrop_kernels.ops.select import apply_law, select_from_saliency, select_tokens
+from tinydrop_kernels.ops.types import Law, Packed, Part, RelativeBias, Saliency, Selection
 
 __all__ = [
     "OPERATORS",
+    "Law",
+    "Packed",
+    "Part",
     "RelativeBias",
+    "Saliency",
     "Selection",
-    "choose_backend",
+    "apply_law",
     "embed_tokens",
     "gather_tokens",
-    "keep_counts",
     "pack",
     "segment_pool",
     "select_from_saliency",
     "select_tokens",
     "use_backend",
     "varlen_attention",
-    "varlen_attention_qkvpacked",
 ]

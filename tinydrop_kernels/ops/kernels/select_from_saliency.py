@@ -1,17 +1,19 @@
-"""Exit, how many patches, and which, from a saliency map; and the device functions shared with ``select_tokens``.
+"""Exit, which grid, how many patches, and which, from a saliency map; and the device functions shared with ``select``.
 
 One program decides for one image from end to end, so that a batch is one launch and nothing is read back in between.
 """
+
+import functools
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tinydrop_kernels.ops import reference
-from tinydrop_kernels.ops.select_tokens import empty_selection
+from tinydrop_kernels.ops import types
 
-ROUNDING_SLACK = tl.constexpr(reference.ROUNDING_SLACK)
+ROUNDING_SLACK = tl.constexpr(types.ROUNDING_SLACK)
 
 # A batch rarely fills the GPU, so a program has a multiprocessor to itself and only its own warps hide latency: two for
 # each of the four schedulers. Tiles of 16 elements a thread take at most 118 registers; twice as many took up to 252,
@@ -51,16 +53,39 @@ def predict(logits_pointer, class_stride, num_classes, BLOCK_SIZE_CLASS: tl.cons
 
 
 @triton.jit
-def keep_count(confidence, num_patches, tau, gamma, min_keep):
-    """Number of patches to keep, 0 for an exit: reference.keep_counts for one image."""
+def apply_law(confidence, grids_pointer, tau, gamma, min_keep, coarsen, NUM_LEVELS: tl.constexpr):
+    """Number of patches to keep, 0 for an exit, and the grid: ops.apply_law for one image.
+
+    Returns:
+        count, level, and the rows and columns of the grid at that level.
+    """
     ratio = confidence / tau
     power = tl.exp2(gamma * tl.log2(ratio))
     power = tl.where((gamma == 0.0) & (ratio == ratio), 1.0, power)  # also where the product is 0 * -inf
-    keep = tl.minimum(tl.maximum(1.0 - power, min_keep), 1.0)
-    keep = tl.where(power == power, keep, 1.0)
-    count = tl.ceil(keep * num_patches - ROUNDING_SLACK).to(tl.int32)
-    count = tl.minimum(tl.maximum(count, 1), num_patches)
-    return tl.where(confidence > tau, 0, count)
+    power = tl.where(gamma == float("inf"), 0.0, power)  # also where the ratio is 1, or above it
+    budget = tl.minimum(tl.maximum(1.0 - power, min_keep), 1.0)
+    budget = tl.where(power == power, budget, 1.0)
+
+    scale = tl.exp2(0.5 * coarsen * tl.log2(budget))
+    rows = tl.load(grids_pointer)
+    columns = tl.load(grids_pointer + 1)
+    dense = (rows * columns).to(tl.float32)
+    side = 1.0
+    level = 0
+    for smaller in tl.static_range(1, NUM_LEVELS):
+        smaller_rows = tl.load(grids_pointer + 2 * smaller)
+        smaller_columns = tl.load(grids_pointer + 2 * smaller + 1)
+        smaller_side = tl.sqrt((smaller_rows * smaller_columns).to(tl.float32) / dense)
+        is_nearer = scale < 0.5 * (side + smaller_side)
+        rows = tl.where(is_nearer, smaller_rows, rows)
+        columns = tl.where(is_nearer, smaller_columns, columns)
+        level += is_nearer.to(tl.int32)
+        side = smaller_side
+
+    fraction = tl.exp2((1.0 - coarsen) * tl.log2(budget))
+    count = tl.ceil(fraction * (rows * columns) - ROUNDING_SLACK).to(tl.int32)
+    count = tl.minimum(tl.maximum(count, 1), rows * columns)
+    return tl.where(confidence > tau, 0, count), level, rows, columns
 
 
 @triton.jit
@@ -103,31 +128,33 @@ def select_patches(
     map_column_stride,
     map_rows,
     map_columns,
+    grids_pointer,
     indices_pointer,
     counts_pointer,
+    levels_pointer,
     confidence_pointer,
     saliency_pointer,
-    rows,
-    columns,
+    patches_stride,
     tau,
     gamma,
     min_keep,
-    NORMALISE: tl.constexpr,
+    coarsen,
+    NUM_LEVELS: tl.constexpr,
     BLOCK_SIZE_PATCH: tl.constexpr,
 ):
     """Resize one image's map, of shape [map_rows, map_columns], and write everything that select_tokens returns.
 
-    The other pointers are those of :func:`select_from_saliency_kernel`.
+    The other arguments are those of :func:`select_from_saliency_kernel`.
     """
-    num_patches = rows * columns
-    indices_pointer += image * num_patches
-    saliency_pointer += image * num_patches
-    count = keep_count(confidence, num_patches, tau, gamma, min_keep)
+    indices_pointer += image * patches_stride
+    saliency_pointer += image * patches_stride
+    count, level, rows, columns = apply_law(confidence, grids_pointer, tau, gamma, min_keep, coarsen, NUM_LEVELS)
     tl.store(confidence_pointer + image, confidence)
     tl.store(counts_pointer + image, count)
+    tl.store(levels_pointer + image, level)
 
     patches = tl.arange(0, BLOCK_SIZE_PATCH)
-    mask = patches < num_patches
+    mask = patches < rows * columns
     top, bottom, row_share = bilinear_neighbours(patches // columns, rows, map_rows)
     left, right, column_share = bilinear_neighbours(patches % columns, columns, map_columns)
     top_pointer = map_pointer + top * map_row_stride
@@ -139,15 +166,7 @@ def select_patches(
     above = (1.0 - column_share) * top_left + column_share * top_right
     below = (1.0 - column_share) * bottom_left + column_share * bottom_right
     saliency = (1.0 - row_share) * above + row_share * below
-    if NORMALISE:
-        low, high = finite_range(
-            map_pointer, map_row_stride, map_column_stride, map_rows, map_columns, BLOCK_SIZE_PATCH
-        )
-        share = tl.div_rn(tl.minimum(tl.maximum(saliency, low), high) - low, high - low)
-        share = tl.where(high > low, share, 0.0)
-        tl.store(saliency_pointer + patches, tl.where(saliency != saliency, saliency, share), mask=mask)
-    else:
-        tl.store(saliency_pointer + patches, saliency, mask=mask)
+    tl.store(saliency_pointer + patches, tl.where(mask, saliency, 0.0), mask=patches < patches_stride)
 
     # Integers in the order of the scores: NaN as -inf, both zeros equal, negative numbers reversed; padding below all.
     scores = tl.where(saliency != saliency, -float("inf"), tl.where(saliency == 0.0, 0.0, saliency))
@@ -160,21 +179,23 @@ def select_patches(
         raised = threshold ^ bit
         threshold = tl.where(tl.sum((keys >= raised).to(tl.int32), axis=0) >= count, raised, threshold)
         bit = (bit >> 1) & 0x7FFFFFFF
-    above = (keys > threshold).to(tl.int32)
+    above_it = (keys > threshold).to(tl.int32)
     ties = (keys == threshold).to(tl.int32)
-    wins_tie = ties * (tl.cumsum(ties, axis=0) <= count - tl.sum(above, axis=0)).to(tl.int32)
-    kept = tl.where(count > 0, above + wins_tie, 0)
+    wins_tie = ties * (tl.cumsum(ties, axis=0) <= count - tl.sum(above_it, axis=0)).to(tl.int32)
+    kept = tl.where(count > 0, above_it + wins_tie, 0)
     tl.store(indices_pointer + tl.cumsum(kept, axis=0) - kept, patches, mask=mask & (kept != 0))
-    tl.store(indices_pointer + patches, -1, mask=mask & (patches >= count))
+    tl.store(indices_pointer + patches, -1, mask=(patches < patches_stride) & (patches >= count))
 
 
 # Integers that equal 1 or divide by 16 in one model and not in the next need no kernel of their own.
-@triton.jit(do_not_specialize=["num_classes", "map_rows", "map_columns", "rows", "columns"])
+@triton.jit(do_not_specialize=["num_classes", "map_rows", "map_columns", "patches_stride"])
 def select_from_saliency_kernel(
     logits_pointer,
     map_pointer,
+    grids_pointer,
     indices_pointer,
     counts_pointer,
+    levels_pointer,
     confidence_pointer,
     saliency_pointer,
     logits_batch_stride,
@@ -185,12 +206,12 @@ def select_from_saliency_kernel(
     num_classes,
     map_rows,
     map_columns,
-    rows,
-    columns,
+    patches_stride,
     tau,
     gamma,
     min_keep,
-    NORMALISE: tl.constexpr,
+    coarsen,
+    NUM_LEVELS: tl.constexpr,
     BLOCK_SIZE_CLASS: tl.constexpr,
     BLOCK_SIZE_PATCH: tl.constexpr,
 ):
@@ -199,10 +220,19 @@ def select_from_saliency_kernel(
     Args:
         logits_pointer: of shape [batch, num_classes].
         map_pointer: saliency as it was given, of shape [batch, map_rows, map_columns].
-        indices_pointer: kept patches in raster order, then -1; contiguous, of shape [batch, rows * columns].
+        grids_pointer: rows and columns of the patch grid at each level, dense first; int32, of shape [NUM_LEVELS, 2].
+        indices_pointer: kept patches in raster order, then -1; contiguous, of shape [batch, patches_stride].
         counts_pointer: number of kept patches, 0 for an exit; of shape [batch].
+        levels_pointer: which grid is the image's own, of shape [batch].
         confidence_pointer: max softmax, of shape [batch].
-        saliency_pointer: the resized map, normalised if NORMALISE; contiguous, of shape [batch, rows, columns].
+        saliency_pointer: the resized map, then 0; contiguous, of shape [batch, patches_stride].
+        logits_batch_stride, logits_class_stride, map_batch_stride, map_row_stride, map_column_stride: in elements.
+        num_classes, map_rows, map_columns: sizes of the above.
+        patches_stride: patches of the dense grid.
+        tau, gamma, min_keep, coarsen: the law, tau a number.
+        NUM_LEVELS: number of grids.
+        BLOCK_SIZE_CLASS: classes of a tile.
+        BLOCK_SIZE_PATCH: at least the patches of the dense grid.
     """
     # This program processes one image.
     image = tl.program_id(axis=0).to(tl.int64)
@@ -217,16 +247,18 @@ def select_from_saliency_kernel(
         map_column_stride,
         map_rows,
         map_columns,
+        grids_pointer,
         indices_pointer,
         counts_pointer,
+        levels_pointer,
         confidence_pointer,
         saliency_pointer,
-        rows,
-        columns,
+        patches_stride,
         tau,
         gamma,
         min_keep,
-        NORMALISE,
+        coarsen,
+        NUM_LEVELS,
         BLOCK_SIZE_PATCH,
     )
 
@@ -239,34 +271,44 @@ def block_sizes(num_classes: int, num_patches: int) -> dict[str, int]:
     }
 
 
+@functools.cache
+def grids_on(device: torch.device, grid_sizes: tuple[int, ...]) -> Tensor:
+    """The list of grids, copied to the device once."""
+    with torch.inference_mode(False):
+        return torch.tensor(grid_sizes, dtype=torch.int32, device=device)
+
+
 def launch(
+    selection: tuple[Tensor, ...],
     logits: Tensor,
     saliency: Tensor,
-    grid_size: tuple[int, int],
+    grid_sizes: Sequence[int],
     tau: float | None,
     gamma: float,
     min_keep: float,
-    normalise: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`ops.select_from_saliency`."""
-    selection = empty_selection(logits, grid_size)
+    coarsen: float,
+) -> tuple[Tensor, ...]:
+    """See :func:`ops.select_from_saliency`; writes into and returns ``selection``."""
     if len(logits) == 0:
         return selection
+    num_patches = grid_sizes[0] * grid_sizes[1]
     with torch.cuda.device_of(logits):
         select_from_saliency_kernel[(len(logits),)](
             logits,
             saliency,
+            grids_on(logits.device, tuple(grid_sizes)),
             *selection,
             *logits.stride(),
             *saliency.stride(),
             logits.shape[1],
             *saliency.shape[1:],
-            *grid_size,
+            num_patches,
             1.0 if tau is None else tau,  # no confidence is above 1
             gamma,
             min_keep,
-            normalise,
-            **block_sizes(logits.shape[1], grid_size[0] * grid_size[1]),
+            coarsen,
+            NUM_LEVELS=len(grid_sizes) // 2,
+            **block_sizes(logits.shape[1], num_patches),
             num_warps=NUM_WARPS,
             maxnreg=MAX_REGISTERS,
         )

@@ -5,28 +5,47 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tinydrop_kernels.ops.kernels.segments import locate_rows, mean_patch_kernel, pixel_offsets, search_step
+from tinydrop_kernels.ops.kernels.segments import locate_rows, search_step
+
+
+@triton.jit
+def pixel_offsets(
+    k,
+    channel_stride: tl.constexpr,
+    row_stride: tl.constexpr,
+    column_stride: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PATCH_HEIGHT: tl.constexpr,
+    PATCH_WIDTH: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+):
+    """Where pixel ``k`` of a patch lies behind its first: [channel, row, column], or [row, column, channel]."""
+    if CHANNELS_LAST:  # a row of a patch is one run of pixels and channels
+        line: tl.constexpr = PATCH_WIDTH * CHANNELS
+        return (k // line).to(tl.int64) * row_stride + k % line
+    channel = (k // (PATCH_HEIGHT * PATCH_WIDTH)).to(tl.int64)
+    row = (k // PATCH_WIDTH) % PATCH_HEIGHT
+    return channel * channel_stride + row * row_stride + (k % PATCH_WIDTH) * column_stride
 
 
 # What changes from batch to batch is not specialised, so that it never compiles again. The geometry of the images
 # stays: as constants, its strides tell the compiler how wide it may load (a row of 518 pixels is no multiple of 16).
-@triton.jit(do_not_specialize=["total", "batch", "first_step"])
+@triton.jit(do_not_specialize=["total", "segments", "first_step", "indices_stride"])
 def embed_tokens_kernel(
     images_pointer,
     weight_pointer,
     bias_pointer,
     prefix_pointer,
     pos_embed_pointer,
-    summary_pointer,
     indices_pointer,
     cu_seqlens_pointer,
     out_pointer,
     total,
-    batch,
+    segments,
     first_step,
+    indices_stride,
     num_prefix_tokens: tl.constexpr,
     dim: tl.constexpr,
-    num_patches: tl.constexpr,
     grid_columns: tl.constexpr,
     image_stride: tl.constexpr,
     channel_stride: tl.constexpr,
@@ -41,18 +60,24 @@ def embed_tokens_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
 ):
-    """Project the pixels of kept patches, add their positions, and put prefix and summary rows between them.
+    """Project the pixels of kept patches, add their positions, and put prefix rows between them.
 
     Args:
-        images_pointer: of shape [batch, channels, height, width].
+        images_pointer: of shape [segments, channels, height, width].
         weight_pointer: pixels ordered as in :func:`pixel_offsets`, of shape [dim, pixels of a patch].
         bias_pointer: of shape [dim], or None.
         prefix_pointer: of shape [num_prefix_tokens, dim].
-        pos_embed_pointer: of shape [num_patches, dim], or None.
-        summary_pointer: one for each image, of shape [batch, dim], or None without summary rows.
-        indices_pointer: of shape [batch, num_patches].
-        cu_seqlens_pointer: of shape [batch + 1].
+        pos_embed_pointer: of shape [patches, dim], or None.
+        indices_pointer, cu_seqlens_pointer, segments, first_step, indices_stride: as in :func:`locate_rows`.
         out_pointer: output, of shape [total, dim].
+        total: packed rows.
+        num_prefix_tokens, dim: sizes of the above.
+        grid_columns: patches beside one another in an image.
+        image_stride, channel_stride, row_stride, column_stride: of the images, in elements.
+        CHANNELS, PATCH_HEIGHT, PATCH_WIDTH: a patch.
+        CHANNELS_LAST: whether the channels of a pixel are neighbours.
+        INPUT_PRECISION: of float32 products: "tf32" or "ieee".
+        BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_PIXELS: the tile of the product.
     """
     # This program processes BLOCK_ROWS packed rows and BLOCK_COLUMNS columns. Neighbours share the rows, so that the
     # pixels come from memory once and then from the L2 cache, where the weight stays anyway.
@@ -63,7 +88,7 @@ def embed_tokens_kernel(
     live = row < total
     in_width = column < dim
     image, place, patch = locate_rows(
-        row, live, indices_pointer, cu_seqlens_pointer, batch, first_step, num_patches, num_prefix_tokens
+        row, live, indices_pointer, cu_seqlens_pointer, segments, first_step, indices_stride, num_prefix_tokens
     )
 
     is_kept = patch >= 0
@@ -92,11 +117,6 @@ def embed_tokens_kernel(
         position_pointers = pos_embed_pointer + patch[:, None] * dim + column[None, :]
         position = tl.load(position_pointers, mask=is_kept[:, None] & in_width[None, :], other=0.0)
         projected += position.to(tl.float32)
-    if summary_pointer is not None:
-        is_summary = live & (place >= 0) & (patch < 0)
-        summary_mask = is_summary[:, None] & in_width[None, :]
-        summary = tl.load(summary_pointer + image[:, None] * dim + column[None, :], mask=summary_mask, other=0.0)
-        projected = tl.where(is_summary[:, None], summary.to(tl.float32), projected)
     if num_prefix_tokens > 0:
         in_prefix = live & (place < 0)
         prefix_pointers = prefix_pointer + (place + num_prefix_tokens)[:, None] * dim + column[None, :]
@@ -133,61 +153,46 @@ def launch(
     indices: Tensor,
     cu_seqlens: Tensor,
     total: int,
-    summary: bool,
 ) -> Tensor:
     """See :func:`ops.embed_tokens`."""
-    batch, num_patches = indices.shape
     dim, channels, patch_height, patch_width = weight.shape
     out = images.new_empty(total, dim)
     if total == 0:
         return out
     # The product runs over a patch's pixels in the order in which they lie in memory; the weight has to follow.
     channels_last = channels > 1 and images.stride(1) == 1 and images.stride(3) == channels
-    order = torch.channels_last if channels_last else torch.contiguous_format
-    weight = weight.contiguous(memory_format=order)
-    bias = None if bias is None else bias.contiguous()
-    pos_embed = None if pos_embed is None else pos_embed.contiguous()
-    indices, cu_seqlens = indices.contiguous(), cu_seqlens.contiguous()
-    geometry = {
-        "dim": dim,
-        "num_patches": num_patches,
-        "grid_columns": images.shape[3] // patch_width,
-        "image_stride": images.stride(0),
-        "channel_stride": images.stride(1),
-        "row_stride": images.stride(2),
-        "column_stride": images.stride(3),
-        "CHANNELS": channels,
-        "PATCH_HEIGHT": patch_height,
-        "PATCH_WIDTH": patch_width,
-        "CHANNELS_LAST": channels_last,
-    }
+    weight = weight.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    indices = indices if indices.stride(1) == 1 else indices.contiguous()
+    segments = len(indices)
     tiles = tile_sizes(images.dtype, dim, total)
-    summary_rows = None
+    # Launches a 1D grid: exactly the tiles of the packed rows and their columns, whatever images they come from.
+    grid = (triton.cdiv(total, tiles["BLOCK_ROWS"]) * triton.cdiv(dim, tiles["BLOCK_COLUMNS"]),)
     with torch.cuda.device_of(images):
-        if summary:
-            num_pixels = channels * patch_height * patch_width
-            mean_pixels = images.new_empty(batch, num_pixels)
-            summary_rows = images.new_empty(batch, dim)
-            # Launches one program for 64 pixels, or 64 columns of the positions, of each image.
-            mean_patch_kernel[(batch, triton.cdiv(num_pixels, 64) + triton.cdiv(dim, 64))](
-                *(images, bias, pos_embed, indices, cu_seqlens, mean_pixels, summary_rows),
-                **geometry,
-                BLOCK_PATCHES=64,
-                BLOCK_COLUMNS=64,
-                num_warps=4,
-            )
-            # As rows of the product below they would come from another tensor, which costs that its wide loads.
-            ordered = weight.permute(0, 2, 3, 1) if channels_last else weight
-            summary_rows.addmm_(mean_pixels, ordered.flatten(1).t())
-        # Launches a 1D grid: exactly the tiles of the packed rows and their columns, whatever images they come from.
-        grid = (triton.cdiv(total, tiles["BLOCK_ROWS"]) * triton.cdiv(dim, tiles["BLOCK_COLUMNS"]),)
         embed_tokens_kernel[grid](
-            *(images, weight, bias, prefix.contiguous(), pos_embed, summary_rows),
-            *(indices, cu_seqlens, out, total, batch),
-            search_step(batch),
+            images,
+            weight,
+            None if bias is None else bias.contiguous(),
+            prefix.contiguous(),
+            None if pos_embed is None else pos_embed.contiguous(),
+            indices,
+            cu_seqlens.contiguous(),
+            out,
+            total,
+            segments,
+            search_step(segments),
+            indices.stride(0),
             num_prefix_tokens=prefix.shape[0],
+            dim=dim,
+            grid_columns=images.shape[3] // patch_width,
+            image_stride=images.stride(0),
+            channel_stride=images.stride(1),
+            row_stride=images.stride(2),
+            column_stride=images.stride(3),
+            CHANNELS=channels,
+            PATCH_HEIGHT=patch_height,
+            PATCH_WIDTH=patch_width,
+            CHANNELS_LAST=channels_last,
             INPUT_PRECISION="tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
-            **geometry,
             **tiles,
         )
     return out

@@ -2,11 +2,10 @@
 
 import functools
 import importlib
+from typing import Any
 
 import torch
 from torch import Tensor
-
-from tinydrop_kernels.ops.attention_arguments import AttentionArguments
 
 MAX_HEAD_DIM = 128
 MAX_GRID = 32  # rows and columns of a bias's grid: its table takes 40 KB of shared memory there
@@ -54,7 +53,7 @@ def _gpu(index: int) -> tuple[bool, bool]:
 
     Only up to a head_dim of 64 does it fit in the 99 KB of GPUs that are not made for data centres.
     """
-    gpu = torch.cuda.get_device_properties(index)
+    gpu: Any = torch.cuda.get_device_properties(index)
     return compiled_for(gpu.major, gpu.minor), gpu.shared_memory_per_block_optin >= 160 * 1024
 
 
@@ -64,10 +63,17 @@ def is_aligned(tensor: Tensor) -> bool:
     return rows and tensor.stride(2) == 1 and tensor.data_ptr() % 16 == 0
 
 
-def fits(call: AttentionArguments) -> bool:
-    """Whether the extension is there and takes these arguments."""
+def missing_on(device_type: str) -> str | None:
+    """Why there is none for tensors on such a device, or None."""
+    if device_type != "cuda":
+        return f"the CUDA extension has nothing for {device_type}"
+    return None if available() else f"the CUDA extension is not there: {WHY_NOT}"
+
+
+def takes(call: Any) -> bool:
+    """Whether the extension takes these arguments of ``varlen_attention``, by their names in its schema."""
     query, table = call.query, call.bias_table
-    if not available() or not query.is_cuda:
+    if not query.is_cuda or call.skip_keys:
         return False
     runs, has_room = _gpu(query.device.index)
     return (
@@ -80,21 +86,36 @@ def fits(call: AttentionArguments) -> bool:
             table is None
             or (table.dtype == query.dtype and max(call.grid_size) <= MAX_GRID and (query.shape[2] <= 64 or has_room))
         )
-        and all(is_aligned(tensor) and tensor.stride(0) <= MAX_ROW_STRIDE for tensor in call[:3])
+        and all(is_aligned(t) and t.stride(0) <= MAX_ROW_STRIDE for t in (query, call.key, call.value))
     )
 
 
-def launch(*arguments) -> Tensor:
-    """See :func:`ops.varlen_attention`; the arguments are those of :class:`AttentionArguments`."""
-    call = AttentionArguments(*arguments)
-    return torch.ops.tinydrop_cuda.varlen_attention(
-        *call[:3],
-        call.cu_seqlens_q.contiguous(),
-        call.cu_seqlens_k.contiguous(),
-        call.max_seqlen_q,
-        call.max_seqlen_k,
-        call.query.shape[2] ** -0.5 if call.scale is None else call.scale,
-        call.bias_table,
-        None if call.positions is None else call.positions.contiguous(),
-        *call.grid_size,
+def launch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float | None,
+    bias_table: Tensor | None,
+    positions: Tensor | None,
+    grid_size: tuple[int, int],
+    skip_keys: int,
+) -> Tensor:
+    """See :func:`ops.varlen_attention`; only what it :func:`takes`."""
+    out: Tensor = torch.ops.tinydrop_cuda.varlen_attention(
+        query,
+        key,
+        value,
+        cu_seqlens_q.contiguous(),
+        cu_seqlens_k.contiguous(),
+        max_seqlen_q,
+        max_seqlen_k,
+        query.shape[2] ** -0.5 if scale is None else scale,
+        bias_table,
+        None if positions is None else positions.contiguous(),
+        *grid_size,
     )
+    return out

@@ -23,8 +23,13 @@ def segment_pool_kernel(
 
     Args:
         tokens_pointer: of shape [total, dim].
-        cu_seqlens_pointer: first row of each segment, of shape [batch + 1].
-        out_pointer: output, of shape [batch, dim].
+        cu_seqlens_pointer: first row of each segment, of shape [segments + 1].
+        out_pointer: output, of shape [segments, dim].
+        skip: rows at the head of each segment that take no part.
+        token_row_stride, token_column_stride: in elements.
+        dim: columns of the tokens.
+        MODE: "first", "mean" or "max".
+        BLOCK_ROWS, BLOCK_COLUMNS: a tile of tokens.
     """
     # This program processes BLOCK_COLUMNS columns of one segment.
     segment = tl.program_id(0).to(tl.int64)
@@ -62,14 +67,14 @@ def segment_pool_kernel(
 
 def launch(tokens: Tensor, cu_seqlens: Tensor, mode: str, skip: int) -> Tensor:
     """See :func:`ops.segment_pool`."""
-    batch, dim = cu_seqlens.shape[0] - 1, tokens.shape[1]
-    out = tokens.new_empty(batch, dim)
-    if batch == 0:
+    segments, dim = cu_seqlens.shape[0] - 1, tokens.shape[1]
+    out = tokens.new_empty(segments, dim)
+    if segments == 0:
         return out
     with torch.cuda.device_of(tokens):
         # Launches a 2D grid where each program operates over 64 columns of one segment: enough programs for a GPU from
         # a batch of about a dozen images on, and rows of 128 bytes at least.
-        segment_pool_kernel[(batch, triton.cdiv(dim, 64))](
+        segment_pool_kernel[(segments, triton.cdiv(dim, 64))](
             tokens,
             cu_seqlens.contiguous(),
             out,

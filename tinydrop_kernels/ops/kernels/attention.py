@@ -70,7 +70,7 @@ def scores_of(
     return tl.where(is_key, scores, -float("inf"))
 
 
-@triton.jit(do_not_specialize=["query_blocks"])
+@triton.jit(do_not_specialize=["query_blocks", "skip_keys"])
 def varlen_attention_kernel(
     query_pointer,
     key_pointer,
@@ -93,6 +93,7 @@ def varlen_attention_kernel(
     bias_head_stride,
     grid_rows,
     grid_columns,
+    skip_keys,
     head_dim: tl.constexpr,
     STRIDE_UNIT: tl.constexpr,
     BLOCK_QUERY: tl.constexpr,
@@ -105,14 +106,22 @@ def varlen_attention_kernel(
     Args:
         query_pointer: of shape [total_q, heads, head_dim].
         key_pointer, value_pointer: of shape [total_k, heads, head_dim].
-        cu_seqlens_q_pointer, cu_seqlens_k_pointer: of shape [batch + 1].
+        cu_seqlens_q_pointer, cu_seqlens_k_pointer: of shape [segments + 1].
         bias_pointer: relative position table, of shape [distances, heads], or None.
         positions_pointer: patch of each packed row, of shape [total], or None.
         out_pointer: output, of shape [total_q, heads, head_dim], contiguous.
         score_scale: factor on the products, times log2(e).
+        heads: number of heads.
         query_blocks: blocks of BLOCK_QUERY rows in the longest segment.
+        query_row_units to value_head_units: strides of query, key and value, in units of STRIDE_UNIT elements.
+        distance_stride, bias_head_stride: of the table, in elements.
+        grid_rows, grid_columns: the patch grid that the table is of.
+        skip_keys: keys at the head of each segment that take no part.
+        head_dim: elements of a head.
         STRIDE_UNIT: elements in which the row and head strides are counted. Triton learns of a stride at most that 16
             divides it; heads of 72 and 88 would be loaded two bytes at a time.
+        BLOCK_QUERY, BLOCK_KEY: a tile of scores.
+        BLOCK_DIM: at least head_dim.
         RESIDENT: whether BLOCK_KEY holds the longest segment: one tile of scores then, and no running softmax.
     """
     # This program processes BLOCK_QUERY queries of one head of one segment. Heads come first, because they lie beside
@@ -124,7 +133,7 @@ def varlen_attention_kernel(
     query_start = tl.load(cu_seqlens_q_pointer + segment) + program // heads % query_blocks * BLOCK_QUERY
     if query_start >= query_end:
         return
-    key_start = tl.load(cu_seqlens_k_pointer + segment)
+    key_start = tl.load(cu_seqlens_k_pointer + segment) + skip_keys
     key_end = tl.load(cu_seqlens_k_pointer + segment + 1)
 
     query_row_stride, key_row_stride = query_row_units * STRIDE_UNIT, key_row_units * STRIDE_UNIT
@@ -144,8 +153,17 @@ def varlen_attention_kernel(
         key = load_tile(key_pointer, key_rows, key_end, key_row_stride, head_dim, BLOCK_DIM)
         value = load_tile(value_pointer, key_rows, key_end, value_row_stride, head_dim, BLOCK_DIM)
         scores = scores_of(
-            *(query, key, key_rows, key_end, query_position, bias_pointer, positions_pointer),
-            *(distance_stride, score_scale, grid_rows, grid_columns),
+            query,
+            key,
+            key_rows,
+            key_end,
+            query_position,
+            bias_pointer,
+            positions_pointer,
+            distance_stride,
+            score_scale,
+            grid_rows,
+            grid_columns,
         )
         highest = tl.maximum(tl.max(scores, axis=1), LOWEST)
         weights = tl.exp2(scores - highest[:, None])
@@ -159,8 +177,17 @@ def varlen_attention_kernel(
             key_rows = first + tl.arange(0, BLOCK_KEY)
             key = load_tile(key_pointer, key_rows, key_end, key_row_stride, head_dim, BLOCK_DIM)
             scores = scores_of(
-                *(query, key, key_rows, key_end, query_position, bias_pointer, positions_pointer),
-                *(distance_stride, score_scale, grid_rows, grid_columns),
+                query,
+                key,
+                key_rows,
+                key_end,
+                query_position,
+                bias_pointer,
+                positions_pointer,
+                distance_stride,
+                score_scale,
+                grid_rows,
+                grid_columns,
             )
             value = load_tile(value_pointer, key_rows, key_end, value_row_stride, head_dim, BLOCK_DIM)
             raised = tl.maximum(highest, tl.max(scores, axis=1))
@@ -237,17 +264,18 @@ def launch(
     cu_seqlens_k: Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
-    scale: float | None = None,
-    bias_table: Tensor | None = None,
-    positions: Tensor | None = None,
-    grid_size: tuple[int, int] = (1, 1),
+    scale: float | None,
+    bias_table: Tensor | None,
+    positions: Tensor | None,
+    grid_size: tuple[int, int],
+    skip_keys: int,
 ) -> Tensor:
     """See :func:`ops.varlen_attention`."""
     out = query.new_empty(query.shape)
     total, heads, head_dim = query.shape
     if total == 0 or heads == 0 or head_dim == 0 or max_seqlen_q == 0:
         return out
-    # Rows are read in one piece; only a tensor whose innermost elements are strewn is copied first.
+    # Rows are read in one piece; only a tensor whose innermost elements lie apart is copied first.
     query, key, value = (t if t.stride(2) == 1 else t.contiguous() for t in (query, key, value))
     scale = head_dim**-0.5 if scale is None else scale
     tile = tile_for(max_seqlen_q, max_seqlen_k, head_dim, query.dtype == torch.float32, bias_table is not None)
@@ -271,6 +299,7 @@ def launch(
             *(stride // unit for stride in strides),
             *((0, 0) if bias_table is None else bias_table.stride()),
             *grid_size,
+            skip_keys,
             head_dim=head_dim,
             STRIDE_UNIT=unit,
             BLOCK_DIM=max(16, triton.next_power_of_2(head_dim)),

@@ -1,0 +1,131 @@
+"""Selection in float64, written from the contract and sharing no code with the package."""
+
+import math
+
+import torch
+
+SLACK = 1e-3  # of a patch, which the rounding of float32 may cost
+
+
+def rank_of(scores: list[float]) -> list[int]:
+    """Places by falling score, ties to the lower place, NaN last."""
+    return sorted(range(len(scores)), key=lambda i: math.inf if math.isnan(scores[i]) else -scores[i])
+
+
+def budget_of(confidence: float, law) -> float:
+    if math.isnan(confidence) or law.gamma == math.inf:
+        return 1.0
+    return min(1.0, max(law.min_keep, 1.0 - (confidence / (law.tau or 1.0)) ** law.gamma))
+
+
+def level_of(scale: float, grids) -> int:
+    """The level whose side is nearest to ``scale`` of the dense side."""
+    sides = [math.sqrt(rows * columns / (grids[0][0] * grids[0][1])) for rows, columns in grids]
+    return min(range(len(grids)), key=lambda level: abs(sides[level] - scale))
+
+
+def count_of(confidence: float, level: int, grids, law, nudge: float = 0.0) -> int:
+    if law.tau is not None and confidence > law.tau:
+        return 0
+    patches = grids[level][0] * grids[level][1]
+    kept = patches * budget_of(confidence, law) ** (1 - law.coarsen)
+    return min(patches, max(1, math.ceil(kept - SLACK + nudge)))
+
+
+def assert_obeys(counts, levels, confidences, grids, law) -> None:
+    """Counts and levels of float32 confidences; either neighbour where rounding decides."""
+    for count, level, confidence in zip(counts.tolist(), levels.tolist(), confidences.tolist(), strict=True):
+        scale = budget_of(confidence, law) ** (law.coarsen / 2)
+        assert level in {level_of(scale + nudge, grids) for nudge in (-1e-5, 1e-5)}, (level, confidence, law)
+        nudge = 1e-5 * grids[level][0] * grids[level][1]
+        wanted = {count_of(confidence, level, grids, law, n) for n in (-nudge, nudge)}
+        assert count in wanted, (count, wanted, confidence, law)
+
+
+def activation_map(logits, features, class_weight, feature_size, classes: int = 1) -> torch.Tensor:
+    """Grad-CAM of the most probable classes: float64 ``(batch, rows, columns)``."""
+    maps = []
+    for row, cells in zip(logits.double().cpu().tolist(), features.double().cpu(), strict=True):
+        # NaN is the greatest, as torch.argmax has it
+        first = rank_of([math.inf if math.isnan(x) else x for x in row])[:classes]
+        weight = sum(math.exp(row[c] - row[first[0]]) * class_weight[c].double().cpu() for c in first[1:])
+        maps.append((cells @ (class_weight[first[0]].double().cpu() + weight)).relu().view(feature_size))
+    return torch.stack(maps)
+
+
+def unit(values: torch.Tensor) -> torch.Tensor:
+    """One image's ``(x - min) / (max - min)`` over finite cells; 0 where all are equal, NaN where x is."""
+    finite = [x for x in values.flatten().tolist() if math.isfinite(x)]
+    low, high = min(finite, default=0.0), max(finite, default=0.0)
+    scaled = [
+        x if math.isnan(x) else (min(max(x, low), high) - low) / (high - low) if high > low else 0.0
+        for x in values.flatten().tolist()
+    ]
+    return torch.tensor(scaled, dtype=torch.float64).view(values.shape)
+
+
+def closeness(rows: int, columns: int) -> torch.Tensor:
+    """1 in the middle of the map, 0 in the middle of the cell in a corner; one cell is all middle."""
+    distance = torch.zeros(rows, columns, dtype=torch.float64)
+    for r in range(rows):
+        for c in range(columns):
+            distance[r, c] = math.hypot((r + 0.5) / rows - 0.5, (c + 0.5) / columns - 0.5)
+    corner = distance[0, 0]
+    return 1 - distance / corner if corner > 0 else torch.ones_like(distance)
+
+
+def with_parts(cam, features, parts) -> torch.Tensor:
+    """What makes a cell salient, from a float64 activation map."""
+    if parts.norm == 0 and parts.centre == 0:
+        return cam
+    length = features.double().cpu().square().sum(2).sqrt().view(cam.shape)
+    combined = torch.stack([unit(image) for image in cam])
+    if parts.norm:
+        combined += parts.norm * torch.stack([unit(image) for image in length])
+    return combined + parts.centre * closeness(*cam.shape[1:]) if parts.centre else combined
+
+
+def resized(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Bilinear, half-pixel centres, no antialiasing, as PyTorch does it.
+
+    Along an axis of equal size each cell is its own neighbour, with a weight of 0: one of NaN does not spread, and an
+    infinite one becomes NaN.
+    """
+    for axis in (1, 0):
+        given, wanted = image.shape[axis], size[axis]
+        places = [max((i + 0.5) * given / wanted - 0.5, 0.0) for i in range(wanted)]
+        low = [min(int(place), given - 1) for place in places]
+        high = low if given == wanted else [min(i + 1, given - 1) for i in low]
+        share = torch.tensor([place - i for place, i in zip(places, low, strict=True)], dtype=torch.float64)
+        share = share.view((-1, 1) if axis == 0 else (1, -1))
+        image = image.index_select(axis, torch.tensor(low)) * (1 - share) + (
+            image.index_select(axis, torch.tensor(high)) * share
+        )
+    return image
+
+
+def assert_selected(selection, logits, maps, grids, law) -> None:
+    """Confidence and saliency as in float64; from there on everything follows exactly, ties included.
+
+    Args:
+        maps: float64 ``(batch, rows, columns)`` on the CPU, as salient as they are to be.
+    """
+    indices, counts, levels, confidence, saliency = (t.cpu() for t in selection)
+    patches = grids[0][0] * grids[0][1]
+    assert indices.dtype == counts.dtype == levels.dtype == torch.int32
+    assert confidence.dtype == saliency.dtype == torch.float32
+    assert indices.shape == saliency.shape == (len(logits), patches)
+    wanted = logits.double().cpu().softmax(1).amax(1)
+    torch.testing.assert_close(confidence.double(), wanted, rtol=1e-5, atol=1e-6, equal_nan=True)
+    assert not (confidence > 1).any()
+    assert_obeys(counts, levels, confidence, grids, law)
+    for image, level, row, scores, count in zip(
+        maps, levels.tolist(), indices.tolist(), saliency, counts.tolist(), strict=True
+    ):
+        own = grids[level][0] * grids[level][1]
+        assert (scores[own:] == 0).all()
+        # The places are rounded by an ulp, which weighs a neighbour of any size: compared with the greatest of the map.
+        scale = image.nan_to_num(0, 0, 0).abs().max().item()
+        expected = resized(image, grids[level]).flatten()
+        torch.testing.assert_close(scores[:own].double(), expected, rtol=1e-5, atol=1e-5 * scale, equal_nan=True)
+        assert row == sorted(rank_of(scores[:own].tolist())[:count]) + [-1] * (patches - count)

@@ -1,0 +1,297 @@
+"""Softmax attention within each segment of a packed batch."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from tinydrop_kernels.ops import cuda_extension
+from tinydrop_kernels.ops.registry import HALF, Implementation, define, reference, triton, wants_gradient
+from tinydrop_kernels.ops.types import RelativeBias
+
+
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float | None = None,
+    bias: RelativeBias | None = None,
+    skip_keys: int = 0,
+) -> Tensor:
+    """``softmax(scale * query @ key.T + bias) @ value`` within each segment; segments do not see one another.
+
+    An empty segment has no rows; queries of a segment without keys yield zeros, and rows behind the last segment mean
+    nothing. Scores, softmax and sums are float32 (float64 for float64); the reference adds the bias in query's dtype.
+    ``ops.OPERATORS["varlen_attention"].choose`` tells which implementation runs.
+
+    Args:
+        query: floating ``(total_q, heads, head_dim)``, any strides: a view of timm's ``(total, 3, heads, head_dim)``
+            projection is read where it lies.
+        key, value: the same dtype, ``(total_k, heads, head_dim)``, any strides.
+        cu_seqlens_q, cu_seqlens_k: int32 ``(segments + 1,)``, FlashAttention's convention.
+        max_seqlen_q, max_seqlen_k: at least the longest segment. Not checked on a GPU: looking would synchronise.
+        scale: factor on the scores, ``head_dim ** -0.5`` by default.
+        bias: relative position bias; queries and keys are the same tokens then.
+        skip_keys: keys at the head of each segment that take no part, as prefix tokens do in some pools.
+
+    Returns:
+        ``(total_q, heads, head_dim)``, contiguous.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not belong together, by name.
+    """
+    _check(query, key, value, cu_seqlens_q, cu_seqlens_k, bias, skip_keys)
+    table, positions, grid_size = (None, None, (1, 1)) if bias is None else bias
+    attend = _reference if wants_gradient(query, key, value, table) else _op
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return attend(query, key, value, *lengths, scale, table, positions, grid_size, skip_keys)
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    bias: RelativeBias | None,
+    skip_keys: int,
+) -> None:
+    """Refuse what a kernel would read wrongly; touches no values."""
+    if query.ndim != 3 or query.shape[2] == 0:
+        raise ValueError(f"query: got {tuple(query.shape)}, expected (total, heads, head_dim)")
+    if not query.is_floating_point():
+        raise TypeError(f"query: got {query.dtype}, expected floating point")
+    for name, tensor in (("key", key), ("value", value)):
+        expected = key.shape if key.ndim == 3 and key.shape[1:] == query.shape[1:] else ("total_k", *query.shape[1:])
+        if tensor.shape != expected:
+            raise ValueError(f"{name}: got {tuple(tensor.shape)}, expected ({', '.join(map(str, expected))})")
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"{name}: got {tensor.dtype}, expected query's {query.dtype}")
+        _check_device(name, tensor, query)
+    for name, tensor in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if tensor.dtype != torch.int32 or tensor.shape != cu_seqlens_q.shape or tensor.ndim != 1 or not len(tensor):
+            got = f"{tensor.dtype} {tuple(tensor.shape)}"
+            raise ValueError(f"{name}: got {got}, expected int32 (segments + 1,), the same for queries and keys")
+        _check_device(name, tensor, query)
+    if skip_keys < 0 or (skip_keys and bias is not None):
+        raise ValueError(f"skip_keys: got {skip_keys}, expected a number >= 0, and 0 with a bias")
+    if bias is not None:
+        _check_bias(query, key, bias)
+
+
+def _check_bias(query: Tensor, key: Tensor, bias: RelativeBias) -> None:
+    rows, columns = bias.grid_size
+    distances, heads = (2 * rows - 1) * (2 * columns - 1), query.shape[1]
+    if tuple(bias.table.shape) not in ((distances, heads), (distances + 3, heads)):
+        expected = f"({distances}, {heads}) or ({distances + 3}, {heads})"
+        raise ValueError(f"bias.table: got {tuple(bias.table.shape)}, expected {expected}")
+    if bias.positions.dtype != torch.int32 or bias.positions.shape != query.shape[:1]:
+        got = f"{bias.positions.dtype} {tuple(bias.positions.shape)}"
+        raise ValueError(f"bias.positions: got {got}, expected int32 ({query.shape[0]},)")
+    if key.shape != query.shape:
+        raise ValueError(f"key: got {key.shape[0]} rows, expected with a bias query's {query.shape[0]}")
+    if not bias.table.is_floating_point():
+        raise TypeError(f"bias.table: got {bias.table.dtype}, expected floating point")
+    _check_device("bias.table", bias.table, query)
+    _check_device("bias.positions", bias.positions, query)
+
+
+def _check_device(name: str, tensor: Tensor, query: Tensor) -> None:
+    if tensor.device != query.device:
+        raise ValueError(f"{name}: got it on {tensor.device}, expected query's {query.device}")
+
+
+def _reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float | None,
+    bias_table: Tensor | None,
+    positions: Tensor | None,
+    grid_size: tuple[int, int],
+    skip_keys: int,
+) -> Tensor:
+    """Segment by segment on CPU, which was the fastest of what was measured (docs/decisions.md).
+
+    Elsewhere that would read the lengths back in every layer, so there the segments are padded.
+    """
+    bias = None if bias_table is None or positions is None else RelativeBias(bias_table, positions, grid_size)
+    starts_k = cu_seqlens_k[:-1] + skip_keys if skip_keys else cu_seqlens_k[:-1]
+    attend = attend_segments if query.device.type == "cpu" else attend_padded
+    return attend(query, key, value, cu_seqlens_q, starts_k, cu_seqlens_k[1:], max_seqlen_q, max_seqlen_k, scale, bias)
+
+
+def attend_segments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    starts_k: Tensor,
+    ends_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float | None,
+    bias: RelativeBias | None,
+) -> Tensor:
+    """One ``scaled_dot_product_attention`` a segment, whose keys lie from ``starts_k`` to ``ends_k``."""
+    out = query.new_empty(query.shape)
+    starts_q = cu_seqlens_q.tolist()
+    for q0, q1, k0, k1 in zip(starts_q, starts_q[1:], starts_k.tolist(), ends_k.tolist(), strict=False):
+        if q1 - q0 > max_seqlen_q or k1 - k0 > max_seqlen_k:  # here it is seen; the kernels take the caller's word
+            got, least = f"{max_seqlen_q} and {max_seqlen_k}", f"{q1 - q0} and {k1 - k0}"
+            raise ValueError(f"max_seqlen_q, max_seqlen_k: got {got}, expected at least {least}, of a segment")
+        if k1 <= k0:
+            out[q0:q1] = 0
+        elif q1 > q0:
+            q, k, v = (t.transpose(0, 1)[None] for t in (query[q0:q1], key[k0:k1], value[k0:k1]))
+            mask = None
+            if bias is not None:
+                index = relative_position_index(bias.positions[q0:q1], bias.positions[k0:k1], bias.grid_size)
+                mask = bias.table[index].permute(2, 0, 1)[None].to(q.dtype)
+            out[q0:q1] = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[0].transpose(0, 1)
+    return out
+
+
+def attend_padded(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    starts_k: Tensor,
+    ends_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float | None,
+    bias: RelativeBias | None,
+) -> Tensor:
+    """One ``scaled_dot_product_attention`` of all segments, padded to the longest; reads nothing back."""
+    if query.shape[0] == 0 or key.shape[0] == 0:
+        return torch.zeros_like(query, memory_format=torch.contiguous_format)
+    rows_q, real_q = _padding(cu_seqlens_q[:-1], cu_seqlens_q[1:], max_seqlen_q, query.shape[0])
+    rows_k, real_k = _padding(starts_k, ends_k, max_seqlen_k, key.shape[0])
+    # (segments, longest, heads, head_dim). What is in the padding is another image's, whose NaN must not come along.
+    q = query[rows_q].where(real_q[..., None, None], 0)
+    k, v = (t[rows_k].where(real_k[..., None, None], 0) for t in (key, value))
+    # A segment without keys attends its padding, so that no row of the softmax is empty, and is zeroed afterwards.
+    has_keys = real_k[:, :1]
+    mask = (real_k | ~has_keys)[:, None, None]
+    if bias is not None:
+        index = relative_position_index(bias.positions[rows_q], bias.positions[rows_k], bias.grid_size)
+        mask = bias.table[index].permute(0, 3, 1, 2).to(q.dtype).masked_fill(~mask, float("-inf"))
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    padded = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
+    padded = padded.where(has_keys[:, :, None, None], 0)
+    row = torch.arange(query.shape[0], device=query.device)
+    segment = torch.searchsorted(cu_seqlens_q[1:], row, right=True).clamp(max=len(cu_seqlens_q) - 2)
+    place = (row - cu_seqlens_q[segment]).clamp(max=max_seqlen_q - 1)  # rows behind the last segment get anything
+    return padded[segment, place]
+
+
+def _padding(starts: Tensor, ends: Tensor, longest: int, total: int) -> tuple[Tensor, Tensor]:
+    """Which packed row is at each place of the padded batch, and whether one is: ``(segments, longest)``."""
+    rows = starts[:, None] + torch.arange(longest, device=starts.device)
+    return rows.clamp(max=total - 1), rows < ends[:, None]
+
+
+def relative_position_index(positions_q: Tensor, positions_k: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    """Rows of a relative position table, ``(..., queries, keys)``, for patches ``(..., queries)``, ``(..., keys)``.
+
+    Swin's and BEiT's numbering (``timm.models.beit.gen_relative_position_index``): ``(2 rows - 1)(2 columns - 1)``
+    differences of coordinates, row first; then three entries for class token to patch, patch to class token and class
+    token to itself. A negative position is the class token.
+    """
+    rows, columns = grid_size
+    differences = (2 * rows - 1) * (2 * columns - 1)
+    q, k = positions_q.long()[..., :, None], positions_k.long()[..., None, :]
+    down = torch.div(q, columns, rounding_mode="floor") - torch.div(k, columns, rounding_mode="floor")
+    right = q % columns - k % columns
+    index = (down + rows - 1) * (2 * columns - 1) + right + columns - 1
+    index = index.where(q >= 0, differences).where(k >= 0, differences + 1)
+    return index.where((q >= 0) | (k >= 0), differences + 2)
+
+
+def _triton(*arguments: Any) -> Tensor:
+    from tinydrop_kernels.ops.kernels.attention import launch
+
+    return launch(*arguments)
+
+
+def _triton_takes(call: Any) -> bool:
+    return bool(call.query.shape[2] <= 128 and call.query.dtype in (*HALF, torch.float32))
+
+
+def _torch_takes(call: Any) -> bool:
+    head_dim = call.query.shape[2]
+    plain = call.bias_table is None and not call.skip_keys and (call.scale is None or call.scale > 0)
+    fits = call.query.dtype in HALF and head_dim % 8 == 0 and head_dim <= 256 and len(call.query) and len(call.key)
+    return bool(plain and fits) and all(cuda_extension.is_aligned(t) for t in (call.query, call.key, call.value))
+
+
+def _torch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float | None,
+    *others: Any,
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    starts = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+    # What follows the first seven arguments has moved between torch's releases.
+    out = varlen_attn(query, key, value, *starts, max_seqlen_q, max_seqlen_k, scale=scale)
+    assert isinstance(out, Tensor)
+    return out.contiguous()
+
+
+def _not_on_cuda(device_type: str) -> str | None:
+    return None if device_type == "cuda" else f"torch's varlen_attn has nothing for {device_type}"
+
+
+# No order among these has been measured on a GPU yet. Until it is, Triton comes first because it takes every dtype,
+# layout and bias; then the extension, which has tiles for short segments too; then torch's, which has them for long
+# ones; padding, which computes what nobody needs, comes last.
+_op = define(
+    "varlen_attention(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
+    "SymInt max_seqlen_q, SymInt max_seqlen_k, float? scale, Tensor? bias_table, Tensor? positions, "
+    "SymInt[2] grid_size, SymInt skip_keys) -> Tensor",
+    lambda query, *others: torch.empty_like(query, memory_format=torch.contiguous_format),
+    [
+        triton(_triton, _triton_takes),
+        Implementation(
+            "cuda", "CUDA C++ extension", cuda_extension.launch, cuda_extension.missing_on, cuda_extension.takes
+        ),
+        Implementation("torch", "torch's varlen_attn", _torch, _not_on_cuda, _torch_takes),
+        reference(_reference, "scaled_dot_product_attention"),
+    ],
+)
+
+
+@register_flop_formula(torch.ops.tinydrop.varlen_attention, get_raw=True)
+def _flops(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *others: Any,
+    out_val: Any = None,
+) -> int:
+    """Two products of 2 * head_dim FLOPs for each pair of query and key of a segment."""
+    skip_keys = others[-1]
+    keys = (cu_seqlens_k.diff().long() - skip_keys).clamp(min=0)
+    pairs = int((cu_seqlens_q.diff().long() * keys).sum())
+    return 4 * pairs * query.shape[1] * query.shape[2]

@@ -1,0 +1,100 @@
+"""Packed tokens straight from pixels."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from tinydrop_kernels.ops.gather import packed_rows
+from tinydrop_kernels.ops.registry import define, reference, triton, wants_gradient
+
+
+def embed_tokens(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    prefix: Tensor,
+    pos_embed: Tensor | None,
+    indices: Tensor,
+    cu_seqlens: Tensor,
+    total: int,
+) -> Tensor:
+    """Packed tokens straight from pixels: the patch embedding of the kept patches only.
+
+    The patch embedding is a convolution whose stride is its kernel, hence linear in the pixels of one patch.
+
+    Args:
+        images: floating ``(segments, channels, height, width)``, any strides. Pixels beyond the last whole patch
+            are not used, as in the convolution.
+        weight: ``(dim, channels, patch_height, patch_width)``.
+        bias: ``(dim,)`` or None.
+        prefix: ``(num_prefix_tokens, dim)``, positions already added; may have no rows.
+        pos_embed: ``(patches, dim)`` or None.
+        indices: int32 ``(segments, n)``: kept patches in raster order, then -1; ``n`` at least the greatest count.
+        cu_seqlens: int32 ``(segments + 1,)``, of prefix tokens and kept patches; a segment without patches is empty.
+        total: rows of all segments.
+
+    Returns:
+        ``(total, dim)``.
+    """
+    arguments = (images, weight, bias, prefix, pos_embed, indices, cu_seqlens, total)
+    return (_reference if wants_gradient(*arguments[:5]) else _op)(*arguments)
+
+
+def _reference(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    prefix: Tensor,
+    pos_embed: Tensor | None,
+    indices: Tensor,
+    cu_seqlens: Tensor,
+    total: int,
+) -> Tensor:
+    patch_height, patch_width = weight.shape[-2:]
+    patches = images.unfold(2, patch_height, patch_height).unfold(3, patch_width, patch_width)
+    patches = patches.permute(
+        0, 2, 3, 1, 4, 5
+    )  # (segments, rows, columns, channels, patch_height, patch_width), a view
+    columns = patches.shape[2]
+    segment, place = (indices >= 0).nonzero(as_tuple=True)
+    patch = indices[segment, place].long()
+    kept = F.linear(patches[segment, patch // columns, patch % columns].flatten(1), weight.flatten(1), bias)
+    if pos_embed is not None:
+        kept = kept + pos_embed[patch]
+    return packed_rows(kept, segment, place, prefix, cu_seqlens, total)
+
+
+def _triton(*arguments: Any) -> Tensor:
+    from tinydrop_kernels.ops.kernels.embed import launch
+
+    return launch(*arguments)
+
+
+_op = define(
+    "embed_tokens(Tensor images, Tensor weight, Tensor? bias, Tensor prefix, Tensor? pos_embed, Tensor indices, "
+    "Tensor cu_seqlens, SymInt total) -> Tensor",
+    lambda images, weight, bias, prefix, pos_embed, indices, cu_seqlens, total: images.new_empty(
+        total, weight.shape[0]
+    ),
+    [triton(_triton), reference(_reference)],
+)
+
+
+@register_flop_formula(torch.ops.tinydrop.embed_tokens, get_raw=True)
+def _flops(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    prefix: Tensor,
+    pos_embed: Tensor | None,
+    indices: Tensor,
+    cu_seqlens: Tensor,
+    total: int,
+    out_val: Tensor | None = None,
+) -> int:
+    """The projection of the rows that are not prefix tokens."""
+    staying = int((cu_seqlens.diff() > 0).sum())
+    return 2 * weight.numel() * (total - staying * prefix.shape[0])

@@ -1,0 +1,87 @@
+"""Where each image's segment begins in the packed batch, images of one level beside one another."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+# The batch changes from call to call and must not compile anew.
+@triton.jit(do_not_specialize=["batch", "num_levels", "num_prefix_tokens"])
+def pack_kernel(
+    counts_pointer,
+    levels_pointer,
+    order_pointer,
+    cu_seqlens_pointer,
+    sizes_pointer,
+    batch,
+    num_levels,
+    num_prefix_tokens,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """Sort the images of a batch by level and lay their kept tokens behind one another.
+
+    Args:
+        counts_pointer: kept patches, 0 for an image that exits; of shape [batch].
+        levels_pointer: which grid is an image's own, of shape [batch].
+        order_pointer: the images by level, those that exited last; of shape [batch].
+        cu_seqlens_pointer: where each segment begins, in that order, and the total at the end; of shape [batch + 1].
+        sizes_pointer: longest segment, total, images of each level, rows of each; of shape [2 + 2 * num_levels].
+        batch: number of images.
+        num_levels: number of grids.
+        num_prefix_tokens: rows of every segment in front of its patches.
+        BLOCK_SIZE: images of a tile.
+    """
+    # This program processes the whole batch, in tiles: a sum from the first image on has no use for a second program.
+    longest = tl.zeros((BLOCK_SIZE,), tl.int32)
+    total = 0
+    placed = 0
+    level = 0
+    while level <= num_levels:  # the last is of images that exited
+        level_images = placed
+        level_rows = total
+        for start in range(0, batch, BLOCK_SIZE):
+            images = start + tl.arange(0, BLOCK_SIZE)
+            live = images < batch
+            counts = tl.load(counts_pointer + images, mask=live, other=0)
+            own_level = tl.load(levels_pointer + images, mask=live, other=-1)
+            own_level = tl.where((counts == 0) & live, num_levels, own_level)
+            is_here = (own_level == level).to(tl.int32)
+            seqlens = tl.where(counts > 0, counts + num_prefix_tokens, 0) * is_here
+            # Exclusive sums, so that masked lanes need no care.
+            place = placed + tl.cumsum(is_here, axis=0) - is_here
+            first_row = total + tl.cumsum(seqlens, axis=0) - seqlens
+            tl.store(order_pointer + place, images, mask=is_here != 0)
+            tl.store(cu_seqlens_pointer + place, first_row, mask=is_here != 0)
+            longest = tl.maximum(longest, seqlens)
+            placed += tl.sum(is_here, axis=0)
+            total += tl.sum(seqlens, axis=0)
+        if level < num_levels:
+            tl.store(sizes_pointer + 2 + level, placed - level_images)
+            tl.store(sizes_pointer + 2 + num_levels + level, total - level_rows)
+        level += 1
+    tl.store(cu_seqlens_pointer + batch, total)
+    tl.store(sizes_pointer, tl.max(longest, axis=0))
+    tl.store(sizes_pointer + 1, total)
+
+
+def launch(counts: Tensor, levels: Tensor, num_levels: int, num_prefix_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`ops.pack`: order, cu_seqlens and sizes."""
+    batch = len(counts)
+    order, cu_seqlens, sizes = (
+        counts.new_empty(size, dtype=torch.int32) for size in (batch, batch + 1, 2 + 2 * num_levels)
+    )
+    with torch.cuda.device_of(counts):
+        # Launches a single program; one tile holds every usual batch.
+        pack_kernel[(1,)](
+            counts.contiguous(),
+            levels.contiguous(),
+            order,
+            cu_seqlens,
+            sizes,
+            batch,
+            num_levels,
+            num_prefix_tokens,
+            BLOCK_SIZE=512,
+        )
+    return order, cu_seqlens, sizes

@@ -1,0 +1,74 @@
+"""The layout of a ragged batch, and the one read back from the device."""
+
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinydrop_kernels.ops.registry import define, reference, triton
+from tinydrop_kernels.ops.tracing import eager
+from tinydrop_kernels.ops.types import Packed, Part
+
+
+@eager  # it ends a graph anyway, and what is read back would be taken for constants
+def pack(counts: Tensor, levels: Tensor, num_levels: int, num_prefix_tokens: int) -> tuple[Packed, list[Part]]:
+    """Lay the kept tokens of a batch behind one another, images of one grid beside one another.
+
+    Within a level the images keep their order. Those that exited have no segment. Reads ``2 * num_levels + 2`` numbers
+    back from the device, in one copy: the only synchronisation of a batch.
+
+    Args:
+        counts: int32 ``(batch,)``, ``batch >= 1``: kept patches, 0 for an image that exits.
+        levels: int32 ``(batch,)``, which grid is an image's own.
+        num_levels: how many grids there are.
+        num_prefix_tokens: rows that every image that does not exit brings in front of its patches.
+
+    Returns:
+        The layout, and its parts, one for each level in use, in the order in which their rows are packed.
+    """
+    order, cu_seqlens, sizes = _op(counts, levels, num_levels, num_prefix_tokens)
+    max_seqlen, total, *by_level = sizes.tolist()
+    images, rows = by_level[:num_levels], by_level[num_levels:]
+    starts = list(accumulate(images, initial=0))
+    parts, first_row = [], 0
+    for level, (start, end) in enumerate(pairwise(starts)):
+        if end > start:
+            own_starts = cu_seqlens[start : end + 1] - first_row if first_row else cu_seqlens[: end + 1]
+            parts.append(Part(level, order[start:end], own_starts, rows[level]))
+            first_row += rows[level]
+    return Packed(cu_seqlens[: starts[-1] + 1], max_seqlen, total), parts
+
+
+def _reference(counts: Tensor, levels: Tensor, num_levels: int, num_prefix_tokens: int) -> tuple[Tensor, ...]:
+    """In plain Python, which for the few numbers of a batch takes less than calling PyTorch a dozen times."""
+    seqlens = [count + num_prefix_tokens if count else 0 for count in counts.tolist()]
+    place = [own if seqlen else num_levels for own, seqlen in zip(levels.tolist(), seqlens, strict=True)]
+    order = sorted(range(len(place)), key=place.__getitem__)
+    cu_seqlens = list(accumulate((seqlens[image] for image in order), initial=0))
+    images, rows = [0] * (num_levels + 1), [0] * (num_levels + 1)  # the last of images that exited
+    for own, seqlen in zip(place, seqlens, strict=True):
+        images[own] += 1
+        rows[own] += seqlen
+    sizes = [max(seqlens), cu_seqlens[-1], *images[:-1], *rows[:-1]]
+    return tuple(
+        torch.tensor(numbers, dtype=torch.int32, device=counts.device) for numbers in (order, cu_seqlens, sizes)
+    )
+
+
+def _triton(*arguments: Any) -> tuple[Tensor, ...]:
+    from tinydrop_kernels.ops.kernels.packing import launch
+
+    return launch(*arguments)
+
+
+def _fake(counts: Tensor, levels: Tensor, num_levels: int, num_prefix_tokens: int) -> tuple[Tensor, ...]:
+    batch = counts.shape[0]
+    return tuple(counts.new_empty(size) for size in (batch, batch + 1, 2 * num_levels + 2))
+
+
+_op = define(
+    "pack(Tensor counts, Tensor levels, int num_levels, int num_prefix_tokens) -> (Tensor, Tensor, Tensor)",
+    _fake,
+    [triton(_triton), reference(_reference)],
+)

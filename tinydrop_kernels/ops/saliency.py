@@ -1,0 +1,51 @@
+"""What makes a cell of the guidance model's feature map salient."""
+
+import torch
+from torch import Tensor
+
+from tinydrop_kernels.ops.types import Saliency
+
+
+def combine(cam: Tensor, norm: Tensor | None, parts: Saliency) -> Tensor:
+    """``unit(cam) + norm_weight * unit(norm) + centre_weight * closeness``, or ``cam`` as it is if both weights are 0.
+
+    ``unit`` is each image's ``(x - min) / (max - min)`` over finite cells: 0 where all are equal, NaN where x is.
+    Grad-CAM alone says where a class is; the norm of the features and the closeness to the centre, calmer, say where
+    anything is at all (measured: docs/accuracy.md).
+
+    Args:
+        cam: float32 ``(batch, rows, columns)``, a class activation map.
+        norm: float32 of the same shape, the norm of each cell's features; None if its weight is 0.
+        parts: the weights.
+
+    Returns:
+        float32 ``(batch, rows, columns)``.
+    """
+    if not (parts.norm or parts.centre):
+        return cam
+    combined = unit(cam)
+    if norm is not None and parts.norm:
+        combined = combined + parts.norm * unit(norm)
+    if parts.centre:
+        combined = combined + parts.centre * closeness(cam.shape[1], cam.shape[2], cam.device)
+    return combined
+
+
+def unit(maps: Tensor) -> Tensor:
+    """Each image's ``(x - min) / (max - min)`` of float32 ``(batch, rows, columns)``, clamped; see :func:`combine`."""
+    finite = maps.isfinite()
+    low = maps.masked_fill(~finite, float("inf")).amin(dim=(1, 2), keepdim=True)
+    high = maps.masked_fill(~finite, float("-inf")).amax(dim=(1, 2), keepdim=True)
+    share = (maps.clamp(low, high) - low) / (high - low)
+    return share.masked_fill((low >= high) & ~maps.isnan(), 0.0)
+
+
+def closeness(rows: int, columns: int, device: torch.device) -> Tensor:
+    """``1 - d / d_max`` of each cell: float32 ``(rows, columns)``.
+
+    ``d`` is the distance of a cell's middle from the map's, whose sides are 1 long; ``d_max`` is that of a corner.
+    """
+    down = (torch.arange(rows, device=device) + 0.5) / rows - 0.5
+    right = (torch.arange(columns, device=device) + 0.5) / columns - 0.5
+    distance = (down[:, None] ** 2 + right**2).sqrt()
+    return 1 - distance / distance[0, 0] if rows * columns > 1 else torch.ones(1, 1, device=device)
