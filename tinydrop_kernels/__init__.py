@@ -8,22 +8,64 @@ print(model.tinydrop.report())
 tdk.unpatch(model)        # exactly the model as it was
 """
 
-from tinydrop_kernels import ops
-from tinydrop_kernels.checkpoints import CheckpointError
-from tinydrop_kernels.families import UnsupportedModelError
-from tinydrop_kernels.guidance import Guidance, GuidanceError
-from tinydrop_kernels.patching import patch, unpatch
-from tinydrop_kernels.policy import DropPolicy
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from tinydrop_kernels.version import __version__
+
+if TYPE_CHECKING:
+    from tinydrop_kernels import ops
+    from tinydrop_kernels.checkpoints import CheckpointError
+    from tinydrop_kernels.families import UnsupportedModelError
+    from tinydrop_kernels.guidance import Guidance, GuidanceError
+    from tinydrop_kernels.ops import Saliency
+    from tinydrop_kernels.patching import patch, unpatch
+    from tinydrop_kernels.policy import DropPolicy
+    from tinydrop_kernels.predictor import Prediction, Predictor
 
 __all__ = [
     "CheckpointError",
     "DropPolicy",
     "Guidance",
     "GuidanceError",
+    "Prediction",
+    "Predictor",
+    "Saliency",
     "UnsupportedModelError",
     "__version__",
     "ops",
     "patch",
     "unpatch",
 ]
+
+# Imported when they are first asked for, so that the operators can be used without timm.
+_HOMES = {
+    "CheckpointError": "checkpoints",
+    "DropPolicy": "policy",
+    "Guidance": "guidance",
+    "GuidanceError": "guidance",
+    "Prediction": "predictor",
+    "Predictor": "predictor",
+    "Saliency": "ops",
+    "UnsupportedModelError": "families",
+    "patch": "patching",
+    "unpatch": "patching",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(import_module(f"tinydrop_kernels.{_HOMES[name]}"), name)
+    else:
+        try:
+            value = import_module(f"tinydrop_kernels.{name}")  # ops, guidance, ...: as submodules are imported
+        except ModuleNotFoundError as error:
+            if error.name != f"tinydrop_kernels.{name}":
+                raise
+            raise AttributeError(f"module 'tinydrop_kernels' has no attribute {name!r}") from None
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

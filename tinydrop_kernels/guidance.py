@@ -1,31 +1,26 @@
 """The guidance model: a tiny classifier that says what it sees, how sure it is, and where it looked."""
 
 import copy
-import enum
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
-from tinydrop_kernels.aliases import TimmModule
+from tinydrop_kernels.cam import Cam, FeatureLayout, SplitTransformer, agree, class_gradient, kind_of_head, saliency_map
+from tinydrop_kernels.ops.tracing import eager
+from tinydrop_kernels.ops.types import Saliency, TimmModule
 
 DEFAULT_GUIDANCE = "efficientformer_l1.snap_dist_in1k"
+PLAIN_CAM = Saliency()
+
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation of each channel
 
 
 class GuidanceError(RuntimeError):
     """The model cannot guide."""
-
-
-class Cam(enum.Enum):
-    """How the gradient of a logit with respect to the last feature map is had."""
-
-    ROWS = "constant: one row of weights per class"
-    POOLED = "constant over the map: one backward pass through the head at the pooled vector"
-    HEAD = "one backward pass through the head"
-    LAST_BLOCK = "one backward pass through the last block and the head"
 
 
 class Guided(NamedTuple):
@@ -33,18 +28,18 @@ class Guided(NamedTuple):
 
     logits: Tensor  # (batch, classes)
     features: Tensor | None  # (batch, cells, channels), any strides: to be weighted by ``Guidance.class_weight``
-    saliency: Tensor | None  # (batch, rows, columns): ready Grad-CAM
+    saliency: Tensor | None  # float32 (batch, rows, columns): the finished map
 
 
 class Guidance(nn.Module):
-    """A timm classifier with Grad-CAM on its last feature map (Selvaraju et al. 2017, arXiv 1610.02391, section 3.1).
+    """A timm classifier with its own preprocessing, and Grad-CAM on its last feature map (:mod:`tinydrop_kernels.cam`).
 
-    How the gradient is had is found out by probing the model's own ``forward_head``, not from its class: a head that
+    How the gradient is computed is found by probing the model's own ``forward_head``, not from its class: a head that
     is affine in the average-pooled features has its weights read off at the unit vectors, which folds BatchNorm and
     averaged twin heads; a head that sees the map only through its average needs its gradient at one vector; for any
     other head, and for class tokens (whose gradient on the last layer's patches is zero), there is one backward pass
     through the head or the last block alone. The model is copied and its weights are read once, here: what is done to
-    the original afterwards does not reach the guidance.
+    the original afterwards does not reach the guidance. Many threads may call it.
 
     Args:
         model: a timm model with ``forward_features`` and ``forward_head``.
@@ -52,7 +47,7 @@ class Guidance(nn.Module):
         mean, std: per channel normalisation it wants; by default those of its ``pretrained_cfg``.
 
     Raises:
-        GuidanceError: the model has no such methods, no classes or no feature map.
+        GuidanceError: the model has no such methods, no classes, no feature map, or no logits ``(batch, num_classes)``.
     """
 
     model: TimmModule
@@ -61,7 +56,6 @@ class Guidance(nn.Module):
     input_size: tuple[int, int]  # of the images it is fed
     feature_size: tuple[int, int]  # of its last feature map
     cam: Cam
-    _probing = False  # whether to check that the parts make the whole
     class_weight: Tensor  # (num_classes, channels); None unless cam is Cam.ROWS
 
     def __init__(
@@ -72,172 +66,179 @@ class Guidance(nn.Module):
         std: tuple[float, ...] | None = None,
     ):
         super().__init__()
+        kind = type(model).__name__
         if not (hasattr(model, "forward_features") and hasattr(model, "forward_head")):
             raise GuidanceError(
-                f"guidance: got {type(model).__name__}, accepted is a timm classifier "
-                "(a module with forward_features and forward_head)"
+                f"guidance: got {kind}, expected a timm classifier (a module with forward_features and forward_head)"
             )
         if not getattr(model, "num_classes", 0):
-            raise GuidanceError(f"guidance: {type(model).__name__} has num_classes=0, accepted is a classifier")
+            raise GuidanceError(f"guidance: got {kind} with num_classes=0, expected a classifier")
         config = resolve_model_data_config(model)
-        with torch.inference_mode(False):  # autograd refuses tensors made in inference mode
-            self.model = copy.deepcopy(model).eval()
         self.num_classes = model.num_classes
         self.in_chans = getattr(model, "in_chans", config["input_size"][0])
         fixed_size = getattr(getattr(model, "patch_embed", None), "img_size", None)
         self.input_size = tuple(input_size or fixed_size or config["input_size"][1:])
         self.mean = per_channel(mean or config["mean"], self.in_chans)
         self.std = per_channel(std or config["std"], self.in_chans)
-        with torch.inference_mode(False):
+        self._rescalings: dict[Any, tuple[Tensor, Tensor]] = {}
+        with torch.inference_mode(False):  # autograd refuses tensors made in inference mode
+            self.model = _copied(model).eval().requires_grad_(False)
             self._probe()
         self.eval()
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> Guided:
+    def forward(
+        self,
+        images: Tensor,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+        saliency: Saliency = PLAIN_CAM,
+    ) -> Guided:
         """Classify and look.
 
         Args:
-            images: floating ``(batch, in_chans, *input_size)``, normalised with ``mean`` and ``std``.
+            images: floating ``(batch, in_chans, height, width)`` of any size, in the model's dtype; resized bilinearly
+                (antialiased) to ``input_size``.
+            mean, std: per channel normalisation of the images; by default the guidance model's own.
+            saliency: what makes a cell salient. Of ``Cam.ROWS`` it is left to :func:`ops.select_tokens`, in one launch
+                with the rest.
+
+        Returns:
+            :class:`Guided`, without a graph: ``features`` for ``Cam.ROWS``, ``saliency`` for every other kind.
         """
-        if self.cam is Cam.LAST_BLOCK:
-            return self._guided_by_last_block(images)
-        features = self.model.forward_features(images)
-        logits = self.model.forward_head(features)
+        images = self._prepared(images, mean, std)
+        features, args, kwargs = self._trunk(images)
+        cells = self._layout.cells(features)
         if self.cam is Cam.ROWS:
-            return Guided(logits, self._cells(features), None)
+            return Guided(self._head(features), cells, None)
         if self.cam is Cam.POOLED:
-            cells = self._cells(features)
-            gradient, _ = self._class_gradient(self._native(cells.mean(dim=1, keepdim=True)))
-            return Guided(logits, None, self._grad_cam(self._cells(gradient), cells))
-        gradient, features = self._class_gradient(features)
-        return Guided(logits, None, self._grad_cam(self._cells(gradient), self._cells(features)))
+            logits = self._head(features)
+            pooled = self._layout.single_cell(cells.mean(dim=1, keepdim=True))
+            _, gradient = class_gradient(self._head, pooled, saliency.classes)
+        else:
+            logits, gradient = class_gradient(self._head, features, saliency.classes, args, kwargs)
+        return Guided(logits, None, saliency_map(self._layout.cells(gradient), cells, self.feature_size, saliency))
 
-    def _guided_by_last_block(self, images: Tensor) -> Guided:
-        """The layer is the input of the last block: there the patches still bear on the class token."""
-        captured: dict = {}
+    def _trunk(self, images: Tensor) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+        """The feature map that Grad-CAM weighs, and what else :meth:`_head` needs."""
+        if self._split is not None:
+            return self._split.trunk(images)
+        return self.model.forward_features(images), (), {}
 
-        def capture(module, args, kwargs):
-            captured["args"], captured["kwargs"] = args, kwargs
+    def _head(self, features: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """From the feature map to logits."""
+        if self._split is not None:
+            return self._split.rest(features, *args, **kwargs)
+        logits: Tensor = self.model.forward_head(features)
+        return logits
 
-        hook = self.model.blocks[-1].register_forward_pre_hook(capture, with_kwargs=True)
-        try:
-            logits = self.model.forward_head(self.model.forward_features(images))
-        finally:
-            hook.remove()
-        tokens, *args = captured["args"]
-        args, kwargs = _detached(args), _detached(captured["kwargs"])
-
-        def rest(tokens):
-            again = self.model.forward_head(self.model.norm(self.model.blocks[-1](tokens, *args, **kwargs)))
-            if self._probing and not _agree(again, logits, logits):
-                raise GuidanceError("its last block, norm and head do not make its logits")
-            return again
-
-        gradient, tokens = self._class_gradient(tokens, rest)
-        skip = self.model.num_prefix_tokens
-        return Guided(logits, None, self._grad_cam(gradient[:, skip:], tokens[:, skip:]))
-
-    @torch.compiler.disable  # torch 2.11 compiles the copy so that it is made in inference mode after all
-    def _class_gradient(self, features: Tensor, head=None) -> tuple[Tensor, Tensor]:
-        """Gradient of each image's top logit with respect to its ``features``, and the features without graph."""
-        with torch.inference_mode(False), torch.enable_grad():
-            features = _detached(features).requires_grad_()
-            logits = (head or self.model.forward_head)(features)
-            (gradient,) = torch.autograd.grad(logits.amax(dim=1).sum(), features)
-        return gradient, features.detach()
-
-    def _grad_cam(self, gradient: Tensor, cells: Tensor) -> Tensor:
-        """``relu(cells . mean gradient)``: ``(batch, rows, columns)`` from two ``(batch, cells, channels)``."""
-        weight = gradient.float().mean(dim=1)
-        return torch.einsum("blc,bc->bl", cells.float(), weight).relu().view(-1, *self.feature_size)
-
-    def _cells(self, features: Tensor) -> Tensor:
-        """``(batch, cells, channels)``, a view of the model's own layout."""
-        if features.ndim == 3:
-            return features
-        return features.flatten(1, 2) if self._channels_last else features.flatten(2).transpose(1, 2)
-
-    def _native(self, cell: Tensor) -> Tensor:
-        """One cell, ``(batch, 1, channels)``, in the model's own layout."""
-        if self._feature_ndim == 3:
-            return cell
-        return cell[:, None] if self._channels_last else cell.transpose(1, 2)[..., None]
+    def _prepared(self, images: Tensor, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> Tensor:
+        """Images of the size, normalisation and memory format that the model wants."""
+        if images.shape[-2:] != self.input_size:
+            # in float32: on CPU there is no antialiasing in half precision
+            small = F.interpolate(
+                images.float(), size=self.input_size, mode="bilinear", align_corners=False, antialias=True
+            )
+            images = small.to(images.dtype)
+        source = per_channel(mean or self.mean, self.in_chans), per_channel(std or self.std, self.in_chans)
+        wanted = self.mean, self.std
+        if source != wanted:
+            key = source, wanted, images.device, images.dtype
+            if key not in self._rescalings:  # kept, because to copy them to a GPU at each call would make the host wait
+                self._rescalings[key] = _rescaling(source, wanted, images.device, images.dtype)
+            scale, offset = self._rescalings[key]
+            images = images * scale + offset
+        if images.device.type == "cpu":  # where convolutions are 1.2 to 1.7 times faster on it (docs/decisions.md)
+            images = images.contiguous(memory_format=torch.channels_last)
+        return images
 
     @torch.no_grad()
     def _probe(self) -> None:
-        """Find the layout of the feature map and the kind of the head by trying them."""
-        self.register_buffer("class_weight", None, persistent=False)
-        weights = next(self.model.parameters())
-        noise = torch.Generator().manual_seed(0)
-        image = torch.randn(2, self.in_chans, *self.input_size, generator=noise).to(weights.device, weights.dtype)
-        kind = type(self.model).__name__
-        try:
-            features = self.model.forward_features(image)
-        except Exception as error:
-            raise GuidanceError(f"guidance: {kind} fails on images of {self.input_size}: {error}") from error
-        if not isinstance(features, Tensor) or features.ndim not in (3, 4):
-            raise GuidanceError(f"guidance: {kind} has no feature map that Grad-CAM could weigh")
-        self._feature_ndim = features.ndim
-        self._channels_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"
-        prefix = getattr(self.model, "num_prefix_tokens", 0) if features.ndim == 3 else 0
-        if features.ndim == 3:
-            self.feature_size = _rows_and_columns(features.shape[1] - prefix, self.input_size)
-        else:
-            first = 1 if self._channels_last else 2
-            self.feature_size = (features.shape[first], features.shape[first + 1])
-        if prefix:
-            self.cam = Cam.LAST_BLOCK
-            self._probing = True
+        """Find the layout of the feature map and the kind of the head by trying them.
+
+        On a copy in float32 whatever the model's own dtype, so that the verdict and the weights do not hang on it.
+        """
+        model, kind = copy.deepcopy(self.model).float(), type(self.model).__name__
+        own = next(self.model.parameters())
+        noise = torch.randn(2, self.in_chans, *self.input_size, generator=torch.Generator().manual_seed(0))
+        with torch.autocast(own.device.type, enabled=False):
+            images = noise.to(own.device, torch.float32)
             try:
-                self._guided_by_last_block(image)
+                features = model.forward_features(images)
             except Exception as error:
-                raise GuidanceError(f"guidance: {kind} has a class token, and no Grad-CAM of it: {error}") from error
-            finally:
-                self._probing = False
-            return
-        # In float32 whatever the model's own dtype, so that the verdict and the weights do not hang on it.
-        model = self.model if weights.dtype == torch.float32 else copy.deepcopy(self.model).float()
-        self.cam, class_weight = self._kind_of_head(model.forward_head, features.float())
-        if class_weight is not None:
-            self.class_weight = class_weight.to(weights.dtype)
+                raise GuidanceError(f"guidance: {kind} fails on images of {self.input_size}: {error}") from error
+            self._layout = self._layout_of(features)
+            self.feature_size = self._layout.rows, self._layout.columns
+            logits = self._checked_logits(model, features)
+            if self._layout.prefix_tokens:
+                _check_split(model, images, logits)
+                self.cam, rows = Cam.LAST_BLOCK, None
+            else:
+                self.cam, rows = kind_of_head(model.forward_head, features, self._layout)
+        self.register_buffer("class_weight", None if rows is None else rows.to(own.dtype), persistent=False)
+        self._split = SplitTransformer(self.model) if self.cam is Cam.LAST_BLOCK else None
 
-    def _kind_of_head(self, head, features: Tensor) -> tuple[Cam, Tensor | None]:
-        """Try the head on noise, weak and strong beside its real features: some are nearly linear for one of them."""
-        channels = self._cells(features).shape[2]
-        noise = torch.randn(4, *features.shape[1:], generator=torch.Generator().manual_seed(0)).to(features.device)
-        spread = features.std()
-        cam, rows = Cam.ROWS, None
+    def _layout_of(self, features: Any) -> FeatureLayout:
+        if not isinstance(features, Tensor) or features.ndim not in (3, 4):
+            raise GuidanceError(f"guidance: {type(self.model).__name__} has no feature map that Grad-CAM could weigh")
+        if features.ndim == 3:
+            prefix = getattr(self.model, "num_prefix_tokens", 0)
+            rows, columns = _rows_and_columns(features.shape[1] - prefix, self.input_size)
+            return FeatureLayout(rows, columns, flat=True, prefix_tokens=prefix)
+        channels_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"
+        rows, columns = features.shape[1:3] if channels_last else features.shape[2:4]
+        return FeatureLayout(rows, columns, flat=False, channels_last=channels_last)
+
+    def _checked_logits(self, model: TimmModule, features: Tensor) -> Tensor:
+        """The head's answer to the features, refused if it is not logits of the images."""
+        head = f"the head of {type(model).__name__}"
         try:
-            offset = head(self._native(noise.new_zeros(1, 1, channels)))
-            rows = head(self._native(torch.eye(channels, device=features.device)[:, None])) - offset
-            for scale in (0.3, 3.0, 30.0):
-                cells = scale * spread * noise
-                mean = self._cells(cells).mean(dim=1, keepdim=True)
-                logits = head(cells)
-                if not _agree(head(self._native(mean)), logits, logits - offset):
-                    return Cam.HEAD, None
-                if not _agree(mean[:, 0] @ rows + offset, logits, logits - offset):
-                    cam = Cam.POOLED
-        except (RuntimeError, ValueError):  # a head that wants the map at its full size
-            return Cam.HEAD, None
-        return cam, rows.T.contiguous() if cam is Cam.ROWS else None
+            logits = model.forward_head(features)
+        except Exception as error:
+            raise GuidanceError(f"guidance: {head} fails on its own features: {error}") from error
+        expected = (len(features), self.num_classes)
+        if not isinstance(logits, Tensor) or logits.shape != expected:
+            got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+            raise GuidanceError(f"guidance: {head} gives {got}, expected logits of shape (batch, {self.num_classes})")
+        return logits
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Guidance":
+        with torch.inference_mode(False):
+            new = type(self).__new__(type(self))
+            memo[id(self)] = new
+            vars(new).update(copy.deepcopy(vars(self), memo))
+        return new
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Guidance":
+        with torch.inference_mode(False):
+            nn.Module._apply(self, fn, recurse)
+        return self
 
 
-def _agree(a: Tensor, b: Tensor, scale: Tensor) -> bool:
-    return bool((a - b).abs().max() <= 1e-3 * scale.abs().max())
+def _copied(model: TimmModule) -> TimmModule:
+    """A deep copy without timm's cached attention biases: deepcopy refuses them where they carry a graph."""
+    caches = [vars(module).get("attention_bias_cache") for module in model.modules()]
+    return copy.deepcopy(model, {id(cache): {} for cache in caches if cache})
+
+
+def _check_split(model: TimmModule, images: Tensor, logits: Tensor) -> None:
+    """Refuse a transformer with a class token that cannot be cut before its last block."""
+    try:
+        split = SplitTransformer(model)
+        tokens, args, kwargs = split.trunk(images)
+        again, _ = class_gradient(split.rest, tokens, 1, args, kwargs)
+        if not agree(again, logits, logits):
+            raise ValueError("its last block, norm and head do not make its logits")
+    except Exception as error:
+        raise GuidanceError(
+            f"guidance: {type(model).__name__} has a class token, and no Grad-CAM of it: {error}"
+        ) from error
 
 
 def per_channel(statistic: tuple[float, ...], channels: int) -> tuple[float, ...]:
     """One value per channel; timm keeps three of colour for models of other channels, whose average then serves."""
     values = tuple(statistic)
     return values if len(values) == channels else (sum(values) / len(values),) * channels
-
-
-@torch.compiler.disable
-def _detached(tree):
-    """Copies that autograd may save, also of tensors made under inference mode."""
-    with torch.inference_mode(False):
-        return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def _rows_and_columns(cells: int, input_size: tuple[int, int]) -> tuple[int, int]:
@@ -247,20 +248,12 @@ def _rows_and_columns(cells: int, input_size: tuple[int, int]) -> tuple[int, int
     return rows, cells // rows
 
 
-def match_statistics(
-    source: tuple[tuple[float, ...], tuple[float, ...]], wanted: tuple[tuple[float, ...], tuple[float, ...]]
-) -> tuple[Tensor, Tensor] | None:
-    """Scale and offset, ``(channels, 1, 1)``, from images normalised with one (mean, std) to another; None if equal."""
-    if source == wanted:
-        return None
-    (source_mean, source_std), (mean, std) = (tuple(torch.tensor(s) for s in pair) for pair in (source, wanted))
-    return (source_std / std)[:, None, None], ((source_mean - mean) / std)[:, None, None]
-
-
-def resized(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Images at the guidance model's input size: bilinear, antialiased where that shrinks them."""
-    if tuple(images.shape[-2:]) == tuple(size):
-        return images
-    # in float32: on CPU there is no antialiasing in half precision
-    small = F.interpolate(images.float(), size=size, mode="bilinear", align_corners=False, antialias=True)
-    return small.to(images.dtype)
+@eager  # compiled, they are made in inference mode after all
+def _rescaling(
+    source: Statistics, wanted: Statistics, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Scale and offset, ``(channels, 1, 1)``, from images normalised with one (mean, std) to another."""
+    with torch.inference_mode(False):
+        (source_mean, source_std), (mean, std) = torch.tensor((source, wanted), dtype=torch.float64)[..., None, None]
+        scale, offset = source_std / std, (source_mean - mean) / std
+        return scale.to(device, dtype), offset.to(device, dtype)

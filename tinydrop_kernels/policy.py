@@ -1,70 +1,112 @@
-"""How sure the guidance model must be for an image to exit, and how many patches the others keep."""
+"""How sure the guidance model must be for an image to exit, and how much of the others the target sees."""
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 
-from torch import Tensor
+from tinydrop_kernels.ops import Law, Saliency
 
-from tinydrop_kernels import ops
+CALM = Saliency(classes=5, norm=1.0, centre=1.0)
 
 
 @dataclass(frozen=True)
 class DropPolicy:
-    """From the guidance model's confidence ``c`` to early exit and number of kept patches.
+    """From the guidance model's confidence ``c`` to early exit, grid, number of patches and answer.
 
-    An image exits when ``c > tau``. Otherwise ``ceil(T * keep)`` of its ``T`` patches are kept, with
-    ``keep = 1 - (c / tau) ** gamma`` clamped to ``[min_keep, 1]``: the surer the guidance, the fewer patches.
+    An image exits when ``c > tau``. Of the others ``budget = 1 - (c / tau) ** gamma`` of the dense patches are spent,
+    clamped to ``[min_keep, 1]``: the surer the guidance, the fewer. A coarser grid takes the share ``coarsen`` of that
+    cut and dropping the rest (:func:`ops.apply_law`).
 
-    The defaults stay within a point of the dense model where there is a background to drop (docs/accuracy.md).
+    The defaults are for a target that nobody calibrated: resolution alone, never below two fifths of the patches, a
+    blend and a second look (docs/accuracy.md tells how they were chosen).
 
     Args:
-        tau: exit threshold in (0, 1], or None for no early exit (then 1 stands for tau in the law). A target without
-            classes needs None.
-        gamma: curvature, >= 0. Low drops aggressively, high is conservative; ``math.inf`` drops nothing, which
-            together with tau is a plain cascade of the two models.
-        min_keep: least fraction of patches kept, in (0, 1].
-        summary: give the target one token more, the mean of the dropped patches' embeddings.
+        tau: exit threshold in (0, 1], or None for no early exit (the budget is taken with tau = 1 then). Exits, a blend
+            and a second look need a guidance model of the target's classes.
+        gamma: curvature, >= 0. Low spends little, high much; ``math.inf`` spends everything, which together with tau is
+            a plain cascade of the two models.
+        min_keep: least fraction of the dense patches spent, in (0, 1].
+        coarsen: the share of the cut that a coarser grid takes, in [0, 1]. 0 drops alone, as the paper does; 1 is
+            resolution alone.
+        blend: weight in [0, 1) of the guidance model's probabilities in the answer for an image that does not exit. The
+            answer is log-probabilities then; with 0 it is the target's logits, untouched.
+        second_look: ``(t1, t2)`` in [0, 1], or None. An answer from a reduced image stands if its confidence is above
+            t2, or if it is the guidance model's own and above t1; the other images go through the target dense.
+        saliency: what makes a patch salient.
 
     Raises:
-        ValueError: a value out of its range.
+        TypeError, ValueError: a value of another type or out of its range.
 
-    Source: TinyDrop, arXiv 2509.03379, section 3, whose summary gives the behaviour; the formula is ours.
+    Source: TinyDrop, arXiv 2509.03379, section 3, whose summary gives the behaviour of exit and budget; formulas ours.
     """
 
     tau: float | None = 0.9
-    gamma: float = 4.0
-    min_keep: float = 0.5
-    summary: bool = False
+    gamma: float = 2.0
+    min_keep: float = 0.4
+    coarsen: float = 1.0
+    blend: float = 0.2
+    second_look: tuple[float, float] | None = (0.2, 0.7)
+    saliency: Saliency = CALM
 
-    def __post_init__(self):
-        for name in ("tau", "gamma", "min_keep"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) and (name != "tau" or value is not None):
-                raise TypeError(f"{name}: got {value!r}, accepted is a number")
-        if self.tau is not None and not 0 < self.tau <= 1:
-            raise ValueError(f"tau: got {self.tau}, accepted is a number in (0, 1], or None for no early exit")
-        if not self.gamma >= 0:
-            raise ValueError(f"gamma: got {self.gamma}, accepted is a number >= 0 (math.inf drops nothing)")
-        if not 0 < self.min_keep <= 1:
-            raise ValueError(f"min_keep: got {self.min_keep}, accepted is a number in (0, 1]")
+    def __post_init__(self) -> None:
+        if self.tau is not None:
+            self._check("tau", 0 < self._number("tau") <= 1, "a number in (0, 1], or None for no early exit")
+        self._check("gamma", self._number("gamma") >= 0, "a number >= 0 (math.inf spends everything)")
+        self._check("min_keep", 0 < self._number("min_keep") <= 1, "a number in (0, 1]")
+        self._check("coarsen", 0 <= self._number("coarsen") <= 1, "a number in [0, 1]")
+        self._check("blend", 0 <= self._number("blend") < 1, "a number in [0, 1)")
+        if self.second_look is not None:
+            pair = self.second_look
+            expected = "a pair of numbers in [0, 1], or None"
+            self._check("second_look", isinstance(pair, (tuple, list)) and len(pair) == 2, expected)
+            self._check("second_look", all(_is_number(t) and 0 <= t <= 1 for t in pair), expected)
+            object.__setattr__(self, "second_look", (float(pair[0]), float(pair[1])))
+        if not isinstance(self.saliency, Saliency):
+            raise TypeError(f"saliency: got {self.saliency!r}, expected an ops.Saliency")
+        classes, *weights = self.saliency
+        valid = isinstance(classes, int) and classes >= 1 and all(_is_number(w) and 0 <= w < math.inf for w in weights)
+        self._check("saliency", valid, "classes >= 1 and weights >= 0")
+
+    def _number(self, name: str) -> float:
+        value = getattr(self, name)
+        if not _is_number(value):
+            raise TypeError(f"{name}: got {value!r}, expected a number")
+        object.__setattr__(self, name, float(value))
+        return float(value)
+
+    def _check(self, name: str, valid: bool, expected: str) -> None:
+        if not valid:
+            raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {expected}")
 
     @classmethod
-    def fixed(cls, keep_ratio: float, tau: float | None = None, summary: bool = False) -> "DropPolicy":
-        """Keep the same fraction of every image that does not exit: the law at ``gamma = 0``.
+    def fixed(
+        cls, keep_ratio: float, tau: float | None = None, coarsen: float = 0.0, blend: float = 0.0
+    ) -> "DropPolicy":
+        """Spend the same fraction of the patches on every image that does not exit: the law at ``gamma = 0``.
 
         Args:
-            keep_ratio: fraction of patches kept, in (0, 1].
-            tau, summary: as in :class:`DropPolicy`; by default nothing exits.
+            keep_ratio: fraction of the dense patches, in (0, 1].
+            tau, coarsen, blend: as in :class:`DropPolicy`; by default nothing exits, and patches are dropped alone.
         """
-        if not 0 < keep_ratio <= 1:
-            raise ValueError(f"keep_ratio: got {keep_ratio}, accepted is a number in (0, 1]")
-        return cls(tau=tau, gamma=0.0, min_keep=keep_ratio, summary=summary)
+        if not _is_number(keep_ratio) or not 0 < keep_ratio <= 1:
+            raise ValueError(f"keep_ratio: got {keep_ratio!r}, expected a number in (0, 1]")
+        return cls(tau, gamma=0.0, min_keep=keep_ratio, coarsen=coarsen, blend=blend, second_look=None)
 
     @classmethod
     def cascade(cls, tau: float) -> "DropPolicy":
-        """Early exit alone, with a dense target: the rival that dropping has to beat."""
-        return cls(tau=tau, gamma=math.inf)
+        """Early exit alone, with a dense target: the rival that every reduction has to beat."""
+        return cls(tau, gamma=math.inf, blend=0.0, second_look=None)
 
-    def keep_counts(self, confidence: Tensor, num_patches: int) -> Tensor:
-        """int32 ``(batch,)``: patches kept of each image, 0 where it exits. See :func:`ops.keep_counts`."""
-        return ops.keep_counts(confidence, num_patches, self.tau, self.gamma, self.min_keep)
+    @property
+    def law(self) -> Law:
+        """As the operators take it."""
+        return Law(self.tau, self.gamma, self.min_keep, self.coarsen)
+
+    @property
+    def mixes_answers(self) -> bool:
+        """Whether the guidance model's answers bear on the target's, so that both must know the same classes."""
+        return self.tau is not None or self.blend > 0 or self.second_look is not None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)

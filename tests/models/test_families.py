@@ -2,7 +2,6 @@
 
 * Keep everything: dense timm, to rounding.
 * Keep a subset: dense timm with the dropped keys masked out of attention and pooling.
-* Keep a subset and add the summary token: dense attention over exactly those tokens, written out here.
 
 The models are timm's own constructors, made small (few blocks, few channels, few patches) so that all of them run.
 """
@@ -10,7 +9,7 @@ The models are timm's own constructors, made small (few blocks, few channels, fe
 import pytest
 import timm
 import torch
-from conftest import tiny_guidance, tiny_vit, varied_images, with_random_weights
+from helpers import tiny_guidance, tiny_vit, varied_images, with_random_weights
 from timm.models.vision_transformer import ResPostBlock
 
 import tinydrop_kernels as tdk
@@ -79,10 +78,8 @@ def test_keep_everything_is_dense_timm(key):
     model, images = make(key)
     with torch.inference_mode():
         wanted = model(images)
-        for summary in (False, True):
-            tdk.patch(model, tiny_guidance(), tdk.DropPolicy.fixed(1.0, summary=summary))
-            close(model(images), wanted)
-            tdk.unpatch(model)
+        tdk.patch(model, tiny_guidance(), tdk.DropPolicy.fixed(1.0))
+        close(model(images), wanted)
 
 
 @pytest.mark.parametrize("key", MODELS)
@@ -90,7 +87,11 @@ def test_keep_a_subset_is_dense_timm_masked(key):
     model, images = make(key)
     rows, columns = model.patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))
     prefix, total = model.num_prefix_tokens, model.num_prefix_tokens + rows * columns
-    tdk.patch(model, tiny_guidance(), tdk.DropPolicy(tau=None, gamma=1.0, min_keep=0.1))
+    tdk.patch(
+        model,
+        tiny_guidance(),
+        tdk.DropPolicy(tau=None, gamma=1.0, min_keep=0.1, coarsen=0.0, blend=0.0, second_look=None),
+    )
     with torch.inference_mode():
         out = model(images)
         kept = model.tinydrop.last.kept
@@ -102,26 +103,6 @@ def test_keep_a_subset_is_dense_timm_masked(key):
             assert prefix < seen.sum() < total, "some are kept and some dropped, or nothing is tested"
             tokens = model.forward_features(images[b : b + 1], attn_mask=seen.expand(1, 1, total, total))
             close(out[b : b + 1], model.forward_head(tokens[:, seen]))
-
-
-@pytest.mark.parametrize("key", ["augreg", "gap and registers", "siglip map", "dinov2 registers", "convolutional stem"])
-def test_summary_token_written_out(key):
-    model, images = make(key)
-    prefix = model.num_prefix_tokens
-    tdk.patch(model, tiny_guidance(), tdk.DropPolicy.fixed(0.4, summary=True))
-    with torch.inference_mode():
-        out = model(images)
-        kept = model.tinydrop.last.kept
-        tdk.unpatch(model)
-        embedded = model._pos_embed(model.patch_embed(images))
-        for b, patches in enumerate(kept):
-            patch_tokens = embedded[b, prefix:]
-            dropped = [i for i in range(len(patch_tokens)) if i not in patches.tolist()]
-            tokens = torch.cat(
-                [embedded[b, :prefix], patch_tokens[patches.long()], patch_tokens[dropped].mean(0)[None]]
-            )
-            tokens = model.norm(model.blocks(model.norm_pre(tokens[None])))
-            close(out[b : b + 1], model.forward_head(tokens))
 
 
 @pytest.mark.parametrize(
@@ -138,7 +119,11 @@ def test_summary_token_written_out(key):
 def test_every_image_as_if_alone(options):
     """Nothing of one image reaches another: exits, other counts and NaN beside it change no bit that matters."""
     guidance = tiny_guidance()
-    vit = tdk.patch(tiny_vit(**options), guidance, tdk.DropPolicy(tau=0.6, gamma=1.0, min_keep=0.1))
+    vit = tdk.patch(
+        tiny_vit(**options),
+        guidance,
+        tdk.DropPolicy(tau=0.6, gamma=1.0, min_keep=0.1, coarsen=0.0, blend=0.0, second_look=None),
+    )
     torch.manual_seed(0)  # the same images for every option
     images = varied_images(12)
     images[5] = float("nan")
@@ -241,6 +226,36 @@ def hook_on_projection(vit):
     vit.patch_embed.register_forward_hook(lambda module, args, out: 2 * out)
 
 
+class Doubled(torch.nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+def drop_of_its_own(vit):
+    vit.patch_drop = Doubled()
+
+
+def hook_on_patch_drop(vit):
+    vit.patch_drop.register_forward_hook(lambda module, args, out: 2 * out)
+
+
+def hook_on_blocks(vit):
+    vit.blocks.register_forward_hook(lambda module, args, out: 2 * out)
+
+
+def nearly_nothing(vit):
+    vit.blocks[0].mlp.register_forward_hook(lambda module, args, out: out * 1.0008 if out.ndim == 2 else out)
+
+
+def nearly_nothing_in_half(vit):
+    """Of all layers the last, where what is seen is not the rounding of those before it."""
+    vit.bfloat16().norm.register_forward_hook(lambda module, args, out: out * 1.03 if out.ndim == 2 else out)
+
+
+def not_a_number(vit):
+    vit.blocks[1].mlp.fc1.weight.data[0] = float("nan")
+
+
 def mlp_that_mixes_tokens(vit):
     vit.blocks[1].mlp.register_forward_hook(lambda module, args, out: out + out.mean(dim=-2, keepdim=True))
 
@@ -249,13 +264,31 @@ def hook_on_pool(vit):
     vit.attn_pool.register_forward_hook(lambda module, args, out: 2 * out)
 
 
+@pytest.mark.parametrize("change", [doubled_projection, hook_on_projection])
+@pytest.mark.parametrize("after", [False, True], ids=["before patching", "after"])
+def test_a_projection_that_is_more_than_its_weight_is_called(change, after):
+    vit, images = tiny_vit(), torch.randn(2, 3, 32, 32)
+    if after:
+        tdk.patch(vit, tiny_guidance(), tdk.DropPolicy.fixed(1.0))
+        change(vit)
+    else:
+        change(vit)
+        tdk.patch(vit, tiny_guidance(), tdk.DropPolicy.fixed(1.0))
+    with torch.inference_mode():
+        close(vit(images), vit.tinydrop.dense(images))
+
+
 @pytest.mark.parametrize(
     ("options", "change", "reason"),
     [
-        ({}, doubled_projection, "patch embedding"),
-        ({}, hook_on_projection, "patch embedding"),
-        ({}, mlp_that_mixes_tokens, "blocks"),
-        ({"global_pool": "map"}, hook_on_pool, "pool or head"),
+        ({}, mlp_that_mixes_tokens, "blocks that are not timm's"),
+        ({"global_pool": "map"}, hook_on_pool, "hooks on attn_pool"),
+        ({}, hook_on_blocks, "hooks on blocks"),
+        ({}, drop_of_its_own, "patch_drop of type Doubled"),
+        ({}, hook_on_patch_drop, "patch_drop that is more than timm's"),
+        ({}, nearly_nothing, "blocks that are not timm's"),
+        ({}, nearly_nothing_in_half, "blocks that are not timm's"),
+        ({}, not_a_number, "weights that are not finite"),
     ],
 )
 @pytest.mark.parametrize("training", [False, True])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny_guidance, tiny_vit
+from helpers import tiny_guidance, tiny_vit
 
 import tinydrop_kernels as tdk
 
@@ -10,11 +10,11 @@ BAD_IMAGES = {
     "not a tensor": (lambda: [[1.0]], TypeError, "images: got list"),
     "no batch": (lambda: torch.randn(3, 32, 32), ValueError, "images: got 3 dimensions"),
     "too many dimensions": (lambda: torch.randn(1, 1, 3, 32, 32), ValueError, "images: got 5 dimensions"),
-    "one channel": (lambda: torch.randn(2, 1, 32, 32), ValueError, "images: got 1 channels, accepted are 3"),
+    "one channel": (lambda: torch.randn(2, 1, 32, 32), ValueError, "images: got 1 channels, expected 3"),
     "channels last": (lambda: torch.randn(2, 32, 32, 3), ValueError, "images: got 32 channels"),
     "bytes": (lambda: torch.zeros(2, 3, 32, 32, dtype=torch.uint8), TypeError, "images: got torch.uint8"),
     "half for a float model": (lambda: torch.zeros(2, 3, 32, 32).half(), TypeError, "images: got torch.float16"),
-    "too small": (lambda: torch.randn(2, 3, 24, 32), ValueError, "images: got 24 x 32, accepted is 32 x 32"),
+    "too small": (lambda: torch.randn(2, 3, 24, 32), ValueError, "images: got 24 x 32, expected 32 x 32"),
     "too large": (lambda: torch.randn(2, 3, 32, 40), ValueError, "images: got 32 x 40"),
     "other device": (lambda: torch.empty(2, 3, 32, 32, device="meta"), ValueError, "images: got them on meta"),
 }
@@ -36,7 +36,7 @@ def test_bad_images(patched, images, case):
 def test_size_no_multiple_of_the_patch():
     vit = tdk.patch(tiny_vit(dynamic_img_size=True), tiny_guidance(), tdk.DropPolicy.fixed(0.5))
     assert vit(torch.randn(2, 3, 40, 64)).shape == (2, 5)
-    with pytest.raises(ValueError, match="^images: got 36 x 64, accepted are multiples of the patch"):
+    with pytest.raises(ValueError, match="^images: got 36 x 64, expected multiples of the patch"):
         vit(torch.randn(2, 3, 36, 64))
 
 
@@ -75,7 +75,7 @@ def test_size_that_only_the_positions_refuse():
 
 def test_pool_removed_after_patching(patched, images):
     patched.reset_classifier(5, "")
-    with pytest.raises(ValueError, match="^model: it has global_pool='' now"):
+    with pytest.raises(tdk.UnsupportedModelError, match="^model: since it was patched, it has global_pool='' now"):
         patched(images)
 
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import tiny_guidance, tiny_vit, varied_images
+from helpers import tiny_guidance, tiny_vit, varied_images
 from test_families import make
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,10 +16,9 @@ from tinydrop_kernels import ops
 @pytest.mark.parametrize(
     "key", ["augreg", "gap and registers", "siglip map", "deit distilled", "aimv2", "max", "not square"]
 )
-@pytest.mark.parametrize("summary", [False, True])
-def test_same_answers_as_the_reference(key, summary):
+def test_same_answers_as_the_reference(key):
     model, images = make(key)
-    tdk.patch(model, tiny_guidance(), tdk.DropPolicy(tau=0.6, gamma=1.0, min_keep=0.1, summary=summary))
+    tdk.patch(model, tiny_guidance(), tdk.DropPolicy(tau=0.6, gamma=1.0, min_keep=0.1, coarsen=0.5, second_look=None))
     with torch.inference_mode():
         wanted = model(images)
         kept = model.tinydrop.last.selection.indices
@@ -51,16 +50,15 @@ class SizesFromValues(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("summary", [False, True])
 @pytest.mark.parametrize(
     "options",
     [{}, {"global_pool": "avg", "reg_tokens": 2}, {"global_pool": "map"}],
     ids=["token", "avg", "map with class token"],
 )
-def test_one_read_from_the_device_per_batch(monkeypatch, summary, options):
+def test_one_read_from_the_device_per_batch(monkeypatch, options):
     """On the kernels a batch reads values back once, in pack. Counted are the calls of the package and of timm, not the
     interpreter's own."""
-    vit = tdk.patch(tiny_vit(**options), tiny_guidance(), tdk.DropPolicy(0.6, 1.0, 0.1, summary))
+    vit = tdk.patch(tiny_vit(**options), tiny_guidance(), tdk.DropPolicy(0.6, 1.0, 0.1, 0.5, second_look=None))
     reads: collections.Counter = collections.Counter()
 
     def counting(name, method):
@@ -80,4 +78,4 @@ def test_one_read_from_the_device_per_batch(monkeypatch, summary, options):
         with SizesFromValues() as sizes:
             vit(varied_images(4))
     assert sizes.found == []
-    assert reads == {"tinydrop_kernels.ops.pack.pack: tolist": 1}
+    assert reads == {"tinydrop_kernels.ops.packing.pack: tolist": 1}

@@ -1,0 +1,40 @@
+"""Small models of timm's own classes, and images that random guidance tells apart."""
+
+import timm
+import torch
+
+
+def tiny_vit(**options) -> torch.nn.Module:
+    """A ViT of timm's own class, small enough for every test: 4 x 4 patches of 8 pixels, 2 blocks, 5 classes."""
+    options = {"num_classes": 5, "img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2} | options
+    return with_random_weights(timm.create_model("vit_tiny_patch16_224", **options))
+
+
+def tiny_guidance(num_classes: int = 5, in_chans: int = 3, sharpness: float = 12.0) -> torch.nn.Module:
+    """timm's smallest convolutional classifier with a head that is linear after average pooling.
+
+    ``sharpness`` spreads its confidences: random weights alone are about equally unsure of everything.
+    """
+    model = with_random_weights(timm.create_model("test_byobnet", num_classes=num_classes, in_chans=in_chans))
+    model.head.fc.weight.data.mul_(sharpness)
+    return model
+
+
+def with_random_weights(model: torch.nn.Module) -> torch.nn.Module:
+    """Eval mode, and every parameter and running statistic that timm starts at zero or one made to matter."""
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if tensor.ndim <= 1 or "token" in name or "pos_embed" in name or "latent" in name:
+                tensor.add_(0.2 * torch.randn_like(tensor))
+        for name, tensor in model.named_buffers():
+            if name.endswith("running_mean"):
+                tensor.add_(0.2 * torch.randn_like(tensor))
+            if name.endswith("running_var"):
+                tensor.mul_(0.5 + torch.rand_like(tensor))
+    return model.eval()
+
+
+def varied_images(batch: int, size: int = 32) -> torch.Tensor:
+    """Images that differ enough, in colour and coarse shape, for a random guidance model to tell them apart."""
+    coarse = torch.nn.functional.interpolate(torch.randn(batch, 3, 4, 4), size=size, mode="nearest")
+    return 2 * coarse + 2 * torch.randn(batch, 3, 1, 1) + 0.1 * torch.randn(batch, 3, size, size)

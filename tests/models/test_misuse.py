@@ -1,0 +1,147 @@
+"""What users do to a patched model that must not give a wrong answer: a clear refusal, or the right one."""
+
+import copy
+
+import pytest
+import torch
+from helpers import tiny_guidance, tiny_vit
+
+import tinydrop_kernels as tdk
+
+DROP_HALF = tdk.DropPolicy.fixed(0.5)
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, torch.nn.Sequential], ids=["compiled", "Sequential"])
+def test_unpatching_a_wrapper_says_what_to_unpatch(patched, images, wrap):
+    wrapper = wrap(patched)
+    with pytest.raises(ValueError, match="^model: the patched model is inside this .*; unpatch its "):
+        tdk.unpatch(wrapper)
+    assert patched.tinydrop.last is None and patched(images).shape == (4, 5), "the model inside still works"
+    tdk.unpatch(patched)
+
+
+def test_patching_a_compiled_model_says_to_patch_first(vit):
+    with pytest.raises(tdk.UnsupportedModelError, match="^model: it is compiled; patch the model, then compile it"):
+        tdk.patch(torch.compile(vit), tiny_guidance(), DROP_HALF)
+
+
+def test_what_was_set_later_stays(patched, images):
+    """A forward and an _apply of the user's own are not taken for those of the patch."""
+    mine = {"forward": lambda x: "mine", "_apply": lambda fn, recurse=True: patched}
+    for name, value in mine.items():
+        setattr(patched, name, value)
+    tdk.unpatch(patched)
+    assert vars(patched)["forward"] is mine["forward"] and vars(patched)["_apply"] is mine["_apply"]
+    assert "tinydrop" not in vars(patched)
+
+
+def test_a_block_taken_out_is_unpatched_too(patched):
+    taken = patched.blocks[1]
+    patched.blocks = patched.blocks[:1]
+    tdk.unpatch(patched)
+    assert "forward" not in vars(taken.attn) and "forward" not in vars(patched.blocks[0].attn)
+
+
+def override_positions(vit):
+    vit._pos_embed = lambda x: 2 * type(vit)._pos_embed(vit, x)
+
+
+def override_features(vit):
+    vit.forward_features = lambda x, **_: x
+
+
+def replace_attention(vit):
+    vit.blocks[0].attn = copy.deepcopy(tiny_vit().blocks[0].attn)
+
+
+def hook_on_blocks(vit):
+    vit.blocks.register_forward_hook(lambda module, args, out: 2 * out)
+
+
+def own_patch_drop(vit):
+    vit.patch_drop = torch.nn.ReLU()
+
+
+def dropout_at_test_time(vit):
+    vit.blocks[0].attn.attn_drop = torch.nn.Dropout(0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (override_positions, "its _pos_embed was replaced"),
+        (override_features, "its forward_features was replaced"),
+        (replace_attention, "an attention was replaced"),
+        (hook_on_blocks, "hooks on blocks"),
+        (own_patch_drop, "a patch_drop that is more"),
+        (dropout_at_test_time, "dropout in train mode"),
+    ],
+)
+def test_changes_after_patching_are_noticed(patched, images, change, reason):
+    patched(images)
+    change(patched)
+    with pytest.raises(tdk.UnsupportedModelError, match=f"^model: since it was patched, {reason}"):
+        patched(images)
+
+
+def test_dropout_in_train_mode_under_eval_is_noticed(images):
+    """As Monte-Carlo dropout has it."""
+    vit = tdk.patch(tiny_vit(pos_drop_rate=0.5), tiny_guidance(), DROP_HALF)
+    vit(images)
+    vit.pos_drop.train()
+    with pytest.raises(tdk.UnsupportedModelError, match="dropout in train mode, though the model is in eval mode"):
+        vit(images)
+
+
+def test_patched_in_inference_mode_then_trained(images):
+    with torch.inference_mode():
+        vit = tdk.patch(copy.deepcopy(tiny_vit()), tiny_guidance(), tdk.DropPolicy.fixed(0.3, coarsen=0.5))
+    vit = copy.deepcopy(vit)
+    images.requires_grad_()
+    vit(images).sum().backward()
+    assert images.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("way", ["jit.trace", "export", "fx"])
+def test_tracers_are_refused(patched, images, way):
+    with pytest.raises(Exception, match="a patched model cannot be traced"):
+        if way == "jit.trace":
+            torch.jit.trace(patched, images, check_trace=False)
+        elif way == "export":
+            torch.export.export(patched, (images,), strict=False)
+        else:
+            torch.fx.symbolic_trace(patched)
+
+
+def test_a_single_class_is_never_sure(images):
+    """The confidence of one class is always 1: with a threshold every image would exit."""
+    vit = tdk.patch(tiny_vit(num_classes=1), tiny_guidance(1))
+    assert not vit.tinydrop.policy.mixes_answers
+    vit(images)
+    assert not vit.tinydrop.last.exited.any()
+    with pytest.raises(ValueError, match="^policy: the confidence of a single class is always 1"):
+        vit.tinydrop.policy = tdk.DropPolicy()
+    with pytest.raises(ValueError, match="^policy: the confidence of a single class"):
+        tdk.patch(tdk.unpatch(vit), tiny_guidance(1), tdk.DropPolicy.cascade(0.9))
+
+
+def test_repr_tells(patched):
+    assert "tinydrop: guided by ByobNet, DropPolicy(tau=None" in repr(patched)
+    assert "tinydrop" not in repr(tdk.unpatch(patched))
+
+
+def test_guidance_larger_than_the_model_is_told(patched, images):
+    patched(images)
+    report = patched.tinydrop.report()
+    assert report.flops_saved < 0
+    assert "the guidance model alone costs" in str(report)
+
+
+def test_reports_add_up(patched, images):
+    patched.tinydrop.timed = True
+    patched(images)
+    one = patched.tinydrop.report()
+    both = one + one
+    assert (both.images, both.flops, both.kept_patches) == (8, 2 * one.flops, 2 * one.kept_patches)
+    assert both.mean_keep == one.mean_keep and both.flops_saved == one.flops_saved
+    assert both.seconds == {stage: 2 * spent for stage, spent in one.seconds.items()}

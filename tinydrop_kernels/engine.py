@@ -1,0 +1,300 @@
+"""A patched model at work: what to do with a batch, and doing it."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+from tinydrop_kernels import ops
+from tinydrop_kernels.answers import blended, in_doubt
+from tinydrop_kernels.families import Family, UnsupportedModelError, family_of
+from tinydrop_kernels.families.grids import coarser_grids, resized_images
+from tinydrop_kernels.flops import count_flops
+from tinydrop_kernels.guidance import Guidance, Guided, per_channel
+from tinydrop_kernels.ops import Packed, Part, Selection
+from tinydrop_kernels.ops.tracing import eager, eager_outside
+from tinydrop_kernels.ops.types import TimmModule
+from tinydrop_kernels.policy import DropPolicy
+from tinydrop_kernels.report import Call, Report
+
+Grid = tuple[int, int]
+
+
+class Plan(NamedTuple):
+    """What is to be done with a batch: who exits, which grid and which patches the others have, and where they lie."""
+
+    policy: DropPolicy
+    guided: Guided
+    selection: Selection
+    levels: list[Grid]
+    packed: Packed
+    parts: list[Part]
+    seconds: dict[str, float]
+
+
+class TinyDrop:
+    """What a patched model carries as ``model.tinydrop``; it may be called from many threads.
+
+    Under ``torch.compile`` the models are compiled, and this is not: it decides by numbers that change from batch to
+    batch, and would be compiled again for each.
+
+    Attributes:
+        guidance: the guidance model.
+        policy: may be replaced between calls.
+        timed: measure the wall time of each stage of the next calls (synchronises the device at each).
+    """
+
+    set_attributes: list[tuple[nn.Module, str, object]]  # what patching has set on which module
+
+    def __init__(self, model: TimmModule, guidance: Guidance, policy: DropPolicy):
+        self._model = model
+        self._family: Family = family_of(model)
+        self.guidance = guidance
+        self.policy = policy
+        self.timed = False
+        self._of_thread = threading.local()
+        config = resolve_model_data_config(model)
+        self._mean = per_channel(config["mean"], model.in_chans)
+        self._std = per_channel(config["std"], model.in_chans)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_of_thread", "_family")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._of_thread = threading.local()
+        self._family = family_of(self._model)  # a Python module, which neither pickles nor copies
+
+    @property
+    def policy(self) -> DropPolicy:
+        """How much is dropped."""
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: DropPolicy) -> None:
+        if not isinstance(policy, DropPolicy):
+            raise TypeError(f"policy: got {type(policy).__name__}, expected a DropPolicy")
+        self._check_classes(policy)
+        self._policy = policy
+
+    @property
+    def last(self) -> Call | None:
+        """What happened in this thread's last call, or None before its first."""
+        call: Call | None = getattr(self._of_thread, "last", None)
+        return call
+
+    def report(self) -> Report:
+        """Exits, kept patches, FLOPs against dense and, when timed, seconds by stage, of this thread's last call.
+
+        Raises:
+            RuntimeError: there was no call yet.
+        """
+        call = self.last
+        if call is None:
+            raise RuntimeError("no image has gone through the patched model in this thread yet")
+        counts, levels = call.counts.tolist(), call.selection.levels.tolist()
+        again = int(call.second_look.sum())
+        flops = 0
+        for level, grid in enumerate(call.levels):
+            of_level = [count for count, own in zip(counts, levels, strict=True) if own == level]
+            flops += self._family.flops(self._model, of_level, grid)
+        flops += self._family.flops(self._model, [call.num_patches] * again, call.levels[0])
+        guidance = len(counts) * self._guidance_flops
+        return Report(
+            images=len(counts),
+            exits=counts.count(0),
+            second_looks=again,
+            coarser=sum(count > 0 and level > 0 for count, level in zip(counts, levels, strict=True)),
+            kept_patches=sum(counts),
+            patches=(len(counts) - counts.count(0)) * call.num_patches,
+            flops=flops + guidance,
+            guidance_flops=guidance,
+            dense_flops=self._family.dense_flops(self._model, len(counts), call.levels[0]),
+            seconds=call.seconds,
+        )
+
+    @cached_property
+    def _guidance_flops(self) -> int:
+        return count_flops(self.guidance.model, (self.guidance.in_chans, *self.guidance.input_size))
+
+    @eager_outside
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits ``(batch, classes)`` of images ``(batch, channels, height, width)`` normalised for the target."""
+        self.check(images)
+        if len(images) == 0:
+            self._of_thread.last = None
+            return self.dense(images)
+        return self.run(images, self.plan(images))
+
+    def dense(self, images: Tensor) -> Tensor:
+        """The model's own answer, with nothing dropped and nobody exiting."""
+        logits: Tensor = self._model.forward_head(self._model.forward_features(images))
+        return logits
+
+    def guide(self, images: Tensor) -> Guided:
+        """What the guidance model says of the images, which a plan is made from."""
+        guided: Guided = self.guidance(images, self._mean, self._std, self.policy.saliency)
+        return guided
+
+    @eager_outside
+    def plan(self, images: Tensor, guided: Guided | None = None) -> Plan:
+        """Ask the guidance model, unless that was done, and decide. Reads back once, in :func:`ops.pack`."""
+        policy, model, guidance, seconds = self.policy, self._model, self.guidance, dict[str, float]()
+        levels = self.levels(self._family.grid_size(model, images))
+        if guided is None:
+            with self._stage(seconds, "guidance", images):
+                guided = self.guide(images)
+        with self._stage(seconds, "select", images), torch.no_grad():
+            if guided.saliency is not None:
+                selection = ops.select_from_saliency(guided.logits, guided.saliency, levels, policy.law)
+            else:
+                assert guided.features is not None
+                selection = ops.select_tokens(
+                    guided.logits,
+                    guided.features,
+                    guidance.class_weight,
+                    guidance.feature_size,
+                    levels,
+                    policy.law,
+                    policy.saliency,
+                )
+        with self._stage(seconds, "pack", images):
+            packed, parts = ops.pack(selection.counts, selection.levels, len(levels), model.num_prefix_tokens)
+        return Plan(policy, guided, selection, levels, packed, parts, seconds)
+
+    def levels(self, grid: Grid) -> list[Grid]:
+        """The grids that an image of this dense one may have; itself alone where others make no sense to the model."""
+        return [grid] if self._family.patch_size(self._model) is None else coarser_grids(grid)
+
+    @eager_outside
+    def run(self, images: Tensor, plan: Plan) -> Tensor:
+        """Send what the plan keeps through the target, and answer: ``(batch, classes)``."""
+        policy, seconds = plan.policy, plan.seconds
+        second_look = torch.zeros_like(plan.selection.counts, dtype=torch.bool)
+        logits = plan.guided.logits
+        if plan.parts:
+            staying = torch.cat([part.images for part in plan.parts]).long()
+            reduced = self._through_target(
+                images, plan.selection.indices, plan.packed, plan.parts, plan.levels, seconds
+            )
+            answers = blended(reduced, logits[staying], policy.blend)
+            if policy.second_look is not None:
+                with self._stage(seconds, "second look", images):
+                    answers, again = self._look_again(images, answers, staying, plan)
+                second_look[staying] = again
+            if len(staying) < len(images):
+                logits = logits.to(answers.dtype).index_copy(0, staying, answers)
+            else:
+                logits = torch.empty_like(answers).index_copy(0, staying, answers)
+        self._of_thread.last = Call(plan.selection, plan.levels, second_look, seconds)
+        return logits
+
+    @eager_outside
+    def _through_target(
+        self,
+        images: Tensor,
+        indices: Tensor,
+        packed: Packed,
+        parts: list[Part],
+        levels: list[Grid],
+        seconds: dict[str, float],
+    ) -> Tensor:
+        """The target's logits for the images of the parts, one after the other: ``(segments, classes)``."""
+        model, family = self._model, self._family
+        with self._stage(seconds, "embed", images):
+            tokens = self._embed(images, indices, parts, levels)
+        with self._stage(seconds, "blocks", images):
+            tokens, packed = family.encode(model, tokens, packed)
+        with self._stage(seconds, "head", images):
+            return family.classify(model, tokens, packed)
+
+    @eager  # one launch a level; compiled, every mix of levels would be a graph of its own
+    def _embed(self, images: Tensor, indices: Tensor, parts: list[Part], levels: list[Grid]) -> Tensor:
+        """Packed tokens, part by part; images resized where their grid is not the dense one."""
+        tokens = []
+        for part in parts:
+            rows, columns = grid = levels[part.level]
+            is_whole = len(part.images) == len(images)  # in their own order then
+            pixels = images if is_whole else images.index_select(0, part.images)
+            kept = indices if is_whole else indices.index_select(0, part.images)
+            if part.level:
+                patch = self._family.patch_size(self._model)
+                assert patch is not None  # or there would be one level
+                pixels = resized_images(pixels, patch, levels[0], grid)
+            kept = kept[:, : rows * columns]
+            tokens.append(self._family.embed(self._model, pixels, kept, part.cu_seqlens, part.total, grid))
+        return tokens[0] if len(tokens) == 1 else torch.cat(tokens)
+
+    @eager_outside
+    def _look_again(self, images: Tensor, answers: Tensor, staying: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+        """Replace doubtful answers by dense ones; also which they were, bool ``(segments,)``. One more read-back."""
+        guided, policy = plan.guided.logits, plan.policy
+        dense = plan.levels[0][0] * plan.levels[0][1]
+        again = plan.selection.counts[staying] < dense
+        if policy.second_look is not None:
+            again &= in_doubt(answers, guided[staying], policy.second_look)
+        doubtful = again.nonzero()[:, 0]
+        if len(doubtful) == 0:
+            return answers, again
+        chosen = staying[doubtful]
+        counts = plan.selection.counts.new_full((len(chosen),), dense)
+        packed, parts = ops.pack(counts, torch.zeros_like(counts), 1, self._model.num_prefix_tokens)
+        everything = torch.arange(dense, dtype=torch.int32, device=images.device).expand(len(chosen), -1)
+        logits = self._through_target(images[chosen], everything, packed, parts, plan.levels, {})
+        return answers.index_copy(0, doubtful, blended(logits, guided[chosen], policy.blend)), again
+
+    @eager
+    def check(self, images: Tensor) -> None:
+        """Raise before any work is done where the images, or what has become of the model, do not fit."""
+        weight = next(self._model.parameters())
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images: got {type(images).__name__}, expected a Tensor")
+        if images.ndim != 4:
+            raise ValueError(f"images: got {images.ndim} dimensions, expected (batch, channels, height, width)")
+        if images.shape[1] != self._model.in_chans:
+            raise ValueError(f"images: got {images.shape[1]} channels, expected {self._model.in_chans}")
+        if images.device != weight.device:
+            raise ValueError(f"images: got them on {images.device}, expected the model's {weight.device}")
+        if weight.is_meta:
+            raise ValueError("model: it is on the meta device and has no weights")
+        castable = images.is_floating_point() and torch.is_autocast_enabled(images.device.type)
+        if images.dtype != weight.dtype and not castable:
+            raise TypeError(f"images: got {images.dtype}, expected the model's {weight.dtype}")
+        changed = self._family.find_change(self._model)
+        if changed:
+            raise UnsupportedModelError(f"model: since it was patched, {changed}; unpatch it, and patch it again")
+        self._family.check_images(self._model, images)
+        self._check_classes(self.policy)
+
+    def _check_classes(self, policy: DropPolicy) -> None:
+        target, guidance = self._model.num_classes, self.guidance.num_classes
+        if not policy.mixes_answers:
+            return
+        if target != guidance:
+            raise ValueError(
+                f"guidance: it knows {guidance} classes and the model {target}, so its answers cannot stand for the "
+                "model's; expected a guidance of the same classes, or a policy with tau=None, blend=0, second_look=None"
+            )
+        if target == 1:
+            raise ValueError(
+                "policy: the confidence of a single class is always 1, so every image would exit; expected tau=None, "
+                "blend=0, second_look=None for a model of one class"
+            )
+
+    def _stage(self, seconds: dict[str, float], name: str, images: Tensor) -> AbstractContextManager[None]:
+        return _timed_stage(seconds, name, images.device) if self.timed else nullcontext()
+
+
+@contextmanager
+def _timed_stage(seconds: dict[str, float], name: str, device: torch.device) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    seconds[name] = time.perf_counter() - start

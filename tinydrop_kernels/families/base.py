@@ -1,0 +1,137 @@
+"""What a timm family must offer to be patched, and the trial that every patch goes through."""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tinydrop_kernels import ops
+from tinydrop_kernels.ops.types import Packed, TimmModule
+
+Grid = tuple[int, int]
+
+
+class UnsupportedModelError(TypeError):
+    """The model cannot be patched; the message says why and what can."""
+
+
+class Family(Protocol):
+    """A module of functions: one timm family, stage by stage, on a ragged batch.
+
+    Shapes: images ``(n, channels, height, width)``, tokens ``(total, dim)``; ``indices`` and ``cu_seqlens`` as in
+    :func:`ops.embed_tokens`.
+    """
+
+    NAME: str
+
+    def accepts(self, model: nn.Module) -> bool:
+        """Whether the model is of this family at all."""
+
+    def unsupported_reason(self, model: TimmModule) -> str | None:
+        """What of an unpatched model of the family is not supported, or None."""
+
+    def find_change(self, model: TimmModule) -> str | None:
+        """What of a patched model is no longer what was patched and would be passed over in silence, or None.
+
+        Asked at every call, so it looks at attributes alone.
+        """
+
+    def attentions(self, model: TimmModule) -> list[nn.Module]:
+        """The modules that must know about segments; :meth:`attend` stands in for their forward."""
+
+    def attend(self, attention: TimmModule, x: Tensor, attn_mask: Any = None, is_causal: bool = False) -> Tensor:
+        """The attention's forward on packed tokens when handed a :class:`Packed`; timm's own otherwise."""
+
+    def check_images(self, model: TimmModule, images: Tensor) -> None:
+        """Raise ValueError where the model would refuse the size of the images."""
+
+    def grid_size(self, model: TimmModule, images: Tensor) -> Grid:
+        """Rows and columns of the patch grid of these images."""
+
+    def patch_size(self, model: TimmModule) -> tuple[int, int] | None:
+        """Height and width of a patch, or None where images of another grid make no sense to the model."""
+
+    def embed(
+        self, model: TimmModule, images: Tensor, indices: Tensor, cu_seqlens: Tensor, total: int, grid: Grid
+    ) -> Tensor:
+        """Packed tokens ``(total, dim)`` as they enter the first block, of images that all have this grid."""
+
+    def encode(self, model: TimmModule, tokens: Tensor, packed: Packed) -> tuple[Tensor, Packed]:
+        """The blocks and the final norm: what the head reads of the tokens, and where it is."""
+
+    def classify(self, model: TimmModule, tokens: Tensor, packed: Packed) -> Tensor:
+        """Pool and head, of what :meth:`encode` gives: ``(segments, classes)``."""
+
+    def dense_embed(self, model: TimmModule, images: Tensor) -> Tensor:
+        """timm's own: ``(n, tokens, dim)`` as they enter the first block."""
+
+    def dense_encode(self, model: TimmModule, tokens: Tensor) -> Tensor:
+        """timm's own blocks and norm, ``(n, tokens, dim)`` to the same."""
+
+    def dense_classify(self, model: TimmModule, tokens: Tensor) -> Tensor:
+        """timm's own pool and head."""
+
+    def flops(self, model: TimmModule, counts: list[int], grid: Grid) -> int:
+        """FLOPs of images of this grid of which so many patches are kept, 0 for one that exits."""
+
+    def dense_flops(self, model: TimmModule, images: int, grid: Grid) -> int:
+        """FLOPs of timm's own forward of so many images."""
+
+
+def find_mismatch(family: Family, model: TimmModule) -> str | None:
+    """Which stage of a patched model is not timm's when everything is kept, or None: tried on noise.
+
+    Catches what no list of supported parts can: a projection that is more than its weight, hooks that change what they
+    see, norms and MLPs that mix tokens, a timm that works otherwise. The embedding is tried on one image, the blocks
+    and the head on two sequences of a few tokens, so the trial costs little more than reading the weights once.
+    """
+    parameter = next(model.parameters())
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(parameter.device, parameter.dtype)
+
+    def packed_as(segments: int, patches: int) -> Packed:
+        counts = torch.full((segments,), patches, dtype=torch.int32, device=parameter.device)
+        packed, _ = ops.pack(counts, torch.zeros_like(counts), 1, model.num_prefix_tokens)
+        return packed
+
+    image = noise(1, model.in_chans, *model.patch_embed.img_size)
+    grid = family.grid_size(model, image)
+    patches = grid[0] * grid[1]
+    indices = torch.arange(patches, dtype=torch.int32, device=parameter.device)[None]
+    packed = packed_as(1, patches)
+    expected = family.dense_embed(model, image)
+    tokens = family.embed(model, image, indices, packed.cu_seqlens, packed.total, grid)
+    if not _agrees(tokens, expected[0]):
+        if not torch.isfinite(expected).all():
+            return "weights that are not finite: its patch embedding answers NaN or infinity to noise"
+        return "a patch embedding that is not what its weights say"
+
+    sequences = noise(2, model.num_prefix_tokens + 3, expected.shape[2])
+    packed = packed_as(2, 3)
+    expected = family.dense_encode(model, sequences)
+    tokens, read = family.encode(model, sequences.flatten(0, 1), packed)
+    rows = read.total // 2  # of each sequence, from its first on
+    if not _agrees(tokens, expected[:, :rows].flatten(0, 1)):
+        if not torch.isfinite(expected).all():
+            return "weights that are not finite: its blocks answer NaN or infinity to noise"
+        return "blocks that are not timm's, or that mix tokens elsewhere than in attention"
+    expected = family.dense_classify(model, sequences)
+    tokens = sequences[:, :rows].flatten(0, 1)
+    if not _agrees(family.classify(model, tokens, read), expected):
+        if not torch.isfinite(expected).all():
+            return "weights that are not finite: its head answers NaN or infinity to noise"
+        return "a pool or head that is not timm's"
+    return None
+
+
+def _agrees(out: Tensor, expected: Tensor) -> bool:
+    """Equal up to the rounding of the dtype: in root mean square, and, where rounding averages out, in scale."""
+    if out.shape != expected.shape:
+        return False
+    spread, gain = (1e-5, 1e-5) if out.dtype in (torch.float32, torch.float64) else (2e-2, 2e-3)
+    out, expected = out.double().flatten(), expected.double().flatten()
+    power = expected.dot(expected)
+    off = out - expected
+    return bool(off.dot(off) <= spread**2 * power) and bool(off.dot(expected).abs() <= gain * power)

@@ -1,0 +1,85 @@
+"""timm's attention and its last block on packed tokens.
+
+Where the head reads prefix tokens alone, nobody reads any other row of the last block: it takes keys and values of all
+tokens, but queries, projection and MLP of the prefix tokens. Exact, and 7 % of a 12-layer ViT saved.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from tinydrop_kernels import ops
+from tinydrop_kernels.ops.types import Packed, TimmModule
+
+
+def attend(attention: TimmModule, x: Tensor, attn_mask: Any = None, is_causal: bool = False) -> Tensor:
+    """``timm.layers.Attention.forward`` on packed tokens ``(total, dim)`` when handed a layout; timm's otherwise."""
+    if not isinstance(attn_mask, Packed):
+        if isinstance(x, torch.fx.Proxy):
+            raise TypeError("model: a patched model cannot be traced by torch.fx; use torch.compile, or unpatch it")
+        dense: Tensor = type(attention).forward(attention, x, attn_mask=attn_mask, is_causal=is_causal)
+        return dense
+    query, key, value = attention.qkv(x).view(-1, 3, attention.num_heads, attention.head_dim).unbind(1)
+    return _attend(attention, x, query, key, value, attn_mask, attn_mask)
+
+
+def is_attend(forward: object) -> bool:
+    """Whether an attention's ``forward`` is :func:`attend`, bound to it."""
+    return isinstance(forward, partial) and forward.func is attend
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module is more than its class's forward."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)
+
+
+def reads_prefix_alone(block: TimmModule) -> bool:
+    """Whether :func:`run_last_block` stands for the block: timm's plain one, with no hook that would miss rows."""
+    if type(block) is not Block or type(block.attn.qkv) is not nn.Linear:
+        return False
+    return not any(has_hooks(m) for m in block.modules() if not is_attend(vars(m).get("forward")))
+
+
+def run_last_block(block: TimmModule, tokens: Tensor, packed: Packed, num_prefix_tokens: int) -> tuple[Tensor, Packed]:
+    """``Block.forward`` for the prefix tokens: ``(segments * num_prefix_tokens, dim)``, and where they are.
+
+    Args:
+        block: for which :func:`reads_prefix_alone`.
+        tokens: ``(total, dim)``.
+        packed: no segment of which is empty.
+        num_prefix_tokens: at least 1.
+    """
+    attention, segments = block.attn, len(packed.cu_seqlens) - 1
+    starts = torch.arange(segments + 1, dtype=torch.int32, device=tokens.device) * num_prefix_tokens
+    prefix = Packed(starts, num_prefix_tokens, segments * num_prefix_tokens)
+    rows = packed.cu_seqlens[:-1, None] + torch.arange(num_prefix_tokens, device=tokens.device)
+
+    normed = block.norm1(tokens)
+    x, read = tokens[rows.flatten()], normed[rows.flatten()]
+    weight, bias, dim = attention.qkv.weight, attention.qkv.bias, attention.attn_dim
+    query = F.linear(read, weight[:dim], None if bias is None else bias[:dim])
+    both = F.linear(normed, weight[dim:], None if bias is None else bias[dim:])
+    query = query.view(-1, attention.num_heads, attention.head_dim)
+    key, value = both.view(-1, 2, attention.num_heads, attention.head_dim).unbind(1)
+    x = x + block.drop_path1(block.ls1(_attend(attention, read, query, key, value, prefix, packed)))
+    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), prefix
+
+
+def _attend(
+    attention: TimmModule, x: Tensor, query: Tensor, key: Tensor, value: Tensor, queries: Packed, keys: Packed
+) -> Tensor:
+    """What follows the projection in ``Attention.forward``; ``x`` ``(rows, dim)`` is what the queries came from."""
+    # autocast norms in float32
+    query, key = attention.q_norm(query).to(value.dtype), attention.k_norm(key).to(value.dtype)
+    lengths = (queries.cu_seqlens, keys.cu_seqlens, queries.max_seqlen, keys.max_seqlen)
+    out = attention.norm(ops.varlen_attention(query, key, value, *lengths, attention.scale).flatten(1))
+    gate = getattr(attention, "gate", None)
+    if gate is not None:
+        out = out * gate(x).sigmoid()
+    projected: Tensor = attention.proj_drop(attention.proj(out))
+    return projected
