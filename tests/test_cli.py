@@ -1,19 +1,24 @@
 """The command line, run as a user runs it, on checkpoints and images made here."""
 
 import json
+import os
+import runpy
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import tiny_guidance, tiny_vit
+from helpers import tiny_guidance, tiny_vit
 from PIL import Image
-from safetensors.torch import save_file
 from timm.models import save_for_hf
 
 import tinydrop_kernels as tdk
 from tinydrop_kernels import cli
-from tinydrop_kernels.checkpoints import class_names, load_model
+from tinydrop_kernels.checkpoints import load_model
 
 NAMES = ["ant", "bee", "cat", "dog", "eel"]
 
@@ -125,7 +130,7 @@ def test_half_precision(checkpoints, photos):
         (["PHOTOS/more", "--guidance", "resnet17"], "guidance: got 'resnet17'"),
         (["PHOTOS/more", "--device", "toaster"], "device: got 'toaster'"),
         (["PHOTOS/more", "--device", "cuda:99"], "device: got 'cuda:99'"),
-        (["PHOTOS/more", "--out", "/no/such/folder/results.jsonl"], "out: there is no folder"),
+        (["PHOTOS/more", "--out", "/no/such/folder/results.jsonl"], "cannot be written: No such file or directory"),
     ],
 )
 def test_mistakes_are_one_clear_line(checkpoints, photos, arguments, message):
@@ -139,38 +144,181 @@ def test_folder_without_images(checkpoints, tmp_path):
     assert result.exit_code != 0 and "no image in" in result.output
 
 
-def test_checkpoint_file_tells_its_classes(tmp_path):
-    import timm
-
-    model = timm.create_model("test_vit", num_classes=7)
-    for name, save in (("w.safetensors", save_file), ("w.pth", torch.save)):
-        save(model.state_dict(), tmp_path / name)
-        loaded = load_model(f"test_vit={tmp_path / name}")
-        assert loaded.num_classes == 7 and not loaded.training
-        assert torch.equal(loaded.head.weight, model.head.weight)
-        assert class_names(loaded) == [str(i) for i in range(7)]
-
-
-def test_checkpoint_file_at_another_size(tmp_path):
-    """Positions are resampled as timm resamples those of its own weights."""
-    import timm
-
-    model = timm.create_model("test_vit", num_classes=7)
-    save_file(model.state_dict(), tmp_path / "w.safetensors")
-    loaded = load_model(f"test_vit={tmp_path / 'w.safetensors'}", img_size=96)
-    model.set_input_size(96)
-    assert torch.equal(loaded.pos_embed, model.pos_embed)
-
-
-def test_class_names():
-    import timm
-
-    assert class_names(timm.create_model("test_vit"))[207] == "golden retriever"
-
-
 def test_info_tells_every_operator():
     result = run("info")
     assert result.exit_code == 0
     for name in ("torch", "timm", "device", *tdk.ops.OPERATORS):
         assert f"\n{name} " in result.output
     assert f"torch                 {torch.__version__}".split("+")[0] in result.output
+    assert "\ntriton " in result.output and "\nCUDA C++ extension " in result.output
+
+
+def test_info_says_what_is_wrong(monkeypatch):
+    monkeypatch.setenv("TINYDROP_BACKEND", "abacus")
+    result = run("info")
+    assert result.exit_code == 1 and "TINYDROP_BACKEND: got 'abacus'" in result.output
+
+
+def test_module_is_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["python -m tinydrop_kernels", "--version"])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_module("tinydrop_kernels", run_name="__main__")
+    assert not left.value.code
+    assert capsys.readouterr().out == f"tinydrop, version {tdk.__version__}\n"
+
+
+def test_a_forced_backend_that_cannot_run_is_one_clear_line(checkpoints, photos, monkeypatch):
+    monkeypatch.setenv("TINYDROP_BACKEND", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    result = classify(checkpoints, photos)
+    assert result.exit_code == 1 and "Traceback" not in result.output
+    assert result.output.splitlines()[-1].startswith("Error: ") and "triton" in result.output
+
+
+def save(model, folder, channels=3, size=32):
+    config = {"num_classes": model.num_classes, "input_size": (channels, size, size)}
+    options = {"in_chans": channels, "num_classes": model.num_classes}
+    save_for_hf(model, folder, model_config=config, model_args=options, safe_serialization=True)
+    return folder
+
+
+def test_models_of_one_channel(photos, tmp_path):
+    target = save(tiny_vit(in_chans=1), tmp_path / "target", 1)
+    guidance = save(tiny_guidance(in_chans=1), tmp_path / "guidance", 1, 64)
+    result = run("classify", photos / "a.jpg", "--model", target, "--guidance", guidance)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout.splitlines()[0])["of"] == 16
+
+
+def test_models_of_one_channel_need_such_guidance(checkpoints, photos, tmp_path):
+    target = save(tiny_vit(in_chans=1), tmp_path / "target", 1)
+    result = run("classify", photos / "a.jpg", "--model", target, "--guidance", checkpoints / "guidance")
+    assert result.exit_code == 1 and "Error: guidance: " in result.output and "Traceback" not in result.output
+
+
+def test_models_without_classes(checkpoints, photos, tmp_path):
+    target = save(tiny_vit(num_classes=0), tmp_path / "target")
+    result = run("classify", photos, "--model", target, "--guidance", checkpoints / "guidance")
+    assert result.exit_code == 1 and "model: got one without classes" in result.output
+
+
+def test_keep_ratio_is_instead_of_the_law(checkpoints, photos):
+    for option in ("--gamma", "--min-keep"):
+        result = classify(checkpoints, photos / "a.jpg", "--keep-ratio", 0.5, option, 0.5)
+        assert result.exit_code == 1 and f"{option}: has no effect together with --keep-ratio" in result.output
+    result = classify(checkpoints, photos / "a.jpg", "--keep-ratio", 0.5, "--tau", 0.01)
+    assert json.loads(result.stdout.splitlines()[0])["exit"]
+
+
+@pytest.fixture
+def chosen(monkeypatch, checkpoints, photos):
+    """The policy that classify makes of its options."""
+
+    class Chosen(Exception):
+        pass
+
+    def caught(model, guidance, policy):
+        raise Chosen(policy)
+
+    monkeypatch.setattr(cli, "patch", caught)
+    return lambda *options: classify(checkpoints, photos / "a.jpg", *options).exception.args[0]
+
+
+def test_options_make_the_policy(chosen):
+    assert chosen() == tdk.DropPolicy()
+    options = ("--coarsen", 0.75, "--blend", 0.2, "--second-look", 0.3, 0.7, "--min-keep", 0.4, "--gamma", 2)
+    options += ("--saliency", 5, 0.5, 0)
+    law = {"coarsen": 0.75, "blend": 0.2, "second_look": (0.3, 0.7), "saliency": tdk.ops.Saliency(5, 0.5, 0.0)}
+    assert chosen(*options) == tdk.DropPolicy(gamma=2.0, min_keep=0.4, **law)
+    fixed = tdk.DropPolicy.fixed(0.5, tau=tdk.DropPolicy.tau)
+    assert chosen("--keep-ratio", 0.5) == fixed
+    assert chosen("--keep-ratio", 0.5, "--tau", "none", "--blend", 0.2) == replace(fixed, tau=None, blend=0.2)
+
+
+def test_guidance_is_loaded_before_the_large_model(photos, monkeypatch):
+    monkeypatch.setattr(cli, "load_model", lambda spec, argument="model", **_: pytest.fail(f"{argument} was loaded"))
+    result = run("classify", photos, "--model", "vit_bas_patch16_224")
+    assert "near to it" in result.output
+    loaded = []
+    monkeypatch.setattr(cli, "load_model", lambda spec, argument="model", **_: loaded.append(argument) or 1 / 0)
+    run("classify", photos, "--model", "test_vit")
+    assert loaded == ["guidance"]
+
+
+def interrupted_after(rows, monkeypatch):
+    predict = cli.Predictor.predict
+
+    def interrupted(self, files):
+        for i, row in enumerate(predict(self, files)):
+            if i == rows:
+                raise KeyboardInterrupt
+            yield row
+
+    monkeypatch.setattr(cli.Predictor, "predict", interrupted)
+
+
+def test_ctrl_c_keeps_what_was_done(checkpoints, photos, tmp_path, monkeypatch):
+    interrupted_after(2, monkeypatch)
+    out = tmp_path / "results.jsonl"
+    result = classify(checkpoints, photos, "--out", out, "--batch-size", 2)
+    assert result.exit_code == 130
+    assert len(out.read_text().splitlines()) == 2
+    assert f"interrupted after 2 of 7 images; their rows are in {out}" in result.output
+    assert "images       3, unreadable 1" in result.output
+
+
+def test_ctrl_c_before_the_first_row_keeps_an_earlier_file(checkpoints, photos, tmp_path, monkeypatch):
+    interrupted_after(0, monkeypatch)
+    out = tmp_path / "results.jsonl"
+    out.write_text("earlier")
+    result = classify(checkpoints, photos, "--out", out)
+    assert result.exit_code == 130 and out.read_text() == "earlier"
+
+
+def test_a_failing_run_keeps_an_earlier_file(checkpoints, photos, tmp_path):
+    out = tmp_path / "results.jsonl"
+    out.write_text("earlier")
+    for arguments in ([photos / "text.png"], [photos, "--gamma", -1], [photos, "--guidance", "resnet17"]):
+        assert classify(checkpoints, *arguments, "--out", out).exit_code == 1
+        assert out.read_text() == "earlier" and os.listdir(tmp_path) == ["results.jsonl"]
+
+
+def test_a_full_disk_is_one_clear_line(checkpoints, photos):
+    if not Path("/dev/full").is_char_device():
+        pytest.skip("there is no /dev/full on this system")
+    result = classify(checkpoints, photos, "--out", "/dev/full")
+    assert result.exit_code == 1 and "'/dev/full' cannot be written: No space left on device" in result.output
+
+
+def test_too_little_memory_is_one_clear_line(checkpoints, photos, monkeypatch):
+    def predict(self, files):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(cli.Predictor, "predict", predict)
+    result = classify(checkpoints, photos)
+    assert result.exit_code == 1 and "CUDA out of memory." in result.output and "--batch-size" in result.output
+
+
+def test_skipped_folders_are_told(checkpoints, photos, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes((photos / "a.jpg").read_bytes())
+    (tmp_path / "photos" / "loop").symlink_to(tmp_path / "photos")
+    result = classify(checkpoints, tmp_path)
+    assert result.exit_code == 0
+    assert f"skipped {tmp_path}/photos/loop: the same folder as {tmp_path}/photos" in result.output
+
+
+def test_summary_says_when_dropping_does_not_pay():
+    report = SimpleNamespace(
+        images=8, exits=2, second_looks=1, mean_keep=0.5, flops_saved=-1.5, guidance_flops=200, dense_flops=100
+    )
+    predictor = SimpleNamespace(
+        report=report, unreadable=[], seconds=2.0, dense_seconds=1.0, agreeing=6, compare_dense=True
+    )
+    told = cli.summary(predictor, "cpu")
+    assert "mean keep    50.0% (of the patches of images that stayed)" in told
+    assert "second looks 1 (12.5%)" in told and "speed-up     0.50 x" in told and "agreement    75.0%" in told
+    assert "note: with token dropping the model was slower than dense" in told
+    assert "note: the guidance model alone costs 2.0 times the FLOPs of the dense model" in told
+    predictor.dense_seconds, report.guidance_flops = 3.0, 10
+    assert "note" not in cli.summary(predictor, "cpu")

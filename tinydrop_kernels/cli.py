@@ -4,45 +4,41 @@ import importlib.metadata
 import json
 import platform
 import sys
-import time
-from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
-from PIL import Image
-from timm.data import create_transform, resolve_model_data_config
-from torch.utils.data import DataLoader, Dataset
+from click.core import ParameterSource
 from tqdm import tqdm
 
 from tinydrop_kernels import ops
-from tinydrop_kernels.checkpoints import CheckpointError, class_names, load_model
-from tinydrop_kernels.families import UnsupportedModelError
-from tinydrop_kernels.guidance import DEFAULT_GUIDANCE, GuidanceError
+from tinydrop_kernels.checkpoints import check_spec, load_model
+from tinydrop_kernels.guidance import DEFAULT_GUIDANCE
+from tinydrop_kernels.images import image_files
 from tinydrop_kernels.patching import patch
 from tinydrop_kernels.policy import DropPolicy
+from tinydrop_kernels.predictor import Predictor, check_classifier
+from tinydrop_kernels.rowfile import RowFile, RowFileError
+from tinydrop_kernels.version import __version__
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-TOP = 5
+DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 
-class Tau(click.ParamType):
-    """A number, or ``none`` for no early exit."""
-
-    name = "FLOAT|none"
-
-    def convert(self, value, param, ctx):
-        if value is None or isinstance(value, float) or value == "none":
-            return None if value == "none" else value
-        try:
-            return float(value)
-        except ValueError:
-            self.fail(f"{value!r} is neither a number nor 'none'", param, ctx)
+def number_or_none(text: str) -> float | None:
+    """The type of ``--tau``: a number, or ``none`` for no early exit."""
+    try:
+        return None if text == "none" else float(text)
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is neither a number nor 'none'") from None
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="tinydrop_kernels")
-def main():
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(__version__, package_name="tinydrop_kernels")
+def main() -> None:
     """Token dropping for timm's Vision Transformers."""
 
 
@@ -51,260 +47,202 @@ def main():
 @click.option(
     "--model",
     default="vit_base_patch16_224.augreg2_in21k_ft_in1k",
-    show_default=True,
     help="The large ViT: timm name, folder, or NAME=FILE.",
 )
-@click.option("--guidance", default=DEFAULT_GUIDANCE, show_default=True, help="The tiny classifier, named likewise.")
+@click.option("--guidance", default=DEFAULT_GUIDANCE, help="The tiny classifier, named likewise.")
 @click.option("--img-size", type=click.IntRange(min=1), help="Input size of the large ViT, if not its own.")
 @click.option(
     "--tau",
-    type=Tau(),
+    type=number_or_none,
     default=DropPolicy.tau,
-    show_default=True,
+    metavar="FLOAT|none",
     help="Exit above this confidence; 'none' never exits.",
 )
+@click.option("--gamma", type=float, default=DropPolicy.gamma, help="Curvature: low drops aggressively.")
+@click.option("--min-keep", type=float, default=DropPolicy.min_keep, help="Least fraction of the tokens that is kept.")
 @click.option(
-    "--gamma", type=float, default=DropPolicy.gamma, show_default=True, help="Curvature: low drops aggressively."
+    "--keep-ratio",
+    type=float,
+    help="Keep this fraction of every image that does not exit, however sure the guidance is; "
+    "instead of --gamma and --min-keep. --tau still decides which images exit.",
 )
 @click.option(
-    "--min-keep", type=float, default=DropPolicy.min_keep, show_default=True, help="Least fraction of patches kept."
+    "--coarsen",
+    type=float,
+    default=DropPolicy.coarsen,
+    help="Share of the cut that a coarser grid takes: 0 drops patches alone, 1 lowers the resolution alone.",
 )
-@click.option("--keep-ratio", type=float, help="Keep this fraction of every image, whatever the confidence.")
-@click.option("--summary", is_flag=True, help="One token more: the mean of the dropped patches.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
-@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True)
-@click.option("--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that load images.")
-@click.option("--out", type=click.Path(dir_okay=False, writable=True, path_type=Path), help="A JSON line per image.")
+@click.option(
+    "--blend",
+    type=float,
+    default=DropPolicy.blend,
+    help="Weight of the guidance's probabilities in the answer for an image that does not exit.",
+)
+@click.option(
+    "--second-look",
+    type=float,
+    nargs=2,
+    default=DropPolicy.second_look,
+    metavar="T1 T2",
+    help="Let an image go through dense unless its answer is surer than T2, or surer than T1 and the guidance's too; "
+    "0 0 never does.",
+)
+@click.option(
+    "--saliency",
+    type=(int, float, float),
+    default=DropPolicy.saliency,
+    metavar="CLASSES NORM CENTRE",
+    help="What ranks the patches: Grad-CAM of so many classes, weights of the feature's norm and of the centre.",
+)
+@click.option("--batch-size", type=click.IntRange(min=1), default=32)
+@click.option("--device", default=DEFAULT_DEVICE)
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32")
+@click.option("--workers", type=click.IntRange(min=0), default=0, help="Processes that load images.")
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    help="Write a JSON line per image to this file, which appears at the end; otherwise they are printed.",
+)
 @click.option("--compare-dense", is_flag=True, help="Run the dense model on the same batches too.")
+@click.pass_context
 def classify(
-    paths,
-    model,
-    guidance,
-    img_size,
-    tau,
-    gamma,
-    min_keep,
-    keep_ratio,
-    summary,
-    batch_size,
-    device,
-    dtype,
-    workers,
-    out,
-    compare_dense,
-):
+    context: click.Context,
+    /,
+    paths: tuple[Path, ...],
+    model: str,
+    guidance: str,
+    img_size: int | None,
+    keep_ratio: float | None,
+    batch_size: int,
+    device: str,
+    dtype: str,
+    workers: int,
+    out: Path | None,
+    compare_dense: bool,
+    **policy: Any,
+) -> None:
     """Classify images: files, and all images in folders."""
+    files = image_files(paths, lambda path, reason: tell_skipped(str(path), reason))
+    if not files:
+        raise click.ClickException(f"no image in {', '.join(map(click.format_filename, paths))}")
+    interrupted = False
     try:
-        if keep_ratio is None:
-            policy = DropPolicy(tau, gamma, min_keep, summary)
-        else:
-            policy = DropPolicy.fixed(keep_ratio, tau, summary)
-        if out and not out.parent.is_dir():
-            raise ValueError(f"out: there is no folder {str(out.parent)!r}")
-        vit = load_model(model, **({"img_size": img_size} if img_size else {})).to(usable(device), DTYPES[dtype])
-        patch(vit, guidance, policy)
-    except (ValueError, CheckpointError, UnsupportedModelError, GuidanceError) as error:
+        with RowFile(out) as rows:  # before the models: nobody should wait for them to hear that it cannot be written
+            try:
+                law = chosen_policy(context, keep_ratio, policy)
+                options: dict[str, Any] = {"img_size": img_size} if img_size else {}
+                check_spec(model)
+                small = load_model(guidance, "guidance")  # before the large one, likewise
+                vit = load_model(model, **options).to(usable(device), DTYPES[dtype])
+                check_classifier(vit)  # patch() would speak of the guidance
+                predictor = Predictor(
+                    patch(vit, small, law),
+                    batch_size=batch_size,
+                    workers=workers,
+                    compare_dense=compare_dense,
+                    progress=True,
+                    on_unreadable=tell_skipped,
+                )
+            except (ValueError, TypeError, RuntimeError) as error:
+                raise click.ClickException(str(error)) from None
+            try:
+                for prediction in predictor.predict(files):
+                    rows.write(json.dumps(prediction.as_dict()))
+            except KeyboardInterrupt:
+                interrupted = True
+    except RowFileError as error:
         raise click.ClickException(str(error)) from None
-    config = resolve_model_data_config(vit)
-    if img_size:
-        config["input_size"] = (vit.in_chans, img_size, img_size)
-    files = ImageFiles(image_files(paths), create_transform(**config))
-    if not files.paths:
-        raise click.ClickException(f"no image in {', '.join(map(str, paths))}")
-
-    names = class_names(vit)
-    tally = Tally(compare_dense)
-    loader = DataLoader(files, batch_size=batch_size, num_workers=workers, collate_fn=collate)
-    with torch.inference_mode(), out.open("w") if out else nullcontext(sys.stdout) as lines:
-        with tqdm(total=len(files), unit="image", disable=None) as bar:
-            for batch in loader:
-                for path, reason in batch.unreadable:
-                    tqdm.write(f"skipped {path}: {reason}", file=sys.stderr)
-                    tally.unreadable += 1
-                if batch.paths:
-                    for row in classified(vit, names, batch, tally):
-                        print(json.dumps(row), file=lines)
-                bar.update(len(batch.paths) + len(batch.unreadable))
-        click.echo(tally.summary(device, dtype), err=out is None)
-    if not tally.images:
+    except torch.OutOfMemoryError as error:
+        raise click.ClickException(f"{error}\nA smaller --batch-size needs less memory.") from None
+    if not (rows.written or interrupted):
         raise click.ClickException("no image could be read")
+    click.echo(summary(predictor, f"{device}, {dtype}"), err=out is None)
+    if interrupted:
+        kept = f"; their rows are in {click.format_filename(out)}" if out and rows.written else ""
+        click.echo(f"interrupted after {rows.written} of {len(files)} images{kept}", err=True)
+        context.exit(INTERRUPTED)
+
+
+def chosen_policy(context: click.Context, keep_ratio: float | None, options: dict[str, Any]) -> DropPolicy:
+    """The policy of the options; what was not given on the command line stays as the kind of policy has it."""
+    options["saliency"] = ops.Saliency(*options["saliency"])
+    given = {name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    if keep_ratio is None:
+        return DropPolicy(**options)
+    for name in ("gamma", "min_keep"):
+        if name in given:
+            raise ValueError(f"--{name.replace('_', '-')}: has no effect together with --keep-ratio; give one of them")
+    return replace(DropPolicy.fixed(keep_ratio), **{name: options[name] for name in given | {"tau"}})
 
 
 def usable(device: str) -> torch.device:
     """The device, or ValueError where this machine has none such."""
     try:
-        torch.empty(0, device=device)
+        found = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         raise ValueError(f"device: got {device!r}: {str(error).splitlines()[0]}") from None
+    if found.type == "meta":
+        raise ValueError("device: got 'meta', on which nothing is computed")
     return torch.device(device)
 
 
-class ImageFiles(Dataset):
-    """Path and transformed image, or path and the reason why it cannot be read."""
-
-    def __init__(self, paths: list[Path], transform):
-        self.paths = paths
-        self.transform = transform
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, index):
-        path = self.paths[index]
-        try:
-            with Image.open(path) as image:
-                return path, self.transform(image.convert("RGB"))
-        except Exception as error:  # Pillow's decoders raise whatever they meet
-            return path, str(error) or type(error).__name__
+def tell_skipped(name: str, reason: str) -> None:
+    """A line on standard error, clear of a progress bar."""
+    tqdm.write(f"skipped {click.format_filename(name)}: {reason}", file=sys.stderr)
 
 
-class Batch:
-    """The readable images of a batch as one tensor, and the others."""
-
-    def __init__(self, items):
-        readable = [(path, image) for path, image in items if isinstance(image, torch.Tensor)]
-        self.paths = [path for path, _ in readable]
-        self.images = torch.stack([image for _, image in readable]) if readable else torch.empty(0)
-        self.unreadable = [(path, reason) for path, reason in items if isinstance(reason, str)]
-
-
-def collate(items) -> Batch:
-    return Batch(items)
-
-
-def image_files(paths) -> list[Path]:
-    """The files named, and those in the folders named whose ending Pillow knows, sorted."""
-    endings = Image.registered_extensions()
-    found: list[Path] = []
-    for path in paths:
-        inside = (
-            sorted(p for p in path.rglob("*") if p.suffix.lower() in endings and p.is_file())
-            if path.is_dir()
-            else [path]
-        )
-        found += inside
-    return found
-
-
-def classified(vit, names: list[str], batch: Batch, tally: "Tally"):
-    """Run one batch, tally it, and yield a row for each image."""
-    weight = next(vit.parameters())
-    images = batch.images.to(weight.device, weight.dtype)
-
-    def dense_forward(x):
-        return vit.forward_head(vit.forward_features(x))
-
-    if not tally.images:  # the first calls of a process set things up; they are not timed
-        vit(images)
-        if tally.compare_dense:
-            dense_forward(images)
-    logits, seconds = timed(vit, images)
-    last, report = vit.tinydrop.last, vit.tinydrop.report()
-    dense_top = None
-    if tally.compare_dense:
-        dense, dense_seconds = timed(dense_forward, images)
-        dense_top = dense.argmax(1).tolist()
-        tally.agreeing += int((dense.argmax(1) == logits.argmax(1)).sum())
-        tally.dense_seconds += dense_seconds
-    tally.add(report, last, seconds)
-
-    probability, top = logits.float().softmax(1).topk(min(TOP, logits.shape[1]))
-    for i, path in enumerate(batch.paths):
-        row = {
-            "path": str(path),
-            "exit": bool(last.exited[i]),
-            "confidence": round(last.confidence[i].item(), 4),
-            "kept": int(last.counts[i]),
-            "of": last.num_patches,
-            "top": [
-                {"class": c, "name": names[c], "probability": round(p, 4)}
-                for c, p in zip(top[i].tolist(), probability[i].tolist(), strict=True)
-            ],
-        }
-        if dense_top is not None:
-            row["dense"] = {"class": dense_top[i], "name": names[dense_top[i]]}
-        yield row
-
-
-def timed(call, images: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """The answer and the seconds it took, the device's work included."""
-    start = time.perf_counter()
-    answer = call(images)
-    if images.is_cuda:
-        torch.cuda.synchronize(images.device)
-    return answer, time.perf_counter() - start
-
-
-class Tally:
-    """What came together over all batches."""
-
-    def __init__(self, compare_dense: bool):
-        self.compare_dense = compare_dense
-        self.images = self.unreadable = self.exits = self.agreeing = self.kept = self.patches = 0
-        self.flops = self.dense_flops = 0
-        self.seconds = self.dense_seconds = 0.0
-
-    def add(self, report, last, seconds: float) -> None:
-        self.images += report.images
-        self.exits += report.exits
-        self.kept += int(last.counts.sum())
-        self.patches += (report.images - report.exits) * last.num_patches
-        self.flops += report.flops
-        self.dense_flops += report.dense_flops
-        self.seconds += seconds
-
-    def summary(self, device: str, dtype: str) -> str:
-        if not self.images:
-            return f"images       0, unreadable {self.unreadable}"
-        keep = f"{self.kept / self.patches:.1%}" if self.patches else "none stayed"
-        lines = [
-            f"images       {self.images}, unreadable {self.unreadable}",
-            f"exits        {self.exits} ({self.exits / self.images:.1%})",
-            f"mean keep    {keep} (of the patches of images that stayed)",
-            f"FLOPs saved  {1 - self.flops / self.dense_flops:.1%} (guidance counted)",
-            f"images/s     {self.images / self.seconds:.1f} ({device}, {dtype}; models only, guidance counted)",
+def summary(predictor: Predictor, machine: str) -> str:
+    """What came together over all images, for reading."""
+    report, unreadable = predictor.report, len(predictor.unreadable)
+    if report is None:
+        return f"images       0, unreadable {unreadable}"
+    keep = f"{report.mean_keep:.1%}" if report.exits < report.images else "none stayed"
+    lines = [
+        f"images       {report.images}, unreadable {unreadable}",
+        f"exits        {report.exits} ({report.exits / report.images:.1%})",
+        f"mean keep    {keep} (of the patches of images that stayed)",
+        f"FLOPs saved  {report.flops_saved:.1%} (guidance counted)",
+        f"images/s     {report.images / predictor.seconds:.1f} ({machine}; models only, guidance counted)",
+    ]
+    if report.second_looks:
+        lines.insert(3, f"second looks {report.second_looks} ({report.second_looks / report.images:.1%})")
+    if predictor.compare_dense:
+        speed_up = predictor.dense_seconds / predictor.seconds
+        lines += [
+            f"dense        {report.images / predictor.dense_seconds:.1f} images/s",
+            f"speed-up     {speed_up:.2f} x",
+            f"agreement    {predictor.agreeing / report.images:.1%} of the top classes",
         ]
-        if self.compare_dense:
-            lines += [
-                f"dense        {self.images / self.dense_seconds:.1f} images/s",
-                f"speed-up     {self.dense_seconds / self.seconds:.2f} x",
-                f"agreement    {self.agreeing / self.images:.1%} of the top classes",
-            ]
-        return "\n".join(lines)
+        if speed_up < 1:
+            lines.append("note: with token dropping the model was slower than dense on these images and this machine")
+    if report.guidance_flops > report.dense_flops:
+        times = report.guidance_flops / report.dense_flops
+        lines.append(
+            f"note: the guidance model alone costs {times:.1f} times the FLOPs of the dense model: take a smaller one"
+        )
+    return "\n".join(lines)
 
 
 @main.command()
-@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
-def info(device):
+@click.option("--device", default=DEFAULT_DEVICE)
+def info(device: str) -> None:
     """Versions, device, and what each operator would run."""
     try:
         kind = usable(device).type
-    except ValueError as error:
-        raise click.ClickException(str(error)) from None
-    for package in ("tinydrop_kernels", "torch", "timm", "triton"):
-        try:
-            click.echo(f"{package:22s}{importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            click.echo(f"{package:22s}not installed")
-    click.echo(f"{'python':22s}{platform.python_version()}")
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.startswith("cuda") and torch.cuda.is_available()
-        else platform.processor() or platform.machine()
-    )
-    click.echo(f"{'device':22s}{device} ({name})")
-    try:
-        backends = {operator: ops.choose_backend(kind) for operator in ops.OPERATORS}
-        attention = ops.attention_backends.first_on(kind)
-        if attention.name != backends["varlen_attention"][0]:  # it has more to choose from than the others
-            backends["varlen_attention"] = (attention.name, attention.what)
+        running = {name: operator.explain(kind) for name, operator in ops.OPERATORS.items()}
     except (ValueError, RuntimeError) as error:
         raise click.ClickException(str(error)) from None
-    for operator, (backend, reason) in backends.items():
-        click.echo(f"{operator:22s}{backend}: {reason}")
-    click.echo(f"{'CUDA C++ extension':22s}{'built' if ops.cuda.available() else ops.cuda.WHY_NOT}")
-
-
-if __name__ == "__main__":
-    main()
+    click.echo(f"{'tinydrop_kernels':22s}{__version__}")
+    for package in ("torch", "timm", "triton"):
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            version = "not installed"
+        click.echo(f"{package:22s}{version}")
+    click.echo(f"{'python':22s}{platform.python_version()}")
+    hardware = torch.cuda.get_device_name(device) if kind == "cuda" else platform.processor() or platform.machine()
+    click.echo(f"{'device':22s}{device} ({hardware})")
+    for name, (implementation, reason) in running.items():
+        click.echo(f"{name:22s}{implementation}: {reason}")
+    extension = ops.cuda_extension
+    click.echo(f"{'CUDA C++ extension':22s}{'built' if extension.available() else extension.WHY_NOT}")

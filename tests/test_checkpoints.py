@@ -1,0 +1,139 @@
+"""Models from every kind of specification, and one clear, quick error where they cannot be loaded."""
+
+import shutil
+import socket
+import time
+
+import pytest
+import timm
+import torch
+from huggingface_hub import constants
+from safetensors.torch import save_file
+
+from tinydrop_kernels.checkpoints import CheckpointError, check_spec, class_names, load_model
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A model of seven classes, and its weights as a file."""
+    model = timm.create_model("test_vit", num_classes=7)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    return model, tmp_path / "w.safetensors"
+
+
+def test_checkpoint_file_tells_its_classes(tmp_path):
+    model = timm.create_model("test_vit", num_classes=7)
+    for name, save in (("w.safetensors", save_file), ("w.pth", torch.save)):
+        save(model.state_dict(), tmp_path / name)
+        loaded = load_model(f"test_vit={tmp_path / name}")
+        assert loaded.num_classes == 7 and not loaded.training
+        assert torch.equal(loaded.head.weight, model.head.weight)
+        assert class_names(loaded) == [str(i) for i in range(7)]
+
+
+def test_checkpoint_file_at_another_size(weights):
+    """Positions are resampled as timm resamples those of its own weights."""
+    model, file = weights
+    loaded = load_model(f"test_vit={file}", img_size=96)
+    model.set_input_size(96)
+    assert torch.equal(loaded.pos_embed, model.pos_embed)
+
+
+def test_weights_of_another_shape_are_told_in_full(weights):
+    _, file = weights
+    with pytest.raises(CheckpointError) as caught:
+        load_model(f"test_vit2={file}")
+    message = str(caught.value)
+    assert message.startswith(f"model: the weights of 'test_vit2={file}' could not be loaded: RuntimeError")
+    assert "Missing key(s)" in message or "size mismatch" in message
+    assert "\n" not in message and len(message) < 2000
+    assert "local checkpoint" not in message
+
+
+def test_many_mismatches_are_counted(weights, tmp_path):
+    model, _ = weights
+    short = {name: tensor[:1].clone() if tensor.ndim == 1 else tensor for name, tensor in model.state_dict().items()}
+    save_file(short, tmp_path / "small.safetensors")
+    with pytest.raises(CheckpointError, match=r"size mismatch for .* and \d+ more"):
+        load_model(f"test_vit={tmp_path / 'small.safetensors'}", num_classes=7)
+
+
+def test_a_file_that_is_no_checkpoint_is_told(tmp_path):
+    (tmp_path / "w.pth").write_text("no weights")
+    with pytest.raises(CheckpointError, match="guidance: the weights of .* could not be loaded"):
+        load_model(f"test_vit={tmp_path / 'w.pth'}", "guidance")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("vit_bas_patch16_224", "got 'vit_bas_patch16_224', expected .*; near to it: vit_base_patch16_224"),
+        ("test_vit=/no/such/file", "there is no file '/no/such/file'"),
+        (__file__, "there is no config.json beside"),
+    ],
+)
+def test_specifications_are_checked_without_loading(monkeypatch, spec, message):
+    monkeypatch.setattr(timm, "create_model", None)
+    with pytest.raises(ValueError, match=f"guidance: {message}"):
+        check_spec(spec, "guidance")
+    check_spec("timm/vit_base_patch16_224.augreg2_in21k_ft_in1k")
+
+
+@pytest.fixture
+def online(monkeypatch):
+    """As if nobody had told the hub's client to stay offline. Connections fail; the test may say how."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for name in ("HF_ENDPOINT", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+    def refuse(*args, **options):
+        raise OSError("no route")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_a_hub_out_of_reach_fails_fast(online, tmp_path, hangs):
+    online.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    if hangs:  # as the look-up of a name may, whatever the timeout
+        online.setattr(socket, "create_connection", lambda *args, **options: time.sleep(20))
+    start = time.perf_counter()
+    with pytest.raises(CheckpointError, match=r"the model hub \(huggingface.co\) is out of reach.*NAME=FILE"):
+        load_model("test_vit.r160_in1k")
+    assert time.perf_counter() - start < 5
+    assert constants.HF_HUB_OFFLINE is False
+
+
+def test_cached_weights_need_no_hub(online, tmp_path):
+    model = timm.create_model("test_vit.r160_in1k")
+    cached = tmp_path / "models--timm--test_vit.r160_in1k"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    (cached / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    save_file(model.state_dict(), tmp_path / "w")
+    shutil.copy(tmp_path / "w", cached / "snapshots" / ("0" * 40) / "model.safetensors")
+    online.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert torch.equal(load_model("test_vit.r160_in1k").head.weight, model.head.weight)
+
+
+@pytest.mark.parametrize("variable", ["HF_ENDPOINT", "HTTPS_PROXY"])
+def test_other_ways_to_the_hub_are_believed(online, variable):
+    """Where a mirror or a proxy leads there, the hub itself need not be in reach."""
+    asked = []
+    online.setenv(variable, "http://127.0.0.1:9")
+    online.setattr(
+        timm, "create_model", lambda name, **options: asked.append(constants.HF_HUB_OFFLINE) or torch.nn.Module()
+    )
+    load_model("test_vit.r160_in1k")
+    assert asked == [False]
+
+
+def test_class_names():
+    assert class_names(timm.create_model("test_vit"))[207] == "golden retriever"
+    assert class_names(timm.create_model("test_vit", num_classes=0)) == []
+    model = timm.create_model("test_vit", num_classes=3)
+    model.pretrained_cfg["label_names"] = ("ant", "bee", "cat")
+    assert class_names(model) == ["ant", "bee", "cat"]
+    model.pretrained_cfg["label_names"] = ("ant", "bee")  # of another head
+    assert class_names(model) == ["0", "1", "2"]

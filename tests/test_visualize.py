@@ -1,0 +1,130 @@
+"""Pictures show the patches that were kept, each where it is."""
+
+import numpy as np
+import pytest
+import torch
+from fakes import fake_call
+from helpers import tiny_guidance, tiny_vit, varied_images
+from PIL import Image
+
+import tinydrop_kernels as tdk
+from tinydrop_kernels.visualize import FRAME, as_pictures, contact_sheet, kept_patches, saliency
+
+
+def white(height=32, width=32):
+    return np.full((height, width, 3), 255, dtype=np.uint8)
+
+
+@pytest.fixture
+def call():
+    """Kept on the full grid; kept on a coarser one, then dense; exited."""
+    return fake_call([[0, 5], [1], []], [(4, 4), (2, 2), (4, 4)], second_look=(1,))
+
+
+def test_dropped_patches_are_dark(call):
+    picture = np.asarray(kept_patches(white(), call, 0))[..., 0]
+    kept = np.zeros((4, 4), dtype=bool)
+    kept[0, 0] = kept[1, 1] = True
+    assert np.array_equal(picture, np.where(kept.repeat(8, 0).repeat(8, 1), 255, 38))
+
+
+def test_each_image_has_its_own_grid(call):
+    picture = np.asarray(kept_patches(Image.fromarray(white(60, 40)), call, 1))[..., 0]
+    assert (picture[:30, 20:] == 255).all()
+    assert (picture[30:] == 38).all() and (picture[:, :20] == 38).all()
+
+
+def test_exits_are_framed(call):
+    picture = np.asarray(kept_patches(white(), call, 2))
+    assert tuple(picture[0, 0]) == tuple(picture[-1, -1]) == FRAME
+    assert (picture[2:-2, 2:-2] == 255).all()
+
+
+def test_images_are_left_as_they_are(call):
+    image = Image.fromarray(white())
+    for draw in (kept_patches, saliency):
+        for index in range(3):
+            draw(image, call, index)
+    assert np.array_equal(np.asarray(image), white())
+
+
+def test_grey_images_are_taken(call):
+    grey = np.full((32, 32), 100, dtype=np.uint8)
+    assert kept_patches(grey, call, 0).getpixel((0, 0)) == (100, 100, 100)
+
+
+def test_salient_places_are_red(call):
+    picture = np.asarray(saliency(white(), call, 0)).astype(int)
+    redness = picture[..., 0] - picture[..., 2]
+    assert redness[0, 0] == 0 and redness[-1, -1] == 255
+    assert redness[-1, 0] > redness[0, -1]
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0, float("nan")])
+def test_flat_saliency_is_no_error(call, value):
+    call.saliency[0].fill_(value)
+    assert np.array_equal(np.asarray(saliency(white(), call, 0)), white())
+
+
+def test_contact_sheet_has_two_rows(call):
+    sheet = contact_sheet([white()] * 3, call, ["a", "b", "c"], width=64)
+    pixels = np.asarray(sheet.convert("L"))
+    assert sheet.size == (3 * 72 + 8, 2 * 90 + 8)
+    top, bottom = 8 + 18, 8 + 90 + 18
+    assert (pixels[top : top + 64, 8:72] == 255).all()
+    assert (pixels[bottom : bottom + 16, 8:24] == 255).all() and pixels[bottom + 60, 60] < 50
+    assert pixels[8:top].min() < 100  # the captions
+
+
+def test_contact_sheet_goes_on_below(call):
+    two = contact_sheet([white()] * 3, call, columns=2, width=64)
+    assert two.size == (2 * 72 + 8, 4 * 90 + 8)
+    assert contact_sheet([white()], call, width=64).size == (72 + 8, 2 * 90 + 8)
+
+
+def test_long_captions_are_cut_short(call):
+    def ink(caption):
+        pixels = np.asarray(contact_sheet([white()] * 2, call, [caption, ""], width=64).convert("L"))
+        return (pixels[:26] < 128).any(0).nonzero()[0]
+
+    assert ink("a").max() < ink("a very long name of a class indeed").max() < 72
+
+
+def test_what_was_kept_is_said(call, monkeypatch):
+    said = []
+    monkeypatch.setattr("PIL.ImageDraw.ImageDraw.text", lambda self, place, text, *_: said.append(text))
+    contact_sheet([white()] * 3, call, ["a", "b", "c"])
+    assert said == ["a", "2 of 4 x 4", "b", "1 of 2 x 2, then dense", "c", "exit"]
+
+
+def test_contact_sheet_refuses_what_does_not_fit(call):
+    with pytest.raises(ValueError, match="images: got 4, expected 1 to 3"):
+        contact_sheet([white()] * 4, call)
+    with pytest.raises(ValueError, match="images: got 0"):
+        contact_sheet([], call)
+    with pytest.raises(ValueError, match="captions: got 1, expected 2"):
+        contact_sheet([white()] * 2, call, ["a"])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pictures_are_what_went_in(channels):
+    model = tiny_vit(in_chans=channels)
+    model.pretrained_cfg |= {"mean": (0.2, 0.5, 0.8), "std": (0.5, 0.25, 0.5)}
+    mean, std = (torch.tensor(model.pretrained_cfg[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
+    if channels == 1:
+        mean, std = mean.mean(1, keepdim=True), std.mean(1, keepdim=True)
+    pixels = torch.randint(0, 256, (2, channels, 32, 32))
+    for picture, expected in zip(as_pictures(model, (pixels / 255 - mean) / std), pixels, strict=True):
+        assert np.array_equal(np.asarray(picture), expected.permute(1, 2, 0).expand(32, 32, 3))
+
+
+def test_a_real_call_can_be_drawn():
+    model = tdk.patch(tiny_vit(), tiny_guidance(), tdk.DropPolicy.fixed(0.5))
+    images = varied_images(3)
+    with torch.inference_mode():
+        model(images)
+    pictures = as_pictures(model, images)
+    assert contact_sheet(pictures, model.tinydrop.last).width == 3 * 232 + 8
+    bright = np.asarray(kept_patches(white(), model.tinydrop.last, 0))[..., 0] == 255
+    assert bright.mean() == 0.5
+    assert saliency(pictures[0], model.tinydrop.last, 0).size == (32, 32)

@@ -1,0 +1,140 @@
+"""Pictures of what a patched model saw: the patches it kept, where its guidance looked, and pages of both."""
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from timm.data import resolve_model_data_config
+from torch import Tensor
+
+from tinydrop_kernels.ops.types import TimmModule
+from tinydrop_kernels.report import Call
+
+Picture: TypeAlias = Image.Image | np.ndarray
+
+DROPPED_BRIGHTNESS = 0.15
+FRAME = (230, 120, 20)
+HOT = np.array((255, 60, 0), dtype=np.float32)
+CAPTION_HEIGHT, GAP = 18, 8
+
+
+def as_pictures(model: TimmModule, images: Tensor) -> list[Image.Image]:
+    """Images as they went into the model, turned back into pictures: resized, cropped, upright, and in 8 bits.
+
+    Args:
+        model: the timm model, whose mean and standard deviation are undone.
+        images: floating ``(batch, channels, height, width)``.
+    """
+    config = resolve_model_data_config(model)
+    mean, std = (torch.tensor(config[name], device=images.device)[:, None, None] for name in ("mean", "std"))
+    channels = images.shape[1]
+    if len(mean) != channels:  # timm keeps three of colour for models of one channel, too
+        mean, std = mean.mean(0, keepdim=True), std.mean(0, keepdim=True)
+    pixels = ((images.float() * std + mean).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [_rgb(image[..., 0] if channels == 1 else image) for image in pixels]
+
+
+def kept_patches(image: Picture, call: Call, index: int) -> Image.Image:
+    """What the target saw of an image: dropped patches are dark, an image that exited is framed.
+
+    Args:
+        image: the image as the model saw it, which is to say resized and cropped (:func:`as_pictures`): PIL or uint8
+            ``(height, width)`` or ``(height, width, 3)``. It may be larger or smaller than the model's input.
+        call: what happened to the batch, ``model.tinydrop.last``.
+        index: the image's place in the batch.
+    """
+    picture = _rgb(image)
+    if call.exited[index]:
+        ImageDraw.Draw(picture).rectangle(
+            (0, 0, picture.width - 1, picture.height - 1), outline=FRAME, width=_frame(picture)
+        )
+        return picture
+    rows, columns = call.grid_sizes[index]
+    kept = np.zeros(rows * columns, dtype=np.uint8)
+    kept[call.kept[index].long().cpu().numpy()] = 255
+    mask = Image.fromarray(kept.reshape(rows, columns)).resize(picture.size, Image.Resampling.NEAREST)
+    return Image.composite(picture, picture.point(lambda value: int(value * DROPPED_BRIGHTNESS)), mask)
+
+
+def saliency(image: Picture, call: Call, index: int) -> Image.Image:
+    """Where the guidance looked: the image in grey, the redder the more salient.
+
+    Takes the arguments of :func:`kept_patches`.
+    """
+    picture = _rgb(image)
+    values = torch.nan_to_num(call.saliency[index].float(), posinf=0, neginf=0).cpu().numpy()
+    values = values - values.min()
+    values = values / (values.max() or 1)
+    heat = Image.fromarray(np.uint8(255 * values)).resize(picture.size, Image.Resampling.BILINEAR)
+    share = np.asarray(heat, dtype=np.float32)[..., None] / 255
+    grey = np.asarray(picture.convert("L"), dtype=np.float32)[..., None]
+    return Image.fromarray(np.uint8(grey * (1 - share) + HOT * share))
+
+
+def contact_sheet(
+    images: Sequence[Picture],
+    call: Call,
+    captions: Sequence[str] | None = None,
+    columns: int = 8,
+    width: int = 224,
+) -> Image.Image:
+    """A page of a whole call: each image, and beneath it what the target saw of it and how much that is.
+
+    Args:
+        images: those of the call, in order, as :func:`kept_patches` takes them; fewer are fine.
+        call: what happened to the batch, ``model.tinydrop.last``.
+        captions: what stands above each image, such as the class.
+        columns: images side by side; more of them go on below.
+        width: of each image on the page, in pixels.
+
+    Raises:
+        ValueError: no images, more than the call had, or not as many captions.
+    """
+    if not 0 < len(images) <= len(call.grid_sizes):
+        raise ValueError(f"images: got {len(images)}, expected 1 to {len(call.grid_sizes)}, those of the call")
+    captions = [""] * len(images) if captions is None else captions
+    if len(captions) != len(images):
+        raise ValueError(f"captions: got {len(captions)}, expected {len(images)}, one for each image")
+    originals = [_rgb(image) for image in images]
+    originals = [picture.resize((width, round(width * picture.height / picture.width))) for picture in originals]
+    height = max(picture.height for picture in originals)
+    columns = min(columns, len(originals))
+    bands = -(-len(originals) // columns)
+    row_height = CAPTION_HEIGHT + height + GAP
+    page = Image.new("RGB", (columns * (width + GAP) + GAP, bands * 2 * row_height + GAP), "white")
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(12)
+    for i, original in enumerate(originals):
+        left, top = GAP + i % columns * (width + GAP), GAP + i // columns * 2 * row_height
+        seen = kept_patches(original, call, i)
+        for picture, caption in ((original, captions[i]), (seen, _what_was_kept(call, i))):
+            draw.text((left, top), _shortened(caption, font, width), "black", font)
+            page.paste(picture, (left, top + CAPTION_HEIGHT))
+            top += row_height
+    return page
+
+
+def _what_was_kept(call: Call, index: int) -> str:
+    if call.exited[index]:
+        return "exit"
+    rows, columns = call.grid_sizes[index]
+    again = ", then dense" if call.second_look[index] else ""
+    return f"{int(call.counts[index])} of {rows} x {columns}{again}"
+
+
+def _shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text}...") > width:
+        text = text[:-1]
+    return f"{text}..."
+
+
+def _frame(picture: Image.Image) -> int:
+    return max(1, min(picture.size) // 40)
+
+
+def _rgb(image: Picture) -> Image.Image:
+    """A copy in colour."""
+    return (Image.fromarray(image) if isinstance(image, np.ndarray) else image.copy()).convert("RGB")
