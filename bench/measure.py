@@ -4,27 +4,17 @@ Times are in microseconds, rates in bytes or floating-point operations per secon
 """
 
 import functools
-import importlib.util
 import math
 import statistics
-import sys
+import subprocess
 import time
-import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-if importlib.util.find_spec("timm") is None and "tinydrop_kernels" not in sys.modules:
-    # The operators need torch alone, but `import tinydrop_kernels` imports timm. Where there is none, an empty package
-    # with the same path stands in for it.
-    stand_in = types.ModuleType("tinydrop_kernels")
-    stand_in.__path__ = [str(Path(__file__).parents[1] / "tinydrop_kernels")]
-    sys.modules["tinydrop_kernels"] = stand_in
 
 from tinydrop_kernels import ops
 
@@ -32,6 +22,7 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 DTYPE = torch.bfloat16 if CUDA else torch.float32
 REPEATS = 5  # of which the median is taken
+SPIN_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -127,6 +118,36 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+@functools.cache
+def _spin_matrices() -> tuple[Tensor, Tensor, Tensor]:
+    return randn(4096, 4096), randn(4096, 4096), randn(4096, 4096)
+
+
+def spin() -> None:
+    """Keep the device busy for a while: an idle GPU lowers its clocks, and takes its time to raise them again."""
+    if not CUDA:
+        return
+    left, right, out = _spin_matrices()
+    end = time.monotonic() + SPIN_SECONDS
+    while time.monotonic() < end:
+        for _ in range(10):
+            torch.mm(left, right, out=out)
+        synchronize()
+
+
+def clock_mhz() -> int | None:
+    """What the GPU's multiprocessors run at now; None where neither NVML nor nvidia-smi tells."""
+    try:
+        return torch.cuda.clock_rate()
+    except Exception:  # of torch's own, where there is no pynvml, and of NVML's
+        command = ["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
+        uuid = f"--id=GPU-{torch.cuda.get_device_properties(DEVICE).uuid}"
+        try:
+            return int(subprocess.run([*command, uuid], capture_output=True, text=True, check=True).stdout)
+        except (OSError, subprocess.CalledProcessError, ValueError):
+            return None
+
+
 def wall_us(step: Callable, calls: int) -> float:
     """Time of a call on the host: nothing waits for the device between the calls."""
     times = []
@@ -206,7 +227,9 @@ def measure(
 ) -> None:
     """Time ``function(*make_arguments())`` and write everything into ``benchmark.extra_info``.
 
-    pytest-benchmark's own statistics are of a call and the wait for its end.
+    pytest-benchmark's own statistics are of a call and the wait for its end. All figures are of arguments that no cache
+    holds, but for ``device_us_warm``: there a call finds its own from the one before, as attention finds what the
+    projection has just written.
 
     Args:
         backend: what runs in the end: "torch", "reference", "triton", "cuda".
@@ -244,6 +267,9 @@ def measure(
         step()
         synchronize()
 
+    if CUDA:
+        spin()
+        info["clock_mhz"] = [clock_mhz()]  # before and after
     benchmark.pedantic(until_its_end, rounds=rounds)
     if CUDA:
         calls = int(min(30, max(4, 2e4 / estimate)))  # a GPU queues about 1000 launches
@@ -255,8 +281,10 @@ def measure(
         if graphable:
             try:
                 info["device_us_graph"] = graph_us(Rotation(function, argument_sets), max(calls, len(argument_sets)))
+                info["device_us_warm"] = graph_us(Rotation(function, argument_sets[:1]), calls)
             except RuntimeError as error:  # a call that no graph can hold costs its own figure only
                 info["graph_error"] = str(error).split("\n")[0]
+        info["clock_mhz"].append(clock_mhz())
     elif benchmark.stats:  # None under --benchmark-disable
         info["wall_us"] = 1e6 * benchmark.stats.stats.median
     best = info.get("device_us_graph") or info.get("device_us_events") or info.get("wall_us")

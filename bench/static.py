@@ -1,19 +1,21 @@
 """What the compiler made of every kernel in every configuration shipped, for GPUs that need not be here.
 
-    python bench/static.py [--json FILE] [--markdown bench/results/static.md]
+    python bench/static.py [--json FILE] [--table FILE] [--summary FILE [--beside JSON]]
 
-Each operator's own ``launch`` is called on CPU tensors of typical shapes, with launches turned into compilations, so
-that what is inspected is exactly what would run: the same tiles, warps and argument specialisations. Registers and
-shared memory come from the binary, spills and tensor-core instructions from its disassembly.
+Each operator's own Triton implementation is called on CPU tensors of typical shapes, with launches turned into
+compilations, so that what is inspected is exactly what would run: the same tiles, warps and argument specialisations.
+Registers and shared memory come from the binary, spills and tensor-core instructions from its disassembly.
 
-Another Triton needs no environment of its own, only a folder that comes first on the path:
+Another Triton needs no environment of its own, only a folder that comes first on the path; its figures stand beside the
+installed one's in the summary (``make static``):
 
     pip install --no-deps --target FOLDER triton==3.6.0
-    PYTHONPATH=FOLDER python bench/static.py --markdown bench/results/static_triton36.md
+    PYTHONPATH=FOLDER python bench/static.py --json triton36.json
+    python bench/static.py --summary bench/results/static.md --beside triton36.json
 """
 
 import argparse
-import importlib
+import itertools
 import json
 import os
 import re
@@ -27,14 +29,17 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from tinydrop_kernels import ops
+from tinydrop_kernels.ops.types import LEVELS
 
 CAPABILITIES = (80, 90, 100)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+LAW = (0.8, 2.0, 0.25, 0.5)  # tau, gamma, min_keep, coarsen: the binary is the same whatever they are
 TENSOR_CORE = r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA|UTCOMMA)\b"
 
 
@@ -90,6 +95,7 @@ def facts(name: str, kernel) -> dict:
     """Registers, shared memory, spills and tensor-core instructions of a compiled kernel."""
     usage, code = disassembled(kernel.asm["cubin"])
     return {
+        "triton": triton.__version__,
         "kernel": name,
         "capability": kernel.metadata.target.arch,
         "warps": kernel.metadata.num_warps,
@@ -100,17 +106,46 @@ def facts(name: str, kernel) -> dict:
     }
 
 
-def selected(batch: int, num_patches: int, keep: int, num_prefix_tokens: int, summary: bool):
-    """Indices and packing as the front end would hand them on."""
+def selected(batch: int, num_patches: int, keep: int, num_prefix_tokens: int) -> tuple[Tensor, Tensor, int]:
+    """Indices and packing as the operators would hand them on."""
     indices = torch.full((batch, num_patches), -1, dtype=torch.int32)
     indices[:, :keep] = torch.arange(keep)
     counts = torch.full((batch,), keep, dtype=torch.int32)
-    cu_seqlens, _, total = ops.pack(counts, num_patches, num_prefix_tokens, summary)
-    return indices, cu_seqlens, total
+    packed, _ = ops.pack(counts, torch.zeros_like(counts), 1, num_prefix_tokens)
+    return indices, packed.cu_seqlens, packed.total
+
+
+def levels_of(side: int) -> list[int]:
+    """The grids that an image of this many rows and columns may have, as the schema has them."""
+    return [grid for share in LEVELS for grid in (int(side * share + 0.5),) * 2]
+
+
+def select_calls(dtype: torch.dtype) -> Iterator[tuple[str, tuple]]:
+    """The usual shape in both layouts, the largest grid, many channels; with Grad-CAM alone and with all parts.
+
+    What lies between is tried at the largest grid, which has the fewest registers to spare.
+    """
+    alone, every = (1, 0.0, 0.0), (5, 1.0, 1.0)
+    between = ((1, 0.0, 1.0), (1, 1.0, 0.0), (5, 0.0, 0.0))
+    for cells, channels, side, channels_last, tried in (
+        (7, 448, 14, False, (alone, every)),
+        (7, 448, 14, True, (alone, every)),
+        (7, 448, 64, True, (alone, *between, every)),
+        (7, 2048, 14, False, (every,)),
+    ):
+        features = torch.empty(8, channels, cells, cells, dtype=dtype).flatten(2).transpose(1, 2)
+        features = features.contiguous() if channels_last else features
+        arguments = (torch.empty(8, 1000, dtype=dtype), features, torch.empty(1000, channels, dtype=dtype))
+        shape = f"{cells} x {cells} x {channels} to {side} x {side}, channels {'last' if channels_last else 'first'}"
+        for parts in tried:
+            note = "{} classes, norm {:g}, centre {:g}".format(*parts)
+            yield f"{shape}, {note}", (*arguments, (cells, cells), levels_of(side), *LAW, *parts)
+        if side == 64:
+            yield f"{shape}, one grid", (*arguments, (cells, cells), [side, side], *LAW, *alone)
 
 
 def attention_calls(dtype: torch.dtype) -> Iterator[tuple[str, tuple]]:
-    """Segments that take each of the tiles; and attention pools', of one query each."""
+    """Segments that take each of the tiles; and attention pools', of one query each, that skip the prefix."""
     lengths = (16, 64, 197) if dtype == torch.float32 else (16, 32, 64, 128, 197)
     for head_dim, queries, longest in (
         *((head_dim, None, longest) for head_dim in (64, 128) for longest in lengths),
@@ -125,26 +160,20 @@ def attention_calls(dtype: torch.dtype) -> Iterator[tuple[str, tuple]]:
             bias = (torch.empty(732, 12, dtype=dtype), torch.zeros(8 * longest, dtype=torch.int32), (14, 14))
             shape = f"{queries or longest} x {longest}, head {head_dim}{', bias' if biased else ''}"
             arguments = (query, key, value, cu_seqlens, cu_seqlens, queries or longest, longest, None)
-            yield shape, (*arguments, *(bias if biased else ()))
+            yield shape, (*arguments, *(bias if biased else (None, None, (1, 1))), int(queries is not None))
 
 
 def calls() -> Iterator[tuple[str, str, tuple]]:
     """(operator, what is special about the call, arguments) for every configuration that a launch can choose."""
-    law = (0.8, 2.0, 0.25)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         kind = str(dtype).removeprefix("torch.")
-        for cells, channels, side in ((7, 448, 14), (5, 1280, 37), (7, 448, 64), (16, 64, 24)):
-            features = torch.empty(8, channels, cells, cells, dtype=dtype).flatten(2).transpose(1, 2)
-            for layout, given in (("channels first", features), ("channels last", features.contiguous())):
-                shape = f"{kind}, {cells} x {cells} x {channels} to {side} x {side}, {layout}"
-                arguments = (torch.empty(8, 1000, dtype=dtype), given, torch.empty(1000, channels, dtype=dtype))
-                yield "select_tokens", shape, (*arguments, (cells, cells), (side, side), *law)
-                if side == 64:  # normalising takes registers, of which this grid has the fewest to spare
-                    yield "select_tokens", f"{shape}, normalised", (*arguments, (cells, cells), (64, 64), *law, True)
-        for side, normalise, note in ((14, False, ""), (64, True, ", normalised")):
+        if dtype != torch.float16:  # compiles as bfloat16 does
+            yield from (("select_tokens", f"{kind}, {shape}", given) for shape, given in select_calls(dtype))
+            yield from (("varlen_attention", f"{kind}, {shape}", given) for shape, given in attention_calls(dtype))
+        for side, grids in ((14, levels_of(14)), (64, levels_of(64)), (64, [64, 64])):
             arguments = (torch.empty(8, 1000, dtype=dtype), torch.empty(8, side, side, dtype=dtype))
-            shape = f"{kind}, {side} x {side}{note}"
-            yield "select_from_saliency", shape, (*arguments, (side, side), *law, normalise)
+            shape = f"{kind}, {side} x {side}, {len(grids) // 2} grids"
+            yield "select_from_saliency", shape, (*arguments, grids, *LAW)
         for patch, side, dim, batch in (
             (16, 14, 768, 256),
             (16, 14, 768, 1),
@@ -153,29 +182,24 @@ def calls() -> Iterator[tuple[str, str, tuple]]:
             (8, 28, 192, 64),
         ):
             for memory_format in (torch.contiguous_format, torch.channels_last):
-                for summary in (False, True):
-                    images = torch.empty(batch, 3, side * patch, side * patch, dtype=dtype, memory_format=memory_format)
-                    weight = torch.empty(dim, 3, patch, patch, dtype=dtype)
-                    parts = (
-                        torch.empty(dim, dtype=dtype),
-                        torch.empty(1, dim, dtype=dtype),
-                        torch.empty(side**2, dim, dtype=dtype),
-                    )
-                    packing = selected(batch, side**2, side**2 // 4, 1, summary)
-                    order = "channels last" if memory_format is torch.channels_last else "channels first"
-                    shape = f"{kind}, batch {batch}, patch {patch}, dim {dim}, {order}{', summary' if summary else ''}"
-                    yield "embed_tokens", shape, (images, weight, *parts, *packing, summary)
-        for summary in (False, True):
-            tokens, prefix = torch.empty(8, 196, 768, dtype=dtype), torch.empty(1, 768, dtype=dtype)
-            packing = selected(8, 196, 49, 1, summary)
-            shape = f"{kind}, dim 768{', summary' if summary else ''}"
-            yield "gather_tokens", shape, (tokens, prefix, torch.empty(196, 768, dtype=dtype), *packing, summary)
-        if dtype != torch.float16:  # compiles as bfloat16 does
-            yield from (("varlen_attention", f"{kind}, {shape}", given) for shape, given in attention_calls(dtype))
+                images = torch.empty(batch, 3, side * patch, side * patch, dtype=dtype, memory_format=memory_format)
+                weight = torch.empty(dim, 3, patch, patch, dtype=dtype)
+                parts = (
+                    torch.empty(dim, dtype=dtype),
+                    torch.empty(1, dim, dtype=dtype),
+                    torch.empty(side**2, dim, dtype=dtype),
+                )
+                packing = selected(batch, side**2, side**2 // 4, 1)
+                order = "channels last" if memory_format is torch.channels_last else "channels first"
+                shape = f"{kind}, batch {batch}, patch {patch}, dim {dim}, {order}"
+                yield "embed_tokens", shape, (images, weight, *parts, *packing)
+        tokens, prefix = torch.empty(8, 196, 768, dtype=dtype), torch.empty(1, 768, dtype=dtype).expand(8, 1, 768)
+        yield "gather_tokens", f"{kind}, dim 768", (tokens, prefix, *selected(8, 196, 49, 1))
         for mode in ("first", "mean", "max"):
             cu_seqlens = torch.arange(0, 9 * 50, 50, dtype=torch.int32)
             yield "segment_pool", f"{kind}, {mode}", (torch.empty(400, 768, dtype=dtype), cu_seqlens, mode, 0)
-    yield "pack", "", (torch.ones(256, dtype=torch.int32), 196, 1, True)
+    counts = torch.ones(256, dtype=torch.int32)
+    yield "pack", "", (counts, torch.zeros_like(counts), len(LEVELS), 1)
 
 
 def inspect(capabilities=CAPABILITIES, only: str = "") -> list[dict]:
@@ -185,21 +209,20 @@ def inspect(capabilities=CAPABILITIES, only: str = "") -> list[dict]:
         for operator, shape, arguments in calls():
             if only not in operator:
                 continue
-            launch = importlib.import_module(f"tinydrop_kernels.ops.kernels.{operator}").launch
+            kernel = next(i for i in ops.OPERATORS[operator].implementations if i.name == "triton")
             with compiling_for(capability) as compiled:
-                launch(*arguments)
-            for name, kernel in compiled:
-                if (capability, kernel.hash) not in seen:
-                    seen.add((capability, kernel.hash))
-                    rows.append({"operator": operator, "call": shape, **facts(name, kernel)})
+                kernel.run(*arguments)
+            for name, binary in compiled:
+                if (capability, binary.hash) not in seen:
+                    seen.add((capability, binary.hash))
+                    rows.append({"operator": operator, "call": shape, **facts(name, binary)})
     return rows
 
 
-def as_markdown(rows: list[dict]) -> str:
+def table(rows: list[dict]) -> str:
+    """Every binary."""
     lines = [
         f"# What triton {triton.__version__} made of the kernels",
-        "",
-        "By `bench/static.py`, which says how; no GPU needed. Spills are counted in loads and stores of local memory.",
         "",
         "| kernel | call | sm | warps | registers | shared KiB | spills | tensor cores |",
         "|---|---|---|---|---|---|---|---|",
@@ -212,18 +235,59 @@ def as_markdown(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def condensed(rows: list[dict]) -> tuple[str, ...]:
+    """What the binaries of one kernel have in common: the summary's cells."""
+    least, most = (bound(row["registers"] for row in rows) for bound in (min, max))
+    return (
+        str(len(rows)),
+        f"{least} to {most}" if least < most else str(most),
+        f"{max(row['shared_bytes'] for row in rows) / 1024:.1f}",
+        str(sum(row["spills"] for row in rows)),
+        ", ".join(sorted({name for row in rows for name in row["tensor_core"]})) or "none",
+    )
+
+
+def summary(rows: list[dict]) -> str:
+    """A line for each kernel and capability."""
+    kernels, capabilities, versions = (
+        list(dict.fromkeys(row[name] for row in rows)) for name in ("kernel", "capability", "triton")
+    )
+    names = " and ".join(versions)
+    lines = [
+        f"# What triton {names} made of the kernels",
+        "",
+        "Written by `make static`; no GPU needed. Registers: least and most of a thread. Shared memory: the most of a",
+        "block. Spills: loads from and stores to local memory."
+        + (f" Where two values stand, they are of {names}, in this order." if len(versions) > 1 else ""),
+        "",
+        "| kernel | sm | binaries | registers | shared KiB | spills | tensor cores |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for place in itertools.product(kernels, capabilities):
+        own = [row for row in rows if (row["kernel"], row["capability"]) == place]
+        by_version = [condensed(found) for v in versions if (found := [row for row in own if row["triton"] == v])]
+        cells = (" / ".join(dict.fromkeys(values)) for values in zip(*by_version, strict=True))
+        lines.append(f"| {place[0]} | {place[1]} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capabilities", type=int, nargs="+", default=CAPABILITIES)
     parser.add_argument("--only", default="", help="operators whose name holds this")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--json", type=Path, help="write every binary's figures")
+    parser.add_argument("--table", type=Path, help="write them as a table")
+    parser.add_argument("--summary", type=Path, help="write a line for each kernel and capability")
+    parser.add_argument("--beside", type=Path, metavar="JSON", help="another Triton's figures, for the summary")
     args = parser.parse_args()
+    beside = json.loads(args.beside.read_text()) if args.beside else []
     rows = inspect(args.capabilities, args.only)
     if args.json:
         args.json.write_text(json.dumps(rows))
-    if args.markdown:
-        args.markdown.write_text(as_markdown(rows))
+    if args.table:
+        args.table.write_text(table(rows))
+    if args.summary:
+        args.summary.write_text(summary(rows + beside))
     spilling = [row for row in rows if row["spills"]]
     most = max(row["registers"] for row in rows)
     print(f"triton {triton.__version__}: {len(rows)} binaries, {len(spilling)} spill, at most {most} registers")

@@ -3,8 +3,9 @@
     python bench/table.py FILE [FILE ...]
 
 Attention on a GPU has a table of its own: a row for each shape, a column for each implementation's ``us``; the package
-runs the starred one by itself, and ``x best``, ``copy`` and ``host`` are of that one. Of all other operators one row
-for each shape, for the package's own implementation (Triton on CUDA, plain PyTorch on CPU):
+runs the starred one by itself, and ``x best``, ``copy``, ``warm`` (its time with its arguments in the cache) and
+``host`` are of that one. Of all other operators one row for each shape, for the package's own implementation (Triton on
+CUDA, plain PyTorch on CPU):
 
 * ``us``: microseconds of a call; on CUDA of device time within a CUDA graph (``g``) or, where none can hold the call,
   between CUDA events (``e``); else of wall clock until the call has ended (``w``);
@@ -100,7 +101,7 @@ def attention_table(rows: dict[Segments, Row]) -> str:
     def time(info: dict) -> str:
         return f"{info[clock_of(info)]:.1f}{CLOCKS[clock_of(info)]}{'*' * info['is_default']}" if info else ""
 
-    lines = [("batch", "lengths", "bias", *ATTENTION, "x best", "copy", "host", "host of varlen_attn")]
+    lines = [("batch", "lengths", "bias", *ATTENTION, "x best", "copy", "warm", "host", "host of varlen_attn")]
     for segments, row in rows.items():
         own = default(row)
         lines.append(
@@ -109,6 +110,7 @@ def attention_table(rows: dict[Segments, Row]) -> str:
                 *(time(row.get(name, {})) for name in ATTENTION),
                 number(best_rival(row), ".2f"),
                 number(own.get("fraction_of_copy"), ".2f"),
+                number(own.get("device_us_warm"), ".1f"),
                 number(own.get("host_us"), ".1f"),
                 number(row.get("varlen_attn", {}).get("host_us"), ".1f"),
             )
@@ -144,6 +146,8 @@ def summary(rows: list[Row]) -> str:
     parts = [", ".join(sorted({f"{i['device']}, torch {i['torch']}, {i['dtype']}" for i in infos}))]
     for name, label in (("copy_gb_per_s", "copy %.0f GB/s"), ("matrix_tflop_per_s", "matrix product %.3g TFLOP/s")):
         parts += sorted({label % i[name] for i in infos if name in i})
+    clocks = [mhz for info in infos for mhz in info.get("clock_mhz", ()) if mhz]
+    parts += [f"clock {min(clocks)} to {max(clocks)} MHz"] if clocks else []
     return "; ".join(parts)
 
 

@@ -19,7 +19,8 @@ def test_embed_tokens(case, compare):
     patch = PATCH_SIZES[case.grid[0]]
     weight = randn(DIM, 3, patch, patch) / (3 * patch**2) ** 0.5
     bias, prefix, pos_embed = randn(DIM), randn(1, DIM), randn(case.num_patches, DIM)
-    cu_seqlens, _, total = ops.pack(torch.full_like(kept_indices(case)[:, 0], case.kept), case.num_patches, 1, False)
+    counts = torch.full_like(kept_indices(case)[:, 0], case.kept)
+    (cu_seqlens, _, total, _), _ = ops.pack(counts, torch.zeros_like(counts), 1, 1)
 
     def make_arguments():
         indices = kept_indices(case)
@@ -27,7 +28,7 @@ def test_embed_tokens(case, compare):
         return images, indices, indices[:, : case.kept].long()
 
     def own(images, indices, kept):
-        return ops.embed_tokens(images, weight, bias, prefix, pos_embed, indices, cu_seqlens, total, False)
+        return ops.embed_tokens(images, weight, bias, prefix, pos_embed, indices, cu_seqlens, total)
 
     def eager(images, indices, kept):
         return user(images, weight, bias, prefix, pos_embed, kept)

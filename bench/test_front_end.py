@@ -19,9 +19,11 @@ def test_front_end(case, compare):
         return images, sure_logits(case.batch), randn(case.batch, cells, CHANNELS)
 
     def own(images, logits, features):
-        selection = ops.select_tokens(logits, features, class_weight, feature_size, case.grid, None, 0.0, case.keep)
-        cu_seqlens, _, total = ops.pack(selection.counts, case.num_patches, 1, False)
-        return ops.embed_tokens(images, weight, bias, prefix, pos_embed, selection.indices, cu_seqlens, total, False)
+        law = ops.Law(tau=None, gamma=0.0, min_keep=case.keep)
+        selection = ops.select_tokens(logits, features, class_weight, feature_size, [case.grid], law)
+        packed, _ = ops.pack(selection.counts, selection.levels, 1, 1)
+        packing = selection.indices, packed.cu_seqlens, packed.total
+        return ops.embed_tokens(images, weight, bias, prefix, pos_embed, *packing)
 
     def eager(images, logits, features):
         kept, _, _ = select(logits, features, class_weight, feature_size, case.grid, case.kept)

@@ -4,11 +4,18 @@ import torch
 import torch.nn.functional as F
 from measure import DEVICE
 
+from tinydrop_kernels.ops.types import LEVELS
 
-def user(counts):
+
+def user(counts, levels):
+    """Sort by level, those that exited last; then lengths, and sums of both over each level."""
+    place = torch.where(counts > 0, levels, len(LEVELS))
+    order = place.argsort(stable=True)
     lengths = torch.where(counts > 0, counts + 1, 0)
-    cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-    return cu_seqlens, torch.stack((lengths.max(), cu_seqlens[-1]))
+    cu_seqlens = F.pad(lengths[order].cumsum(0, dtype=torch.int32), (1, 0))
+    is_at = place[:, None] == torch.arange(len(LEVELS), device=counts.device)
+    images, rows = is_at.sum(0), (is_at * lengths[:, None]).sum(0)
+    return order.int(), cu_seqlens, torch.cat((lengths.max()[None], cu_seqlens[-1:], images, rows)).int()
 
 
 def agree(ours, theirs):
@@ -18,10 +25,11 @@ def agree(ours, theirs):
 
 def test_pack(case, compare):
     def make_arguments():
-        return (torch.randint(case.num_patches + 1, (case.batch,), dtype=torch.int32, device=DEVICE),)
+        counts = torch.randint(case.num_patches + 1, (case.batch,), dtype=torch.int32, device=DEVICE)
+        return counts, torch.randint(len(LEVELS), (case.batch,), dtype=torch.int32, device=DEVICE)
 
-    def own(counts):
-        return torch.ops.tinydrop.pack.default(counts, case.num_patches, 1, False)
+    def own(counts, levels):
+        return torch.ops.tinydrop.pack.default(counts, levels, len(LEVELS), 1)
 
-    moved_bytes = 4 * (case.batch + case.batch + 1 + 2)
+    moved_bytes = 4 * (4 * case.batch + 1 + 2 + 2 * len(LEVELS))
     compare("pack", own, user, make_arguments, moved_bytes, agree=agree)

@@ -30,7 +30,7 @@ def agree(ours, theirs):
     assert ours.counts.eq(kept.shape[1]).all()
     torch.testing.assert_close(ours.confidence, confidence)
     tolerance = 1e-4 if DTYPE == torch.float32 else 3e-2
-    torch.testing.assert_close(ours.saliency.flatten(1), saliency, atol=tolerance * saliency.amax().item(), rtol=0)
+    torch.testing.assert_close(ours.saliency, saliency, atol=tolerance * saliency.amax().item(), rtol=0)
     sums = [saliency.gather(1, i.long()).sum(dim=1) for i in (ours.indices[:, : kept.shape[1]], kept)]
     torch.testing.assert_close(*sums, atol=0, rtol=tolerance)
 
@@ -45,12 +45,13 @@ def test_select_tokens(case, compare):
 
     def own(logits, features, class_weight):
         # A gamma of 0 keeps min_keep of every image, as the baseline does.
-        return ops.select_tokens(logits, features, class_weight, feature_size, case.grid, None, 0.0, case.keep)
+        law = ops.Law(tau=None, gamma=0.0, min_keep=case.keep)
+        return ops.select_tokens(logits, features, class_weight, feature_size, [case.grid], law)
 
     def eager(logits, features, class_weight):
         return user(logits, features, class_weight, feature_size, case.grid, case.kept)
 
     logits, features, _ = make_arguments()
     rows = class_weight[: min(case.batch, CLASSES)]
-    results = 4 * case.batch * (2 * case.num_patches + 2)  # indices, saliency, counts, confidence
+    results = 4 * case.batch * (2 * case.num_patches + 3)  # indices, saliency, counts, levels, confidence
     compare("select_tokens", own, eager, make_arguments, size_of(logits, features, rows) + results, agree=agree)

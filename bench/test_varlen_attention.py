@@ -13,8 +13,8 @@ from measure import CUDA, DEVICE, DTYPE, cu_seqlens_of, measure, ops, ragged_len
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tinydrop_kernels.ops import attention_backends, cuda, reference
-from tinydrop_kernels.ops.attention_arguments import AttentionArguments
+from tinydrop_kernels.ops import cuda_extension
+from tinydrop_kernels.ops.attention import attend_padded
 
 HEADS, HEAD_DIM = 16, 64
 LONGEST_RAGGED = 197  # every patch of a 14 x 14 grid, and the class token
@@ -152,8 +152,8 @@ def runs() -> list[Run]:
 
 def chosen(layout: Layout, qkv: Tensor, *projections: Tensor) -> str:
     """Which of the package's implementations runs."""
-    arguments = (*projections, *layout.lengths, None, *(layout.bias or ()))
-    return attention_backends.choose(AttentionArguments(*arguments)).name
+    bias = layout.bias or (None, None, (1, 1))
+    return ops.OPERATORS["varlen_attention"].choose(*projections, *layout.lengths, None, *bias, 0).name
 
 
 def row_error(out: Tensor, wanted: Tensor) -> float:
@@ -163,8 +163,8 @@ def row_error(out: Tensor, wanted: Tensor) -> float:
 @pytest.mark.parametrize("run", runs() if CUDA else [], ids=str)
 def test_rivals(run, benchmark):
     is_own = run.implementation in OWN
-    if run.implementation == "cuda" and not cuda.available():
-        pytest.skip(f"cuda: {cuda.WHY_NOT}")
+    if run.implementation == "cuda" and not cuda_extension.available():
+        pytest.skip(f"cuda: {cuda_extension.WHY_NOT}")
     layout = layout_of(run)
     total = int(layout.cu_seqlens[-1])
 
@@ -174,7 +174,9 @@ def test_rivals(run, benchmark):
 
     arguments = make_arguments()
     bias = layout.bias and layout.bias._replace(table=layout.bias.table.float())
-    wanted = reference.padded_attention(*(t.float() for t in arguments[1:]), *layout.lengths, None, bias)
+    starts, longest = layout.cu_seqlens, layout.longest
+    segments = (starts, starts[:-1], starts[1:], longest, longest)
+    wanted = attend_padded(*(t.float() for t in arguments[1:]), *segments, None, bias)
     benchmark.extra_info["is_default"] = is_own and chosen(layout, *arguments) == run.implementation
     moved_bytes = 4 * size_of(arguments[1]) + size_of(layout.cu_seqlens)
     if layout.bias:

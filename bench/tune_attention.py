@@ -2,10 +2,11 @@
 
     python bench/tune_attention.py [--dtype bfloat16] [--head-dim 64 ...] [--processes N]
 
-For each longest segment of the tables in ops/kernels/varlen_attention.py, with and without a bias, the geometric mean
-of two batches of 256 under a CUDA graph: equal lengths, and ragged ones where a ViT has them. Prints every time, then
-the tables as they would be written, the shipped tile beside the fastest. Answers are compared with the shipped tile's.
-Under 6 minutes on 16 cores for one head_dim; most of it goes into compiling, which many processes do first.
+For each longest segment of the tables in ops/kernels/attention.py, with and without a bias, the geometric mean
+of batches of 256 under a CUDA graph: equal lengths, ragged ones where a ViT has them, and those that the default policy
+gives. Prints every time, then the tables as they would be written, the shipped tile beside the fastest. Answers are
+compared with the shipped tile's. By calculation some 6 minutes on 16 cores for one head_dim; most of it goes into
+compiling, which many processes do first.
 """
 
 import argparse
@@ -20,21 +21,35 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from measure import DEVICE, Rotation, cu_seqlens_of, graph_us, num_argument_sets, ragged_lengths, relative_bias, size_of
+from measure import (
+    DEVICE,
+    Rotation,
+    cu_seqlens_of,
+    graph_us,
+    num_argument_sets,
+    ragged_lengths,
+    relative_bias,
+    size_of,
+    spin,
+)
 from torch import Tensor
 
-from tinydrop_kernels.ops.kernels import varlen_attention as kernel
-from tinydrop_kernels.ops.kernels.varlen_attention import LONG, Tile
+from tinydrop_kernels.ops import apply_law
+from tinydrop_kernels.ops.kernels import attention as kernel
+from tinydrop_kernels.ops.kernels.attention import LONG, Tile
+from tinydrop_kernels.policy import DropPolicy
 
 BATCH, HEADS = 256, 16
-# Longest segment: (mean length, whether the lengths differ) of its batches; a ragged batch's longest is twice its mean.
+LEVELS = [(side, side) for side in (14, 12, 11, 9, 7)]  # the grids an image may have, of ViT's at 224 pixels
+# Longest segment: the lengths of its batches. "mean 20" is ragged, and its longest is twice its mean; "policy" is what
+# the default policy leaves of a 14 x 14 grid where the guidance model is as often unsure as sure.
 BATCHES = {
-    16: ((8, True), (13, False)),
-    32: ((13, True), (26, False)),
-    64: ((20, True), (50, False)),
-    128: ((50, True), (99, False)),
-    256: ((99, True), (197, False)),
-    LONG: ((257, False), (577, False)),
+    16: ("mean 8", "13"),
+    32: ("mean 13", "26"),
+    64: ("mean 20", "50"),
+    128: ("mean 50", "99"),
+    256: ("mean 99", "197", "policy"),
+    LONG: ("257", "577"),
 }
 # Longest segment: blocks of queries and of keys that are worth a try, the keys whole or in a loop.
 BLOCKS = {
@@ -72,22 +87,26 @@ class Problem(NamedTuple):
         return found
 
 
-def lengths_of(problem: Problem, mean: int, is_ragged: bool) -> Tensor:
-    if is_ragged:
-        return ragged_lengths(mean, BATCH, problem.longest)
-    return torch.full((BATCH,), mean, dtype=torch.int32, device=DEVICE)
+def lengths_of(problem: Problem, batch: str) -> Tensor:
+    if batch == "policy":
+        counts, _ = apply_law(torch.linspace(0, 1, BATCH), LEVELS, DropPolicy().law)
+        return (counts + (counts > 0)).to(DEVICE)  # with the class token; 0 for an exit
+    if batch.startswith("mean "):
+        return ragged_lengths(int(batch.removeprefix("mean ")), BATCH, problem.longest)
+    return torch.full((BATCH,), int(batch), dtype=torch.int32, device=DEVICE)
 
 
 def argument_sets(problem: Problem, lengths: Tensor, rotate: bool) -> list[tuple]:
     """Arguments of the kernel's launch, as many as it takes to leave nothing in the cache."""
     cu_seqlens, longest, total = cu_seqlens_of(lengths), int(lengths.max()), int(lengths.sum())
-    bias = relative_bias(lengths, HEADS) if problem.has_bias else ()
-    if bias:
-        bias = bias._replace(table=bias.table.to(problem.dtype))
+    bias: tuple = (None, None, (0, 0))
+    if problem.has_bias:
+        table, *places = relative_bias(lengths, HEADS)
+        bias = table.to(problem.dtype), *places
 
     def arguments() -> tuple:
         qkv = torch.randn(total, 3, HEADS, problem.head_dim, device=DEVICE).to(problem.dtype)
-        return *qkv.unbind(1), cu_seqlens, cu_seqlens, longest, longest, None, *bias
+        return *qkv.unbind(1), cu_seqlens, cu_seqlens, longest, longest, None, *bias, 0
 
     first = arguments()
     return [first] + [arguments() for _ in range(num_argument_sets(4 * size_of(first[0])) - 1 if rotate else 0)]
@@ -105,7 +124,7 @@ def tiled(tile: Tile) -> Iterator[None]:
 
 @functools.lru_cache(maxsize=1)
 def one_of_each(problem: Problem) -> list[tuple]:
-    return [argument_sets(problem, lengths_of(problem, *batch), rotate=False)[0] for batch in BATCHES[problem.longest]]
+    return [argument_sets(problem, lengths_of(problem, batch), rotate=False)[0] for batch in BATCHES[problem.longest]]
 
 
 def compiled(problem: Problem, tile: Tile) -> str:
@@ -124,13 +143,13 @@ def times(problem: Problem, tiles: list[Tile], timer: Callable = graph_us) -> di
     """Microseconds of each tile on each batch; of the shipped one under the name of None."""
     found: dict = {None: [], **{tile: [] for tile in tiles}}
     for batch in BATCHES[problem.longest]:
-        lengths = lengths_of(problem, *batch)
+        lengths = lengths_of(problem, batch)
         sets = argument_sets(problem, lengths, rotate=True)
         shipped = problem.shipped(int(lengths.max()))
         calls = max(10, len(sets))
         with tiled(shipped):
             wanted = kernel.launch(*sets[0]).float()
-            timer(Rotation(kernel.launch, sets), calls)  # an idle GPU's clock rises first
+            spin()
         for name, microseconds in found.items():
             with tiled(name or shipped):
                 error = (kernel.launch(*sets[0]).float() - wanted).norm() / wanted.norm()
@@ -152,10 +171,10 @@ def entry(problem: Problem, found: dict) -> str:
     longest = "LONG" if problem.longest == LONG else problem.longest
     shipped = " and ".join(
         dict.fromkeys(
-            written(problem.shipped(int(lengths_of(problem, *batch).max()))) for batch in BATCHES[problem.longest]
+            written(problem.shipped(int(lengths_of(problem, batch).max()))) for batch in BATCHES[problem.longest]
         )
     )
-    batches = ", ".join(f"{'mean ' * ragged}{length}" for length, ragged in BATCHES[problem.longest])
+    batches = ", ".join(BATCHES[problem.longest])
     took = ["/".join(f"{us:.2f}" for us in found[name]) for name in (best, None)]
     gain = mean[None] / mean[best]
     return f"    {longest}: {written(best)},  # {took[0]} us at {batches}; shipped {shipped} {took[1]}, {gain:.2f} x"
