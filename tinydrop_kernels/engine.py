@@ -188,10 +188,9 @@ class TinyDrop:
                 with self._stage(seconds, "second look", images):
                     answers, again = self._look_again(images, answers, staying, plan)
                 second_look[staying] = again
-            if len(staying) < len(images):
-                logits = logits.to(answers.dtype).index_copy(0, staying, answers)
-            else:
-                logits = torch.empty_like(answers).index_copy(0, staying, answers)
+            has_exits = len(staying) < len(images)  # otherwise the guidance may know other classes
+            logits = logits.to(answers.dtype) if has_exits else torch.empty_like(answers)
+            logits = logits.index_copy(0, staying, answers)
         self._of_thread.last = Call(plan.selection, plan.levels, second_look, seconds)
         return logits
 
@@ -221,8 +220,7 @@ class TinyDrop:
         for part in parts:
             rows, columns = grid = levels[part.level]
             is_whole = len(part.images) == len(images)  # in their own order then
-            pixels = images if is_whole else images.index_select(0, part.images)
-            kept = indices if is_whole else indices.index_select(0, part.images)
+            pixels, kept = (t if is_whole else t.index_select(0, part.images) for t in (images, indices))
             if part.level:
                 patch = self._family.patch_size(self._model)
                 assert patch is not None  # or there would be one level
@@ -234,19 +232,21 @@ class TinyDrop:
     @eager_outside
     def _look_again(self, images: Tensor, answers: Tensor, staying: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         """Replace doubtful answers by dense ones; also which they were, bool ``(segments,)``. One more read-back."""
-        guided, policy = plan.guided.logits, plan.policy
-        dense = plan.levels[0][0] * plan.levels[0][1]
+        guided, policy, (rows, columns) = plan.guided.logits, plan.policy, plan.levels[0]
+        dense = rows * columns
         again = plan.selection.counts[staying] < dense
         if policy.second_look is not None:
             again &= in_doubt(answers, guided[staying], policy.second_look)
         doubtful = again.nonzero()[:, 0]
         if len(doubtful) == 0:
             return answers, again
-        chosen = staying[doubtful]
-        counts = plan.selection.counts.new_full((len(chosen),), dense)
-        packed, parts = ops.pack(counts, torch.zeros_like(counts), 1, self._model.num_prefix_tokens)
-        everything = torch.arange(dense, dtype=torch.int32, device=images.device).expand(len(chosen), -1)
-        logits = self._through_target(images[chosen], everything, packed, parts, plan.levels, {})
+        chosen, length = staying[doubtful], self._model.num_prefix_tokens + dense
+        places = torch.arange(max(dense, len(chosen) + 1), dtype=torch.int32, device=images.device)
+        starts = places[: len(chosen) + 1] * length
+        packed = Packed(starts, length, len(chosen) * length)
+        part = Part(0, places[: len(chosen)], starts, packed.total)
+        everything = places[:dense].expand(len(chosen), -1)
+        logits = self._through_target(images[chosen], everything, packed, [part], plan.levels, {})
         return answers.index_copy(0, doubtful, blended(logits, guided[chosen], policy.blend)), again
 
     @eager

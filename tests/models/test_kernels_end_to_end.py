@@ -55,10 +55,12 @@ class SizesFromValues(TorchDispatchMode):
     [{}, {"global_pool": "avg", "reg_tokens": 2}, {"global_pool": "map"}],
     ids=["token", "avg", "map with class token"],
 )
-def test_one_read_from_the_device_per_batch(monkeypatch, options):
-    """On the kernels a batch reads values back once, in pack. Counted are the calls of the package and of timm, not the
-    interpreter's own."""
-    vit = tdk.patch(tiny_vit(**options), tiny_guidance(), tdk.DropPolicy(0.6, 1.0, 0.1, 0.5, second_look=None))
+@pytest.mark.parametrize("second_look", [None, (1.0, 1.0)], ids=["once", "second look"])
+def test_one_read_from_the_device_per_batch(monkeypatch, options, second_look):
+    """On the kernels a batch reads values back once, in pack, and once more to know how many images take a second look.
+    Counted are the calls of the package and of timm, not the interpreter's own."""
+    policy = tdk.DropPolicy(0.6, 1.0, 0.1, 0.5, second_look=second_look)
+    vit = tdk.patch(tiny_vit(**options), tiny_guidance(sharpness=4.0), policy)
     reads: collections.Counter = collections.Counter()
 
     def counting(name, method):
@@ -77,5 +79,8 @@ def test_one_read_from_the_device_per_batch(monkeypatch, options):
             monkeypatch.setattr(torch.Tensor, name, counting(name, getattr(torch.Tensor, name)))
         with SizesFromValues() as sizes:
             vit(varied_images(4))
-    assert sizes.found == []
-    assert reads == {"tinydrop_kernels.ops.packing.pack: tolist": 1}
+        assert not vit.tinydrop.last.exited.all()
+        assert vit.tinydrop.last.second_look.any() == (second_look is not None)
+    assert sizes.found == ([] if second_look is None else ["aten.nonzero.default"])
+    once_more = {} if second_look is None else {"tinydrop_kernels.engine._look_again: nonzero": 1}
+    assert reads == {"tinydrop_kernels.ops.packing.pack: tolist": 1} | once_more
