@@ -39,7 +39,7 @@ def mix_classes(
         logits_pointer: of one image, of shape [num_classes].
         weight_pointer: of shape [num_classes, num_channels].
         mixed_pointer: output, contiguous, of shape [num_channels].
-        CLASSES: how many of them.
+        CLASSES: how many of them, at most num_classes.
         BLOCK_SIZE_MIXED: at least num_channels.
     """
     channels = tl.arange(0, BLOCK_SIZE_MIXED)
@@ -47,7 +47,7 @@ def mix_classes(
     peak = float("inf")
     last = float("inf")
     last_class = -1
-    for turn in range(tl.minimum(CLASSES, num_classes)):
+    for turn in range(CLASSES):
         # The greatest of what comes after the last one: less, or as great and of a higher index.
         greatest = tl.full((BLOCK_SIZE_CLASS,), -float("inf"), tl.float32)
         greatest_class = tl.full((BLOCK_SIZE_CLASS,), 2147483647, tl.int32)
@@ -349,7 +349,7 @@ def launch(
             coarsen,
             norm,
             centre,
-            CLASSES=classes,
+            CLASSES=min(classes, num_classes),
             HAS_NORM=norm != 0,
             HAS_PARTS=norm != 0 or centre != 0,
             NUM_LEVELS=len(grid_sizes) // 2,
