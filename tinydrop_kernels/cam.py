@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from tinydrop_kernels.ops.saliency import combine
+from tinydrop_kernels.ops.saliency import top_classes
 from tinydrop_kernels.ops.tracing import eager
-from tinydrop_kernels.ops.types import Saliency, TimmModule
+from tinydrop_kernels.ops.types import TimmModule
 
 Head = Callable[..., Tensor]  # from the features, and what else it needs, to logits (batch, classes)
 
@@ -106,7 +106,7 @@ def class_gradient(
     with torch.inference_mode(False), torch.enable_grad():
         features = _without_graph(features).requires_grad_()
         logits = head(features, *tree_map(_without_graph, args), **tree_map(_without_graph, kwargs or {}))
-        index, share = _top_classes(logits.detach(), classes)
+        index, share = top_classes(logits.detach(), classes)
         (gradient,) = torch.autograd.grad((logits.gather(1, index) * share).sum(), features)
     return logits.detach(), gradient
 
@@ -116,36 +116,6 @@ def _without_graph(leaf: Any) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
     return leaf.clone() if leaf.is_inference() else leaf.detach()
-
-
-def _top_classes(logits: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """Indices of the most probable classes, ``(batch, classes)``, and their probabilities over the first's."""
-    if classes == 1:
-        index = logits.argmax(dim=1, keepdim=True)
-        return index, torch.ones_like(index, dtype=torch.float32)
-    ordered = logits.float().sort(dim=1, descending=True, stable=True)
-    logit, index = ordered.values[:, :classes], ordered.indices[:, :classes]
-    first = logit[:, :1]
-    return index, torch.where(logit == first, 1.0, (logit - first).exp())
-
-
-def saliency_map(gradient: Tensor, cells: Tensor, size: tuple[int, int], saliency: Saliency) -> Tensor:
-    """``relu(cells . mean gradient)``, combined with the other parts of the saliency (:func:`ops.saliency.combine`).
-
-    Args:
-        gradient: floating ``(batch, cells, channels)``, or ``(batch, 1, channels)`` where it is the same in all cells.
-        cells: floating ``(batch, cells, channels)``.
-        size: rows and columns of the map.
-        saliency: the parts' weights.
-
-    Returns:
-        float32 ``(batch, rows, columns)``.
-    """
-    with torch.autocast(cells.device.type, enabled=False):
-        cells = cells.float()
-        cam = torch.einsum("blc,bc->bl", cells, gradient.float().mean(dim=1)).relu().view(-1, *size)
-        norm = torch.linalg.vector_norm(cells, dim=2).view(-1, *size) if saliency.norm else None
-        return combine(cam, norm, saliency)
 
 
 def kind_of_head(head: Head, features: Tensor, layout: FeatureLayout) -> tuple[Cam, Tensor | None]:

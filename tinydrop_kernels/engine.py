@@ -16,14 +16,13 @@ from tinydrop_kernels.answers import blended, in_doubt
 from tinydrop_kernels.families import Family, UnsupportedModelError, family_of
 from tinydrop_kernels.families.grids import coarser_grids, resized_images
 from tinydrop_kernels.flops import count_flops
-from tinydrop_kernels.guidance import Guidance, Guided, per_channel
+from tinydrop_kernels.guidance import Guidance, Guided
+from tinydrop_kernels.images import per_channel
 from tinydrop_kernels.ops import Packed, Part, Selection
 from tinydrop_kernels.ops.tracing import eager, eager_outside
-from tinydrop_kernels.ops.types import TimmModule
+from tinydrop_kernels.ops.types import Grid, TimmModule
 from tinydrop_kernels.policy import DropPolicy
 from tinydrop_kernels.report import Call, Report
-
-Grid = tuple[int, int]
 
 
 class Plan(NamedTuple):
@@ -186,7 +185,7 @@ class TinyDrop:
             answers = blended(reduced, logits[staying], policy.blend)
             if policy.second_look is not None:
                 with self._stage(seconds, "second look", images):
-                    answers, again = self._look_again(images, answers, staying, plan)
+                    answers, again = self._look_again(images, answers, staying, plan, policy.second_look)
                 second_look[staying] = again
             has_exits = len(staying) < len(images)  # otherwise the guidance may know other classes
             logits = logits.to(answers.dtype) if has_exits else torch.empty_like(answers)
@@ -230,13 +229,13 @@ class TinyDrop:
         return tokens[0] if len(tokens) == 1 else torch.cat(tokens)
 
     @eager_outside
-    def _look_again(self, images: Tensor, answers: Tensor, staying: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    def _look_again(
+        self, images: Tensor, answers: Tensor, staying: Tensor, plan: Plan, bars: tuple[float, float]
+    ) -> tuple[Tensor, Tensor]:
         """Replace doubtful answers by dense ones; also which they were, bool ``(segments,)``. One more read-back."""
-        guided, policy, (rows, columns) = plan.guided.logits, plan.policy, plan.levels[0]
+        guided, (rows, columns) = plan.guided.logits, plan.levels[0]
         dense = rows * columns
-        again = plan.selection.counts[staying] < dense
-        if policy.second_look is not None:
-            again &= in_doubt(answers, guided[staying], policy.second_look)
+        again = (plan.selection.counts[staying] < dense) & in_doubt(answers, guided[staying], bars)
         doubtful = again.nonzero()[:, 0]
         if len(doubtful) == 0:
             return answers, again
@@ -247,7 +246,7 @@ class TinyDrop:
         part = Part(0, places[: len(chosen)], starts, packed.total)
         everything = places[:dense].expand(len(chosen), -1)
         logits = self._through_target(images[chosen], everything, packed, [part], plan.levels, {})
-        return answers.index_copy(0, doubtful, blended(logits, guided[chosen], policy.blend)), again
+        return answers.index_copy(0, doubtful, blended(logits, guided[chosen], plan.policy.blend)), again
 
     @eager
     def check(self, images: Tensor) -> None:

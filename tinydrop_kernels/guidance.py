@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from tinydrop_kernels.cam import Cam, FeatureLayout, SplitTransformer, agree, class_gradient, kind_of_head, saliency_map
+from tinydrop_kernels.cam import Cam, FeatureLayout, SplitTransformer, agree, class_gradient, kind_of_head
+from tinydrop_kernels.images import per_channel
+from tinydrop_kernels.ops.saliency import saliency_map
 from tinydrop_kernels.ops.tracing import eager
 from tinydrop_kernels.ops.types import Saliency, TimmModule
 
@@ -233,12 +235,6 @@ def _check_split(model: TimmModule, images: Tensor, logits: Tensor) -> None:
         raise GuidanceError(
             f"guidance: {type(model).__name__} has a class token, and no Grad-CAM of it: {error}"
         ) from error
-
-
-def per_channel(statistic: tuple[float, ...], channels: int) -> tuple[float, ...]:
-    """One value per channel; timm keeps three of colour for models of other channels, whose average then serves."""
-    values = tuple(statistic)
-    return values if len(values) == channels else (sum(values) / len(values),) * channels
 
 
 def _rows_and_columns(cells: int, input_size: tuple[int, int]) -> tuple[int, int]:

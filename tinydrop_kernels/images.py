@@ -98,11 +98,15 @@ def image_transform(model: TimmModule) -> Callable[[Image.Image], Tensor]:
         raise ValueError(f"model: it takes images of {channels} channels, expected 1 (grey) or 3 (colour)")
     size = getattr(getattr(model, "patch_embed", None), "img_size", None) or config["input_size"][1:]
     config["input_size"] = (channels, *size)
-    for name in ("mean", "std"):  # timm keeps three of colour for models of one channel, too
-        if len(config[name]) != channels:
-            config[name] = (sum(config[name]) / len(config[name]),) * channels
+    config |= {name: per_channel(config[name], channels) for name in ("mean", "std")}
     transform: Callable[[Image.Image], Tensor] = create_transform(**config)
     return transform
+
+
+def per_channel(statistic: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """One value per channel; timm keeps three of colour for models of other channels, whose average then serves."""
+    values = tuple(statistic)
+    return values if len(values) == channels else (sum(values) / len(values),) * channels
 
 
 def image_files(paths: Iterable[Path], on_skip: Callable[[Path, str], None]) -> list[Path]:

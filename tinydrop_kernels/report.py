@@ -4,9 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from tinydrop_kernels.ops import Selection
-
-Grid = tuple[int, int]
+from tinydrop_kernels.ops.types import Grid, Selection
 
 
 @dataclass(frozen=True)

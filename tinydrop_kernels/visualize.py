@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from timm.data import resolve_model_data_config
 from torch import Tensor
 
+from tinydrop_kernels.images import per_channel
 from tinydrop_kernels.ops.types import TimmModule
 from tinydrop_kernels.report import Call
 
@@ -28,10 +29,11 @@ def as_pictures(model: TimmModule, images: Tensor) -> list[Image.Image]:
         images: floating ``(batch, channels, height, width)``.
     """
     config = resolve_model_data_config(model)
-    mean, std = (torch.tensor(config[name], device=images.device)[:, None, None] for name in ("mean", "std"))
     channels = images.shape[1]
-    if len(mean) != channels:  # timm keeps three of colour for models of one channel, too
-        mean, std = mean.mean(0, keepdim=True), std.mean(0, keepdim=True)
+    mean, std = (
+        torch.tensor(per_channel(config[name], channels), device=images.device)[:, None, None]
+        for name in ("mean", "std")
+    )
     pixels = ((images.float() * std + mean).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [_rgb(image[..., 0] if channels == 1 else image) for image in pixels]
 

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tinydrop_kernels import ops
-from tinydrop_kernels.ops.types import Packed, TimmModule
-
-Grid = tuple[int, int]
+from tinydrop_kernels.ops.types import Grid, Packed, TimmModule
 
 
 class UnsupportedModelError(TypeError):

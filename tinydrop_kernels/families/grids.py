@@ -8,9 +8,8 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from tinydrop_kernels.ops.types import LEVELS
+from tinydrop_kernels.ops.types import LEVELS, Grid
 
-Grid = tuple[int, int]
 _resampled: Any = WeakIdKeyDictionary()  # pos_embed -> {(old, new): (its state then, the resampled)}
 
 

@@ -1,9 +1,51 @@
 """What makes a cell of the guidance model's feature map salient."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from tinydrop_kernels.ops.types import Saliency
+
+
+def top_classes(logits: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """The most probable classes and their probabilities over that of the first.
+
+    Ties go to the lower class; of fewer classes all are taken.
+
+    Args:
+        logits: floating ``(batch, num_classes)``.
+        classes: how many classes.
+
+    Returns:
+        indices int64 and shares float32, ``(batch, min(classes, num_classes))``.
+    """
+    if classes == 1:
+        index = logits.argmax(dim=1, keepdim=True)
+        return index, torch.ones_like(index, dtype=torch.float32)
+    ordered = logits.float().sort(dim=1, descending=True, stable=True)
+    logit, index = ordered.values[:, :classes], ordered.indices[:, :classes]
+    first = logit[:, :1]
+    return index, torch.where(logit == first, 1.0, (logit - first).exp())
+
+
+def saliency_map(gradient: Tensor, cells: Tensor, size: Sequence[int], parts: Saliency) -> Tensor:
+    """``relu(cells . mean gradient)``, combined with the other parts of the saliency (:func:`combine`).
+
+    Args:
+        gradient: floating ``(batch, cells, channels)``, or ``(batch, 1, channels)`` where it is the same in all cells.
+        cells: floating ``(batch, cells, channels)``.
+        size: rows and columns of the map.
+        parts: the weights.
+
+    Returns:
+        float32 ``(batch, rows, columns)``.
+    """
+    with torch.autocast(cells.device.type, enabled=False):
+        cells = cells.float()
+        cam = torch.einsum("blc,bc->bl", cells, gradient.float().mean(dim=1)).relu().view(-1, *size)
+        norm = torch.linalg.vector_norm(cells, dim=2).view(-1, *size) if parts.norm else None
+        return combine(cam, norm, parts)
 
 
 def combine(cam: Tensor, norm: Tensor | None, parts: Saliency) -> Tensor:

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinydrop_kernels.ops.registry import define, reference, triton
-from tinydrop_kernels.ops.saliency import combine
-from tinydrop_kernels.ops.types import ROUNDING_SLACK, Law, Saliency, Selection
+from tinydrop_kernels.ops.saliency import saliency_map, top_classes
+from tinydrop_kernels.ops.types import ROUNDING_SLACK, Grid, Law, Saliency, Selection
 
-Grids = Sequence[tuple[int, int]]
+Grids = Sequence[Grid]
 PLAIN_CAM = Saliency()
 
 
@@ -103,17 +103,9 @@ def _reference_from_features(
     norm: float,
     centre: float,
 ) -> tuple[Tensor, ...]:
-    if classes == 1:
-        weight = class_weight[logits.argmax(dim=1)].float()
-    else:
-        first = logits.float().sort(dim=1, descending=True, stable=True)
-        value, index = first.values[:, :classes], first.indices[:, :classes]
-        share = (value - value[:, :1]).exp().where(value != value[:, :1], 1.0)
-        weight = torch.einsum("bk,bkc->bc", share, class_weight[index].float())
-    size = (-1, *feature_size)
-    cam = torch.einsum("blc,bc->bl", features.float(), weight).relu().view(size)
-    length = features.float().norm(dim=2).view(size) if norm else None
-    saliency = combine(cam, length, Saliency(classes, norm, centre))
+    index, share = top_classes(logits, classes)
+    weight = torch.einsum("bk,bkc->bc", share, class_weight[index].float())
+    saliency = saliency_map(weight[:, None], features, feature_size, Saliency(classes, norm, centre))
     return _reference_from_saliency(logits, saliency, grid_sizes, tau, gamma, min_keep, coarsen)
 
 

@@ -16,6 +16,8 @@ from torch import Tensor
 # nn.Module types each of its attributes as Tensor | Module, which fits none of timm's.
 TimmModule: TypeAlias = Any
 
+Grid: TypeAlias = tuple[int, int]  # rows and columns of patches
+
 # A thousandth of a token: forgives the rounding of patches * keep in float32, so that a quarter of 196 is 49, not 50.
 ROUNDING_SLACK = 1e-3
 
