@@ -111,7 +111,7 @@ def selected(batch: int, num_patches: int, keep: int, num_prefix_tokens: int) ->
     indices = torch.full((batch, num_patches), -1, dtype=torch.int32)
     indices[:, :keep] = torch.arange(keep)
     counts = torch.full((batch,), keep, dtype=torch.int32)
-    packed, _ = ops.pack(counts, torch.zeros_like(counts), 1, num_prefix_tokens)
+    packed, _ = ops.pack(counts, torch.zeros_like(counts), [(1, 1)], num_prefix_tokens)
     return indices, packed.cu_seqlens, packed.total
 
 

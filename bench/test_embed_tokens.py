@@ -20,7 +20,7 @@ def test_embed_tokens(case, compare):
     weight = randn(DIM, 3, patch, patch) / (3 * patch**2) ** 0.5
     bias, prefix, pos_embed = randn(DIM), randn(1, DIM), randn(case.num_patches, DIM)
     counts = torch.full_like(kept_indices(case)[:, 0], case.kept)
-    (cu_seqlens, _, total, _), _ = ops.pack(counts, torch.zeros_like(counts), 1, 1)
+    (cu_seqlens, _, total, _), _ = ops.pack(counts, torch.zeros_like(counts), [(1, 1)], 1)
 
     def make_arguments():
         indices = kept_indices(case)

@@ -21,7 +21,7 @@ def test_front_end(case, compare):
     def own(images, logits, features):
         law = ops.Law(tau=None, gamma=0.0, min_keep=case.keep)
         selection = ops.select_tokens(logits, features, class_weight, feature_size, [case.grid], law)
-        packed, _ = ops.pack(selection.counts, selection.levels, 1, 1)
+        packed, _ = ops.pack(selection.counts, selection.levels, [(1, 1)], 1)
         packing = selection.indices, packed.cu_seqlens, packed.total
         return ops.embed_tokens(images, weight, bias, prefix, pos_embed, *packing)
 

@@ -15,7 +15,7 @@ def user(tokens, prefix, kept):
 def test_gather_tokens(case, compare):
     prefix = randn(1, 1, DIM).expand(case.batch, -1, -1)
     counts = torch.full_like(kept_indices(case)[:, 0], case.kept)
-    (cu_seqlens, _, total, _), _ = ops.pack(counts, torch.zeros_like(counts), 1, 1)
+    (cu_seqlens, _, total, _), _ = ops.pack(counts, torch.zeros_like(counts), [(1, 1)], 1)
 
     def make_arguments():
         indices = kept_indices(case)

@@ -164,7 +164,8 @@ class TinyDrop:
                     policy.saliency,
                 )
         with self._stage(seconds, "pack", images):
-            packed, parts = ops.pack(selection.counts, selection.levels, len(levels), model.num_prefix_tokens)
+            prefix = self._family.num_prefix_tokens(model)
+            packed, parts = ops.pack(selection.counts, selection.levels, levels, prefix)
         return Plan(policy, guided, selection, levels, packed, parts, seconds)
 
     def levels(self, grid: Grid) -> list[Grid]:
@@ -179,9 +180,7 @@ class TinyDrop:
         logits = plan.guided.logits
         if plan.parts:
             staying = torch.cat([part.images for part in plan.parts]).long()
-            reduced = self._through_target(
-                images, plan.selection.indices, plan.packed, plan.parts, plan.levels, seconds
-            )
+            reduced = self._through_target(images, plan.selection.indices, plan.packed, plan.parts, seconds)
             answers = blended(reduced, logits[staying], policy.blend)
             if policy.second_look is not None:
                 with self._stage(seconds, "second look", images):
@@ -200,33 +199,38 @@ class TinyDrop:
         indices: Tensor,
         packed: Packed,
         parts: list[Part],
-        levels: list[Grid],
         seconds: dict[str, float],
     ) -> Tensor:
         """The target's logits for the images of the parts, one after the other: ``(segments, classes)``."""
         model, family = self._model, self._family
         with self._stage(seconds, "embed", images):
-            tokens = self._embed(images, indices, parts, levels)
+            tokens, packed = self._embed(images, indices, packed, parts)
         with self._stage(seconds, "blocks", images):
-            tokens, packed = family.encode(model, tokens, packed)
+            tokens, packed = family.encode(model, tokens, packed, parts)
         with self._stage(seconds, "head", images):
             return family.classify(model, tokens, packed)
 
     @eager  # one launch a level; compiled, every mix of levels would be a graph of its own
-    def _embed(self, images: Tensor, indices: Tensor, parts: list[Part], levels: list[Grid]) -> Tensor:
-        """Packed tokens, part by part; images resized where their grid is not the dense one."""
-        tokens = []
+    def _embed(self, images: Tensor, indices: Tensor, packed: Packed, parts: list[Part]) -> tuple[Tensor, Packed]:
+        """Packed tokens, part by part, and where they are; images resized where their grid is not the dense one."""
+        model, family = self._model, self._family
+        dense, tokens, positions = family.grid_size(model, images), [], []
         for part in parts:
-            rows, columns = grid = levels[part.level]
+            rows, columns = part.grid
             is_whole = len(part.images) == len(images)  # in their own order then
             pixels, kept = (t if is_whole else t.index_select(0, part.images) for t in (images, indices))
-            if part.level:
-                patch = self._family.patch_size(self._model)
-                assert patch is not None  # or there would be one level
-                pixels = resized_images(pixels, patch, levels[0], grid)
+            if part.grid != dense:
+                patch = family.patch_size(model)
+                assert patch is not None  # or there would be one grid
+                pixels = resized_images(pixels, patch, dense, part.grid)
             kept = kept[:, : rows * columns]
-            tokens.append(self._family.embed(self._model, pixels, kept, part.cu_seqlens, part.total, grid))
-        return tokens[0] if len(tokens) == 1 else torch.cat(tokens)
+            tokens.append(family.embed(model, pixels, kept, part.cu_seqlens, part.total, part.grid))
+            if family.READS_POSITIONS:
+                prefix = family.num_prefix_tokens(model)
+                positions.append(ops.patch_positions(kept, part.cu_seqlens, part.total, prefix))
+        if positions:
+            packed = packed._replace(positions=torch.cat(positions))
+        return tokens[0] if len(tokens) == 1 else torch.cat(tokens), packed
 
     @eager_outside
     def _look_again(
@@ -239,13 +243,13 @@ class TinyDrop:
         doubtful = again.nonzero()[:, 0]
         if len(doubtful) == 0:
             return answers, again
-        chosen, length = staying[doubtful], self._model.num_prefix_tokens + dense
+        chosen, length = staying[doubtful], self._family.num_prefix_tokens(self._model) + dense
         places = torch.arange(max(dense, len(chosen) + 1), dtype=torch.int32, device=images.device)
         starts = places[: len(chosen) + 1] * length
         packed = Packed(starts, length, len(chosen) * length)
-        part = Part(0, places[: len(chosen)], starts, packed.total)
+        part = Part(plan.levels[0], places[: len(chosen)], starts, packed.total)
         everything = places[:dense].expand(len(chosen), -1)
-        logits = self._through_target(images[chosen], everything, packed, [part], plan.levels, {})
+        logits = self._through_target(images[chosen], everything, packed, [part], {})
         return answers.index_copy(0, doubtful, blended(logits, guided[chosen], plan.policy.blend)), again
 
     @eager

@@ -129,14 +129,14 @@ def _tried(family: Family, model: TimmModule) -> str | None:
             module.training = training
 
 
-def _forward(model: TimmModule, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+def _forward(model: TimmModule, x: Tensor, *masks: object, **named_masks: object) -> Tensor:
     if is_tracing() or torch.compiler.is_exporting():
         raise RuntimeError("model: a patched model cannot be traced or exported; use torch.compile, or unpatch it")
     logits: Tensor
     if model.training:
-        logits = type(model).forward(model, x, attn_mask=attn_mask, is_causal=is_causal)
+        logits = type(model).forward(model, x, *masks, **named_masks)
         return logits
-    if attn_mask is not None or is_causal:
+    if any(mask is not None and mask is not False for mask in (*masks, *named_masks.values())):
         raise ValueError("attn_mask, is_causal: a patched model has no dense sequence they could refer to")
     logits = model.tinydrop(x)
     return logits

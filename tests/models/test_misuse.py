@@ -73,7 +73,7 @@ def dropout_at_test_time(vit):
         (override_features, "its forward_features was replaced"),
         (replace_attention, "an attention was replaced"),
         (hook_on_blocks, "hooks on blocks"),
-        (own_patch_drop, "a patch_drop that is more"),
+        (own_patch_drop, "a patch_drop of type"),
         (dropout_at_test_time, "dropout in train mode"),
     ],
 )

@@ -29,6 +29,8 @@ ROOMS = (
     ("guidance",),
     ("families.base",),
     ("families.grids", "families.blocks"),
+    ("families.checks", "families.embedding", "families.pools"),
+    ("families.costs",),
     ("families.*",),
     ("families",),
     ("report",),

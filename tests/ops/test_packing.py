@@ -5,14 +5,16 @@ from itertools import pairwise
 import pytest
 import torch
 
-from tinydrop_kernels.ops import pack
+from tinydrop_kernels.ops import pack, patch_positions
 
 from .cases import cu_seqlens_of
+
+GRIDS = [(9, 9), (8, 8), (7, 7), (6, 6)]
 
 
 def check_pack(counts, levels, num_levels, prefix, device):
     given = (torch.tensor(values, dtype=torch.int32, device=device) for values in (counts, levels))
-    assert_packed(*pack(*given, num_levels, prefix), counts, levels, num_levels, prefix)
+    assert_packed(*pack(*given, GRIDS[:num_levels], prefix), counts, levels, num_levels, prefix)
 
 
 def assert_packed(packed, parts, counts, levels, num_levels, prefix):
@@ -28,7 +30,7 @@ def assert_packed(packed, parts, counts, levels, num_levels, prefix):
     assert len(parts) == len(expected_parts)
     for part, (level, images, own_lengths) in zip(parts, expected_parts, strict=True):
         assert part.images.dtype == part.cu_seqlens.dtype == torch.int32
-        assert (part.level, part.images.tolist(), part.total) == (level, images, sum(own_lengths))
+        assert (part.grid, part.images.tolist(), part.total) == (GRIDS[level], images, sum(own_lengths))
         assert [end - start for start, end in pairwise(part.cu_seqlens.tolist())] == own_lengths
         assert part.cu_seqlens[0] == 0
 
@@ -68,4 +70,13 @@ def test_one_level(backend):
 def test_counts_and_levels_with_gaps(backend):
     counts = torch.tensor([3, 99, 0, 99, 5, 99], dtype=torch.int32, device=backend.device)[::2]
     levels = torch.tensor([1, 99, 0, 99, 0, 99], dtype=torch.int32, device=backend.device)[::2]
-    assert_packed(*pack(counts, levels, 2, 1), [3, 0, 5], [1, 0, 0], 2, 1)
+    assert_packed(*pack(counts, levels, GRIDS[:2], 1), [3, 0, 5], [1, 0, 0], 2, 1)
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+def test_positions(backend, prefix):
+    indices = torch.tensor([[0, 3, 7, -1], [-1, -1, -1, -1], [2, -1, -1, -1]], dtype=torch.int32)
+    rows = [*[-1] * prefix, 0, 3, 7, *[-1] * prefix, 2]
+    starts = cu_seqlens_of([prefix + 3, 0, prefix + 1]).to(backend.device)
+    positions = patch_positions(indices.to(backend.device), starts, len(rows), prefix)
+    assert positions.dtype == torch.int32 and positions.tolist() == rows

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tinydrop_kernels import ops
-from tinydrop_kernels.ops.types import Grid, Packed, TimmModule
+from tinydrop_kernels.ops.types import Grid, Packed, Part, TimmModule
 
 
 class UnsupportedModelError(TypeError):
@@ -21,6 +21,7 @@ class Family(Protocol):
     """
 
     NAME: str
+    READS_POSITIONS: bool  # whether :meth:`encode` asks where on its grid each token is (``Packed.positions``)
 
     def accepts(self, model: nn.Module) -> bool:
         """Whether the model is of this family at all."""
@@ -37,14 +38,17 @@ class Family(Protocol):
     def attentions(self, model: TimmModule) -> list[nn.Module]:
         """The modules that must know about segments; :meth:`attend` stands in for their forward."""
 
-    def attend(self, attention: TimmModule, x: Tensor, attn_mask: Any = None, is_causal: bool = False) -> Tensor:
-        """The attention's forward on packed tokens when handed a :class:`Packed`; timm's own otherwise."""
+    def attend(self, attention: TimmModule, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The attention's forward: on packed tokens when :meth:`encode` says where they are, else timm's own."""
 
     def check_images(self, model: TimmModule, images: Tensor) -> None:
         """Raise ValueError where the model would refuse the size of the images."""
 
     def grid_size(self, model: TimmModule, images: Tensor) -> Grid:
         """Rows and columns of the patch grid of these images."""
+
+    def num_prefix_tokens(self, model: TimmModule) -> int:
+        """Tokens of each image in front of its patches."""
 
     def patch_size(self, model: TimmModule) -> tuple[int, int] | None:
         """Height and width of a patch, or None where images of another grid make no sense to the model."""
@@ -54,8 +58,10 @@ class Family(Protocol):
     ) -> Tensor:
         """Packed tokens ``(total, dim)`` as they enter the first block, of images that all have this grid."""
 
-    def encode(self, model: TimmModule, tokens: Tensor, packed: Packed) -> tuple[Tensor, Packed]:
-        """The blocks and the final norm: what the head reads of the tokens, and where it is."""
+    def encode(
+        self, model: TimmModule, tokens: Tensor, packed: Packed, parts: list[Part], read_all: bool = False
+    ) -> tuple[Tensor, Packed]:
+        """The blocks and the final norm: what the head reads of the tokens, or all of them, and where they are."""
 
     def classify(self, model: TimmModule, tokens: Tensor, packed: Packed) -> Tensor:
         """Pool and head, of what :meth:`encode` gives: ``(segments, classes)``."""
@@ -69,6 +75,9 @@ class Family(Protocol):
     def dense_classify(self, model: TimmModule, tokens: Tensor) -> Tensor:
         """timm's own pool and head."""
 
+    def trial_patches(self, model: TimmModule, grid: Grid) -> int:
+        """How many patches of the grid, the first ones, :meth:`dense_encode` must have: all where it counts on them."""
+
     def flops(self, model: TimmModule, counts: list[int], grid: Grid) -> int:
         """FLOPs of images of this grid of which so many patches are kept, 0 for one that exits."""
 
@@ -80,8 +89,9 @@ def find_mismatch(family: Family, model: TimmModule) -> str | None:
     """Which stage of a patched model is not timm's when everything is kept, or None: tried on noise.
 
     Catches what no list of supported parts can: a projection that is more than its weight, hooks that change what they
-    see, norms and MLPs that mix tokens, a timm that works otherwise. The embedding is tried on one image, the blocks
-    and the head on two sequences of a few tokens, so the trial costs little more than reading the weights once.
+    see, norms and MLPs that mix tokens, a timm that works otherwise. The embedding is tried on one image; the blocks
+    and the head on two sequences of a few tokens, which costs little more than reading the weights once, or on the
+    tokens of one image where timm's blocks take no fewer.
     """
     parameter = next(model.parameters())
     generator = torch.Generator().manual_seed(0)
@@ -89,39 +99,49 @@ def find_mismatch(family: Family, model: TimmModule) -> str | None:
     def noise(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(parameter.device, parameter.dtype)
 
-    def packed_as(segments: int, patches: int) -> Packed:
-        counts = torch.full((segments,), patches, dtype=torch.int32, device=parameter.device)
-        packed, _ = ops.pack(counts, torch.zeros_like(counts), 1, model.num_prefix_tokens)
-        return packed
-
     image = noise(1, model.in_chans, *model.patch_embed.img_size)
     grid = family.grid_size(model, image)
     patches = grid[0] * grid[1]
-    indices = torch.arange(patches, dtype=torch.int32, device=parameter.device)[None]
-    packed = packed_as(1, patches)
-    expected = family.dense_embed(model, image)
-    tokens = family.embed(model, image, indices, packed.cu_seqlens, packed.total, grid)
-    if not _agrees(tokens, expected[0]):
-        if not torch.isfinite(expected).all():
+    indices, packed, parts = _everything(family, model, 1, patches, grid)
+    embedded = family.dense_embed(model, image)
+    tokens = family.embed(model, image, indices, parts[0].cu_seqlens, parts[0].total, grid)
+    if not _agrees(tokens, embedded[0]):
+        if not torch.isfinite(embedded).all():
             return "weights that are not finite: its patch embedding answers NaN or infinity to noise"
         return "a patch embedding that is not what its weights say"
 
-    sequences = noise(2, model.num_prefix_tokens + 3, expected.shape[2])
-    packed = packed_as(2, 3)
-    expected = family.dense_encode(model, sequences)
-    tokens, read = family.encode(model, sequences.flatten(0, 1), packed)
-    rows = read.total // 2  # of each sequence, from its first on
-    if not _agrees(tokens, expected[:, :rows].flatten(0, 1)):
-        if not torch.isfinite(expected).all():
+    few = family.trial_patches(model, grid)
+    if few < patches:
+        _, packed, parts = _everything(family, model, 2, few, grid)
+        embedded = embedded[:, : family.num_prefix_tokens(model) + few].expand(2, -1, -1)
+    sequences = noise(*embedded.shape)
+    encoded = family.dense_encode(model, sequences)
+    tokens, read = family.encode(model, sequences.flatten(0, 1), packed, parts)
+    rows = read.total // len(encoded)  # of each sequence, from its first on
+    if not _agrees(tokens, encoded[:, :rows].flatten(0, 1)):
+        if not torch.isfinite(encoded).all():
             return "weights that are not finite: its blocks answer NaN or infinity to noise"
         return "blocks that are not timm's, or that mix tokens elsewhere than in attention"
+    sequences = noise(*encoded.shape)
     expected = family.dense_classify(model, sequences)
-    tokens = sequences[:, :rows].flatten(0, 1)
-    if not _agrees(family.classify(model, tokens, read), expected):
+    if not _agrees(family.classify(model, sequences[:, :rows].flatten(0, 1), read), expected):
         if not torch.isfinite(expected).all():
             return "weights that are not finite: its head answers NaN or infinity to noise"
         return "a pool or head that is not timm's"
     return None
+
+
+def _everything(
+    family: Family, model: TimmModule, images: int, patches: int, grid: Grid
+) -> tuple[Tensor, Packed, list[Part]]:
+    """Indices and layout of images that all keep the first patches of the grid."""
+    device = next(model.parameters()).device
+    prefix = family.num_prefix_tokens(model)
+    counts = torch.full((images,), patches, dtype=torch.int32, device=device)
+    packed, parts = ops.pack(counts, torch.zeros_like(counts), [grid], prefix)
+    indices = torch.arange(patches, dtype=torch.int32, device=device).expand(images, -1)
+    positions = ops.patch_positions(indices, packed.cu_seqlens, packed.total, prefix)
+    return indices, packed._replace(positions=positions), parts
 
 
 def _agrees(out: Tensor, expected: Tensor) -> bool:

@@ -3,7 +3,7 @@
 from tinydrop_kernels.ops.attention import varlen_attention
 from tinydrop_kernels.ops.embed import embed_tokens
 from tinydrop_kernels.ops.gather import gather_tokens
-from tinydrop_kernels.ops.packing import pack
+from tinydrop_kernels.ops.packing import pack, patch_positions
 from tinydrop_kernels.ops.pool import segment_pool
 from tinydrop_kernels.ops.registry import OPERATORS, use_backend
 from tinydrop_kernels.ops.select import apply_law, select_from_saliency, select_tokens
@@ -21,6 +21,7 @@ __all__ = [
     "embed_tokens",
     "gather_tokens",
     "pack",
+    "patch_positions",
     "segment_pool",
     "select_from_saliency",
     "select_tokens",

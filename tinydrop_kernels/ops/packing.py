@@ -6,38 +6,53 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tinydrop_kernels.ops.gather import gather_tokens
 from tinydrop_kernels.ops.registry import define, reference, triton
 from tinydrop_kernels.ops.tracing import eager
-from tinydrop_kernels.ops.types import Packed, Part
+from tinydrop_kernels.ops.types import Grid, Packed, Part
 
 
 @eager  # it ends a graph anyway, and what is read back would be taken for constants
-def pack(counts: Tensor, levels: Tensor, num_levels: int, num_prefix_tokens: int) -> tuple[Packed, list[Part]]:
+def pack(counts: Tensor, levels: Tensor, grids: list[Grid], num_prefix_tokens: int) -> tuple[Packed, list[Part]]:
     """Lay the kept tokens of a batch behind one another, images of one grid beside one another.
 
-    Within a level the images keep their order. Those that exited have no segment. Reads ``2 * num_levels + 2`` numbers
+    Within a level the images keep their order. Those that exited have no segment. Reads ``2 * len(grids) + 2`` numbers
     back from the device, in one copy: the only synchronisation of a batch.
 
     Args:
         counts: int32 ``(batch,)``, ``batch >= 1``: kept patches, 0 for an image that exits.
         levels: int32 ``(batch,)``, which grid is an image's own.
-        num_levels: how many grids there are.
+        grids: rows and columns of each.
         num_prefix_tokens: rows that every image that does not exit brings in front of its patches.
 
     Returns:
-        The layout, and its parts, one for each level in use, in the order in which their rows are packed.
+        The layout, and its parts, one for each grid in use, in the order in which their rows are packed.
     """
-    order, cu_seqlens, sizes = _op(counts, levels, num_levels, num_prefix_tokens)
+    order, cu_seqlens, sizes = _op(counts, levels, len(grids), num_prefix_tokens)
     max_seqlen, total, *by_level = sizes.tolist()
-    images, rows = by_level[:num_levels], by_level[num_levels:]
+    images, rows = by_level[: len(grids)], by_level[len(grids) :]
     starts = list(accumulate(images, initial=0))
     parts, first_row = [], 0
     for level, (start, end) in enumerate(pairwise(starts)):
         if end > start:
             own_starts = cu_seqlens[start : end + 1] - first_row if first_row else cu_seqlens[: end + 1]
-            parts.append(Part(level, order[start:end], own_starts, rows[level]))
+            parts.append(Part(grids[level], order[start:end], own_starts, rows[level]))
             first_row += rows[level]
     return Packed(cu_seqlens[: starts[-1] + 1], max_seqlen, total), parts
+
+
+def patch_positions(indices: Tensor, cu_seqlens: Tensor, total: int, num_prefix_tokens: int) -> Tensor:
+    """Where each packed row's patch is on its image's grid: int32 ``(total,)``, -1 for a prefix token.
+
+    Args:
+        indices, cu_seqlens, total: as in :func:`ops.embed_tokens`.
+        num_prefix_tokens: rows in front of each segment's patches.
+    """
+    segments, patches = indices.shape
+    numbers = torch.arange(patches, dtype=torch.int32, device=indices.device).view(1, patches, 1)
+    prefix = torch.full((1, num_prefix_tokens, 1), -1, dtype=torch.int32, device=indices.device)
+    expanded = numbers.expand(segments, -1, -1), prefix.expand(segments, -1, -1)
+    return gather_tokens(*expanded, indices, cu_seqlens, total)[:, 0]
 
 
 def _reference(counts: Tensor, levels: Tensor, num_levels: int, num_prefix_tokens: int) -> tuple[Tensor, ...]:

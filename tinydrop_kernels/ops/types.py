@@ -61,13 +61,14 @@ class Packed(NamedTuple):
     cu_seqlens: Tensor  # int32 (segments + 1,): where each segment begins, and the total
     max_seqlen: int  # longest segment
     total: int  # rows of the packed tokens
-    positions: Tensor | None = None  # int32 (total,): each row's patch, negative for prefix tokens; if the model asks
+    positions: Tensor | None = None  # int32 (total,): each row's patch on its own grid, -1 for a prefix token; made
+    # for the families that ask for it (:func:`ops.patch_positions`)
 
 
 class Part(NamedTuple):
     """The images of a batch that share a grid: they are embedded together, and are neighbours in the packed batch."""
 
-    level: int
+    grid: Grid
     images: Tensor  # int32 (n,): their places in the batch
     cu_seqlens: Tensor  # int32 (n + 1,): where each segment begins, counted from the part's first row
     total: int  # rows of the part

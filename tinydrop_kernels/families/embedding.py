@@ -1,0 +1,102 @@
+"""From images to tokens, for the families whose stem is timm's ``PatchEmbed``: one token a patch, nothing between them.
+
+Dropped patches do not go through it: it is a convolution whose stride is its kernel, hence linear in the pixels of one
+patch (:func:`ops.embed_tokens`). A stem that is more than that runs whole, and the kept tokens are gathered behind it.
+"""
+
+from typing import Any
+
+import torch
+from timm.layers import PatchEmbed
+from torch import Tensor, nn
+
+from tinydrop_kernels import ops
+from tinydrop_kernels.families.blocks import has_hooks
+from tinydrop_kernels.families.grids import resampled_positions
+from tinydrop_kernels.ops.types import Grid, TimmModule
+
+
+def check_images(model: TimmModule, images: Tensor) -> None:
+    """See :class:`base.Family`."""
+    height, width = images.shape[-2:]
+    patch = model.patch_embed
+    if getattr(model, "dynamic_img_size", False):
+        rows, columns = patch.feat_ratio(as_scalar=False)
+        whole = patch.dynamic_img_pad or not (height % rows or width % columns)
+        if not (height and width and whole):
+            raise ValueError(f"images: got {height} x {width}, expected multiples of the patch {rows} x {columns}")
+    elif (height, width) != tuple(patch.img_size):
+        raise ValueError(f"images: got {height} x {width}, expected {patch.img_size[0]} x {patch.img_size[1]}")
+
+
+def grid_size(model: TimmModule, images: Tensor) -> Grid:
+    """See :class:`base.Family`."""
+    rows, columns = model.patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))
+    return rows, columns
+
+
+def num_prefix_tokens(model: TimmModule) -> int:
+    """See :class:`base.Family`."""
+    count: int = model.num_prefix_tokens
+    return count
+
+
+def patch_size(model: TimmModule) -> tuple[int, int] | None:
+    """See :class:`base.Family`."""
+    if not embeds_kept_only(model):
+        return None
+    height, width = model.patch_embed.proj.weight.shape[-2:]
+    return height, width
+
+
+def embeds_kept_only(model: TimmModule) -> bool:
+    """Whether the patch embedding is a plain projection, so that dropped patches need not go through it."""
+    patch_embed = model.patch_embed
+    if type(patch_embed) is not PatchEmbed or patch_embed.dynamic_img_pad:
+        return False
+    projection, norm = patch_embed.proj, patch_embed.norm
+    plain = type(projection) is nn.Conv2d and type(norm) is nn.Identity
+    return plain and not any(map(has_hooks, (patch_embed, projection, norm)))
+
+
+def embed_kept(
+    model: TimmModule, images: Tensor, indices: Tensor, cu_seqlens: Tensor, total: int, grid: Grid
+) -> Tensor:
+    """Kept patches projected, with their positions, and the prefix tokens: ``(total, dim)``.
+
+    Args:
+        model: for which :func:`embeds_kept_only`.
+        images, indices, cu_seqlens, total, grid: as for :class:`base.Family`'s ``embed``.
+    """
+    projection = model.patch_embed.proj
+    prefix, pos_embed = _prefix_and_positions(model, grid)
+    images, weight, bias, prefix, pos_embed = _autocast(images, projection.weight, projection.bias, prefix, pos_embed)
+    tokens = ops.embed_tokens(images, weight, bias, prefix, pos_embed, indices, cu_seqlens, total)
+    return tokens.to(projection.weight.dtype)
+
+
+def gather_kept(tokens: Tensor, num_prefix_tokens: int, indices: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
+    """Kept rows of tokens ``(segments, num_prefix_tokens + patches, dim)``: ``(total, dim)``."""
+    prefix, patches = tokens[:, :num_prefix_tokens], tokens[:, num_prefix_tokens:]
+    return ops.gather_tokens(patches, prefix, indices, cu_seqlens, total)
+
+
+def _autocast(*tensors: Tensor | None) -> Any:
+    """The tensors as autocast would hand them to a convolution: it does not reach into a registered operator."""
+    device_type = next(tensor for tensor in tensors if tensor is not None).device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
+
+
+def _prefix_and_positions(model: TimmModule, grid: Grid) -> tuple[Tensor, Tensor | None]:
+    """Prefix tokens with their positions ``(num_prefix_tokens, dim)`` and the patches' positions ``(patches, dim)``."""
+    tokens = [getattr(model, name, None) for name in ("cls_token", "dist_token", "reg_token")]
+    rows = [token[0] for token in tokens if token is not None]
+    prefix = torch.cat(rows) if rows else model.patch_embed.proj.weight.new_empty(0, model.embed_dim)
+    if model.pos_embed is None:
+        return prefix, None
+    own = 0 if getattr(model, "no_embed_class", False) else model.num_prefix_tokens
+    pos_embed = resampled_positions(model.pos_embed, tuple(model.patch_embed.grid_size), grid, own)
+    return (prefix + pos_embed[0, :own] if own else prefix), pos_embed[0, own:]
