@@ -48,11 +48,11 @@ def patch_positions(indices: Tensor, cu_seqlens: Tensor, total: int, num_prefix_
         indices, cu_seqlens, total: as in :func:`ops.embed_tokens`.
         num_prefix_tokens: rows in front of each segment's patches.
     """
-    segments, patches = indices.shape
-    numbers = torch.arange(patches, dtype=torch.int32, device=indices.device).view(1, patches, 1)
-    prefix = torch.full((1, num_prefix_tokens, 1), -1, dtype=torch.int32, device=indices.device)
-    expanded = numbers.expand(segments, -1, -1), prefix.expand(segments, -1, -1)
-    return gather_tokens(*expanded, indices, cu_seqlens, total)[:, 0]
+    segments, places = indices.shape
+    place = torch.arange(places, dtype=torch.int32, device=indices.device)
+    prefix = torch.full((1, 1, 1), -1, dtype=torch.int32, device=indices.device)
+    prefix = prefix.expand(segments, num_prefix_tokens, -1)
+    return gather_tokens(indices[..., None], prefix, place.where(indices >= 0, -1), cu_seqlens, total)[:, 0]
 
 
 def _reference(counts: Tensor, levels: Tensor, num_levels: int, num_prefix_tokens: int) -> tuple[Tensor, ...]:
