@@ -21,17 +21,36 @@ def tiny_guidance(num_classes: int = 5, in_chans: int = 3, sharpness: float = 12
 
 
 def with_random_weights(model: torch.nn.Module) -> torch.nn.Module:
-    """Eval mode, and every parameter and running statistic that timm starts at zero or one made to matter."""
+    """Eval mode, and every parameter and running statistic that timm starts at zero or one made to matter.
+
+    Queries and keys are made longer: as timm starts them, every key weighs nearly the same, wherever it is.
+    """
     with torch.no_grad():
         for name, tensor in model.named_parameters():
-            if tensor.ndim <= 1 or "token" in name or "pos_embed" in name or "latent" in name:
+            if tensor.ndim <= 1 or any(part in name for part in ("token", "pos_embed", "latent", "bias_table")):
                 tensor.add_(0.2 * torch.randn_like(tensor))
+            if name.endswith((".qkv.weight", ".q_proj.weight", ".k_proj.weight")):
+                tensor.mul_(10)
         for name, tensor in model.named_buffers():
             if name.endswith("running_mean"):
                 tensor.add_(0.2 * torch.randn_like(tensor))
             if name.endswith("running_var"):
                 tensor.mul_(0.5 + torch.rand_like(tensor))
     return model.eval()
+
+
+def masked_features(model, images: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """timm's own ``forward_features`` with some tokens hidden from attention; ``seen`` is bool ``(tokens,)``."""
+    mask = seen.expand(1, 1, len(seen), len(seen))
+    if not isinstance(model, timm.models.Beit):
+        return model.forward_features(images, attn_mask=mask)
+    patches = model.patch_embed(images)  # its forward takes no mask, but its blocks add whatever the model shares
+    x = torch.cat((model.cls_token.expand(len(patches), -1, -1), patches), dim=1)
+    x = x if model.pos_embed is None else x + model.pos_embed
+    hidden = torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))
+    for block in model.blocks:
+        x = block(x, shared_rel_pos_bias=hidden if model.rel_pos_bias is None else hidden + model.rel_pos_bias())
+    return model.norm(x)
 
 
 def varied_images(batch: int, size: int = 32) -> torch.Tensor:

@@ -9,7 +9,7 @@ The models are timm's own constructors, made small (few blocks, few channels, fe
 import pytest
 import timm
 import torch
-from helpers import tiny_guidance, tiny_vit, varied_images, with_random_weights
+from helpers import masked_features, tiny_guidance, tiny_vit, varied_images, with_random_weights
 from timm.models.vision_transformer import ResPostBlock
 
 import tinydrop_kernels as tdk
@@ -53,6 +53,43 @@ MODELS = {
     "gated": ("vit_small_patch16_224", {"img_size": 64, "gated": True}, (64, 64)),
     "norm after": ("vit_small_patch16_224", {"img_size": 64, "block_fn": ResPostBlock}, (64, 64)),
     "stem without projection": ("vitamin_small_224", {"img_size": 128, "embed_dim": 384, "num_heads": 6}, (128, 128)),
+    "beit": ("beit_base_patch16_224", {"img_size": 64}, (64, 64)),
+    "beit, not square": ("beit_base_patch16_224", {"img_size": (64, 96)}, (64, 96)),
+    "beitv2": ("beitv2_base_patch16_224", {"img_size": 64}, (64, 64)),
+    "beit, shared bias": (
+        "beit_base_patch16_224",
+        {"img_size": 64, "use_rel_pos_bias": False, "use_shared_rel_pos_bias": True},
+        (64, 64),
+    ),
+    "beit, both biases": ("beit_base_patch16_224", {"img_size": 64, "use_shared_rel_pos_bias": True}, (64, 64)),
+    "beit, positions alone": (
+        "beit_base_patch16_224",
+        {"img_size": 64, "use_rel_pos_bias": False, "use_abs_pos_emb": True, "global_pool": "token"},
+        (64, 64),
+    ),
+    "eva": ("eva_giant_patch14_224", {"img_size": 70}, (70, 70)),
+    "eva02": ("eva02_base_patch14_224", {"img_size": 70}, (70, 70)),
+    "eva02, not square": ("eva02_small_patch14_224", {"img_size": (70, 98)}, (70, 98)),
+    "eva02, norm after, clip": ("eva02_enormous_patch14_clip_224", {"img_size": 70}, (70, 70)),
+    "dinov3": ("vit_small_patch16_dinov3", {}, (96, 64)),
+    "dinov3, biased, swiglu": ("vit_huge_plus_patch16_dinov3_qkvb", {}, (64, 64)),
+    "dinov3, max": ("vit_small_patch16_dinov3", {"global_pool": "max"}, (64, 64)),
+    "dinov3, avgmax": ("vit_small_patch16_dinov3", {"global_pool": "avgmax"}, (64, 64)),
+    "pe core": ("vit_pe_core_base_patch16_224", {"img_size": 64, "attn_pool_num_heads": 2}, (64, 64)),
+    "pe spatial": ("vit_pe_spatial_base_patch16_512", {"img_size": 64}, (64, 64)),
+    "rope": ("vit_small_patch16_rope_224", {"img_size": 64}, (64, 64)),
+    "rope and positions": ("vit_small_patch16_rope_ape_224", {"img_size": 64}, (64, 64)),
+    "rope, mixed": ("vit_small_patch16_rope_mixed_224", {"img_size": 64}, (64, 64)),
+    "rope, mixed, and positions": ("vit_small_patch16_rope_mixed_ape_224", {"img_size": (64, 96)}, (64, 96)),
+    "rope, registers, gap": ("vit_medium_patch16_rope_reg1_gap_256", {"img_size": 64}, (64, 64)),
+    "rope, map": ("vit_small_patch16_rope_224", {"img_size": 64, "global_pool": "map"}, (64, 64)),
+    "mrope": (
+        "vit_small_patch16_rope_224",
+        {"img_size": 64, "rope_type": "mrope", "rope_grid_indexing": "ij"},
+        (64, 64),
+    ),
+    "fewer key heads": ("vit_base_patch16_sapiens2", {"num_heads": 4, "num_kv_heads": 2}, (64, 64)),
+    "lingbot": ("vit_small_patch16_lingbot", {}, (64, 64)),
     "convolutional stem": ("vit_small_r26_s32_224", {"img_size": 128}, (128, 128)),
 }
 
@@ -101,8 +138,38 @@ def test_keep_a_subset_is_dense_timm_masked(key):
             seen[:prefix] = True
             seen[prefix + patches.long()] = True
             assert prefix < seen.sum() < total, "some are kept and some dropped, or nothing is tested"
-            tokens = model.forward_features(images[b : b + 1], attn_mask=seen.expand(1, 1, total, total))
+            tokens = masked_features(model, images[b : b + 1], seen)
             close(out[b : b + 1], model.forward_head(tokens[:, seen]))
+
+
+BEYOND_VIT = ["beit", "beit, both biases", "eva02", "dinov3", "rope, mixed", "pe core", "fewer key heads"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("key", BEYOND_VIT)
+def test_half_precision_is_dense_timm_in_it(key, dtype):
+    model, images = make(key)
+    with torch.inference_mode():
+        wanted = model(images)
+        tdk.patch(model.to(dtype), tiny_guidance(), tdk.DropPolicy.fixed(1.0))
+        out = model(images.to(dtype)).float()
+    assert (out - wanted).abs().max() <= 2e-2 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("key", BEYOND_VIT)
+def test_unpatched_is_as_it_was(key):
+    """Also after a call that went wrong; exits, blend and second look work meanwhile."""
+    model, images = make(key)
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    with torch.inference_mode():
+        wanted = model(images)
+        tdk.patch(model, tiny_guidance(), tdk.DropPolicy(0.6, 1.0, 0.1, 0.5, 0.2, (0.5, 0.9)))
+        assert model(images).isfinite().all()
+        with pytest.raises(ValueError, match="^images: got"):
+            model(images[..., :-1])
+        tdk.unpatch(model)
+        assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+        assert torch.equal(model(images), wanted)
 
 
 @pytest.mark.parametrize(
@@ -158,8 +225,6 @@ def test_exits_answer_with_the_guidance_model():
     ("name", "reason"),
     [
         ("swin_tiny_patch4_window7_224", "SwinTransformer"),
-        ("beit_base_patch16_224", "Beit"),
-        ("eva02_tiny_patch14_224", "Eva"),
         ("naflexvit_base_patch16_gap", "NaFlexVit"),
         ("resnet18", "ResNet"),
         ("vit_relpos_small_patch16_224", "VisionTransformerRelPos"),

@@ -14,7 +14,21 @@ from tinydrop_kernels import ops
 
 
 @pytest.mark.parametrize(
-    "key", ["augreg", "gap and registers", "siglip map", "deit distilled", "aimv2", "max", "not square"]
+    "key",
+    [
+        "augreg",
+        "gap and registers",
+        "siglip map",
+        "deit distilled",
+        "aimv2",
+        "max",
+        "not square",
+        "beit, both biases",
+        "eva02",
+        "dinov3",
+        "rope, mixed",
+        "pe core",
+    ],
 )
 def test_same_answers_as_the_reference(key):
     model, images = make(key)

@@ -1,15 +1,15 @@
 """Images at grids of their own against timm at those sizes: mixed levels in one batch, exact.
 
-The oracle is a model that timm itself builds at the image's size (``img_size``, positions by timm's function),
+The oracle is the model that timm itself makes of it for the image's size (``set_input_size``),
 on the image resized to ``grid x patch``, with the dropped keys masked. Every image of a batch is compared by itself.
 """
 
+import copy
+
 import pytest
-import timm
 import torch
-from helpers import tiny_guidance, tiny_vit, varied_images
-from test_families import MODELS, SMALL, close, make
-from timm.layers import resample_abs_pos_embed
+from helpers import masked_features, tiny_guidance, tiny_vit, varied_images
+from test_families import MODELS, close, make
 
 import tinydrop_kernels as tdk
 from tinydrop_kernels.families import family_of
@@ -18,25 +18,14 @@ HYBRIDS = ("stem without projection", "convolutional stem", "dynamic size and pa
 GRIDS_OF = {"dinov2 at 518": (37, 37)}
 
 
-def at_size(key, model, size):
-    """The same weights in a model that timm builds for images of another size."""
-    name, options, _ = MODELS[key]
-    options = {k: v for k, v in (SMALL | options).items() if k not in ("gated", "dynamic_img_size", "img_size")}
-    other = timm.create_model(name, **options, img_size=size).eval()
-    if "gated" in MODELS[key][1]:
-        for block in other.blocks:
-            block.attn.gate = torch.nn.Linear(other.embed_dim, block.attn.attn_dim)
-    state = model.state_dict()
-    if "pos_embed" in state:
-        own = 0 if model.no_embed_class else model.num_prefix_tokens
-        state["pos_embed"] = resample_abs_pos_embed(
-            state["pos_embed"], list(other.patch_embed.grid_size), list(model.patch_embed.grid_size), own
-        )
-    other.load_state_dict(state)
+def at_size(model, size):
+    """The model at another size of images, by timm's own means."""
+    other = copy.deepcopy(model)
+    other.set_input_size(img_size=size)
     return other
 
 
-def masked_at_its_grid(key, model, image, grid, kept):
+def masked_at_its_grid(model, image, grid, kept):
     """Logits of one image at its own grid, where only some of the patches are seen."""
     height, width = model.patch_embed.proj.weight.shape[-2:]
     rows, columns = family_of(model).grid_size(model, image)
@@ -44,13 +33,12 @@ def masked_at_its_grid(key, model, image, grid, kept):
     if grid != (rows, columns):
         whole = image[..., : rows * height, : columns * width]
         image = torch.nn.functional.interpolate(whole, size=size, mode="bicubic", antialias=True)
-        model = at_size(key, model, size)
+        model = at_size(model, size)
     prefix = model.num_prefix_tokens
     seen = torch.zeros(prefix + grid[0] * grid[1], dtype=torch.bool)
     seen[:prefix] = True
     seen[prefix + kept.long()] = True
-    mask = seen.expand(1, 1, len(seen), len(seen))
-    return model.forward_head(model.forward_features(image, attn_mask=mask)[:, seen])
+    return model.forward_head(masked_features(model, image, seen)[:, seen])
 
 
 @pytest.mark.parametrize("coarsen", [0.5, 1.0])
@@ -71,7 +59,7 @@ def test_mixed_levels_are_timm_at_those_sizes(key, coarsen):
             assert all(len(k) == rows * columns for k, (rows, columns) in zip(kept, grids, strict=True))
         tdk.unpatch(model)
         for b, (patches, grid) in enumerate(zip(kept, grids, strict=True)):
-            close(out[b : b + 1], masked_at_its_grid(key, model, images[b : b + 1], grid, patches))
+            close(out[b : b + 1], masked_at_its_grid(model, images[b : b + 1], grid, patches))
 
 
 def spread_confidence(module, args, guided):

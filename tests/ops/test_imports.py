@@ -29,7 +29,7 @@ ROOMS = (
     ("guidance",),
     ("families.base",),
     ("families.grids", "families.blocks"),
-    ("families.checks", "families.embedding", "families.pools"),
+    ("families.checks", "families.embedding", "families.pools", "families.rotary"),
     ("families.costs",),
     ("families.*",),
     ("families",),

@@ -2,12 +2,12 @@
 
 from torch import nn
 
-from tinydrop_kernels.families import vit
+from tinydrop_kernels.families import beit, eva, vit
 from tinydrop_kernels.families.base import Family, UnsupportedModelError, find_mismatch
 
 __all__ = ["FAMILIES", "Family", "UnsupportedModelError", "family_of", "find_mismatch"]
 
-FAMILIES: tuple[Family, ...] = (vit,)
+FAMILIES: tuple[Family, ...] = (vit, beit, eva)
 
 
 def family_of(model: nn.Module) -> Family:

@@ -25,12 +25,36 @@ def attend(attention: TimmModule, x: Tensor, attn_mask: Any = None, is_causal: b
         dense: Tensor = type(attention).forward(attention, x, attn_mask=attn_mask, is_causal=is_causal)
         return dense
     query, key, value = attention.qkv(x).view(-1, 3, attention.num_heads, attention.head_dim).unbind(1)
-    return _attend(attention, x, query, key, value, attn_mask, attn_mask)
+    return attend_projected(attention, x, query, key, value, attn_mask, attn_mask)
+
+
+def project_fused(attention: TimmModule, x: Tensor) -> tuple[Tensor, ...]:
+    """Query, key and value ``(total, heads, head_dim)`` as BEiT and EVA project them: biases for query and value only.
+
+    Args:
+        attention: with ``qkv`` and ``num_heads``; ``q_bias``, ``k_bias``, ``v_bias`` may be None.
+        x: ``(total, dim)``.
+    """
+    if attention.q_bias is None:
+        projected = attention.qkv(x)
+    else:
+        bias = torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
+        if attention.qkv_bias_separate or type(attention.qkv) is not nn.Linear:
+            projected = attention.qkv(x) + bias
+        else:
+            projected = F.linear(x, attention.qkv.weight, bias)
+    heads: tuple[Tensor, ...] = projected.view(len(x), 3, attention.num_heads, -1).unbind(1)
+    return heads
 
 
 def is_attend(forward: object, attend: Callable[..., Tensor] = attend) -> bool:
     """Whether an attention's ``forward`` is a family's ``attend``, bound to it."""
     return isinstance(forward, partial) and forward.func is attend
+
+
+def attentions(model: TimmModule) -> list[nn.Module]:
+    """See :class:`base.Family`."""
+    return [block.attn for block in model.blocks]
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -67,16 +91,37 @@ def run_last_block(block: TimmModule, tokens: Tensor, packed: Packed, num_prefix
     both = F.linear(normed, weight[dim:], None if bias is None else bias[dim:])
     query = query.view(-1, attention.num_heads, attention.head_dim)
     key, value = both.view(-1, 2, attention.num_heads, attention.head_dim).unbind(1)
-    x = x + block.drop_path1(block.ls1(_attend(attention, read, query, key, value, prefix, packed)))
+    x = x + block.drop_path1(block.ls1(attend_projected(attention, read, query, key, value, prefix, packed)))
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), prefix
 
 
-def _attend(
-    attention: TimmModule, x: Tensor, query: Tensor, key: Tensor, value: Tensor, queries: Packed, keys: Packed
+def attend_projected(
+    attention: TimmModule,
+    x: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    queries: Packed,
+    keys: Packed,
+    turn: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """What follows the projection in ``Attention.forward``; ``x`` ``(rows, dim)`` is what the queries came from."""
-    # autocast norms in float32
-    query, key = attention.q_norm(query).to(value.dtype), attention.k_norm(key).to(value.dtype)
+    """What follows the projection in timm's attentions: ``(rows, dim)``.
+
+    Args:
+        attention: with ``q_norm``, ``k_norm``, ``norm``, ``proj`` and ``proj_drop``; a ``gate`` is honoured.
+        x: ``(rows, dim)``, what the queries came from.
+        query: ``(rows, heads, head_dim)``.
+        key, value: ``(total, heads, head_dim)``; of fewer heads, each serves as many heads of the query in a row.
+        queries, keys: where they are.
+        turn: rotates normed queries and keys.
+    """
+    query, key = attention.q_norm(query), attention.k_norm(key)
+    if turn is not None:
+        query, key = turn(query), turn(key)
+    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast norms in float32
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
     lengths = (queries.cu_seqlens, keys.cu_seqlens, queries.max_seqlen, keys.max_seqlen)
     out = attention.norm(ops.varlen_attention(query, key, value, *lengths, attention.scale).flatten(1))
     gate = getattr(attention, "gate", None)

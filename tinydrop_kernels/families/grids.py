@@ -1,5 +1,6 @@
 """Images and positions at a coarser grid: the patch size stays, the image gets smaller."""
 
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from tinydrop_kernels.ops.types import LEVELS, Grid
 
-_resampled: Any = WeakIdKeyDictionary()  # pos_embed -> {(old, new): (its state then, the resampled)}
+_derived: Any = WeakIdKeyDictionary()  # weight -> {key: (its state then, what was made of it)}
 
 
 def coarser_grids(dense: Grid) -> list[Grid]:
@@ -37,7 +38,7 @@ def resized_images(images: Tensor, patch: tuple[int, int], dense: Grid, grid: Gr
 
 
 def resampled_positions(pos_embed: Tensor, old: Grid, new: Grid, num_prefix_tokens: int) -> Tensor:
-    """timm's ``resample_abs_pos_embed``, which a ViT with ``dynamic_img_size`` uses too; kept until the weights change.
+    """timm's ``resample_abs_pos_embed``, which a ViT with ``dynamic_img_size`` uses too.
 
     Args:
         pos_embed: ``(1, num_prefix_tokens + old patches, dim)``.
@@ -49,20 +50,31 @@ def resampled_positions(pos_embed: Tensor, old: Grid, new: Grid, num_prefix_toke
     """
     if new == old:
         return pos_embed
-    wanted = torch.is_grad_enabled() and pos_embed.requires_grad
-    if wanted or torch.compiler.is_compiling() or pos_embed.is_inference():
-        return _resample(pos_embed, old, new, num_prefix_tokens)
-    state = (pos_embed._version, pos_embed.data_ptr(), pos_embed.dtype, pos_embed.device)
-    kept = _resampled.setdefault(pos_embed, {})
-    if kept.get((old, new), (None,))[0] != state:
+
+    def resample() -> Tensor:
+        resampled: Tensor = resample_abs_pos_embed(
+            pos_embed, new_size=list(new), old_size=list(old), num_prefix_tokens=num_prefix_tokens
+        )
+        return resampled
+
+    return derived(pos_embed, (old, new), resample)
+
+
+def derived(weight: Tensor, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+    """What ``make`` computes from a weight alone; kept until the weight changes, unless a gradient is to reach it.
+
+    Args:
+        weight: a parameter or buffer.
+        key: tells apart what is made of the same weight.
+        make: called where nothing is kept.
+    """
+    wanted = torch.is_grad_enabled() and weight.requires_grad
+    if wanted or torch.compiler.is_compiling() or weight.is_inference():
+        return make()
+    state = (weight._version, weight.data_ptr(), weight.dtype, weight.device)
+    kept = _derived.setdefault(weight, {})
+    if kept.get(key, (None,))[0] != state:
         with torch.inference_mode(False), torch.no_grad():
-            kept[old, new] = (state, _resample(pos_embed, old, new, num_prefix_tokens))
-    resampled: Tensor = kept[old, new][1]
-    return resampled
-
-
-def _resample(pos_embed: Tensor, old: Grid, new: Grid, num_prefix_tokens: int) -> Tensor:
-    resampled: Tensor = resample_abs_pos_embed(
-        pos_embed, new_size=list(new), old_size=list(old), num_prefix_tokens=num_prefix_tokens
-    )
-    return resampled
+            kept[key] = (state, make())
+    made: Tensor = kept[key][1]
+    return made

@@ -27,6 +27,12 @@ def unsupported_pool(model: TimmModule, pools: tuple[str, ...] = POOLS) -> str |
     return None
 
 
+def dense_classify(model: TimmModule, tokens: Tensor) -> Tensor:
+    """See :class:`base.Family`."""
+    logits: Tensor = model.forward_head(tokens)
+    return logits
+
+
 def pool_segments(model: TimmModule, tokens: Tensor, packed: Packed, skip: int) -> Tensor:
     """``model.pool`` on packed tokens: ``(segments, dim)``.
 

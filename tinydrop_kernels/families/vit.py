@@ -11,7 +11,7 @@ from timm.models.vision_transformer import Block, ResPostBlock, VisionTransforme
 from torch import Tensor, nn
 
 from tinydrop_kernels import ops
-from tinydrop_kernels.families import blocks, embedding
+from tinydrop_kernels.families import blocks, embedding, pools
 from tinydrop_kernels.families.blocks import reads_prefix_alone, run_last_block
 from tinydrop_kernels.families.checks import foreign_block, foreign_method, passed_over, replaced
 from tinydrop_kernels.families.costs import flops_of
@@ -21,10 +21,12 @@ from tinydrop_kernels.ops.types import Grid, Packed, Part, TimmModule
 NAME = "VisionTransformer (ViT, DeiT, DeiT distilled, DeiT-3, DINOv2, CLIP and SigLIP towers, FlexiViT)"
 READS_POSITIONS = False
 attend = blocks.attend
+attentions = blocks.attentions
 check_images = embedding.check_images
 grid_size = embedding.grid_size
 num_prefix_tokens = embedding.num_prefix_tokens
 patch_size = embedding.patch_size
+dense_classify = pools.dense_classify
 _METHODS = ("forward", "forward_features", "forward_head", "pool", "_pos_embed")
 _ATTENTIONS: dict[type, set[str]] = {
     Attention: {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"}
@@ -50,11 +52,6 @@ def unsupported_reason(model: TimmModule) -> str | None:
 def find_change(model: TimmModule) -> str | None:
     """See :class:`base.Family`."""
     return replaced(model, _METHODS[1:], attend) or unsupported_pool(model) or passed_over(model)
-
-
-def attentions(model: TimmModule) -> list[nn.Module]:
-    """See :class:`base.Family`."""
-    return [block.attn for block in model.blocks]
 
 
 def trial_patches(model: TimmModule, grid: Grid) -> int:
@@ -108,12 +105,6 @@ def dense_encode(model: TimmModule, tokens: Tensor) -> Tensor:
     """See :class:`base.Family`."""
     encoded: Tensor = model.norm(model.blocks(tokens))
     return encoded
-
-
-def dense_classify(model: TimmModule, tokens: Tensor) -> Tensor:
-    """See :class:`base.Family`."""
-    logits: Tensor = model.forward_head(tokens)
-    return logits
 
 
 def flops(model: TimmModule, counts: list[int], grid: Grid) -> int:
