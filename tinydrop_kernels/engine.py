@@ -1,5 +1,6 @@
 """A patched model at work: what to do with a batch, and doing it."""
 
+import dataclasses
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from tinydrop_kernels import ops
 from tinydrop_kernels.answers import blended, in_doubt
 from tinydrop_kernels.families import Family, UnsupportedModelError, family_of
-from tinydrop_kernels.families.grids import coarser_grids, resized_images
+from tinydrop_kernels.families.grids import coarser_grids
+from tinydrop_kernels.features import features_in_place
 from tinydrop_kernels.flops import count_flops
 from tinydrop_kernels.guidance import Guidance, Guided
 from tinydrop_kernels.images import per_channel
@@ -23,6 +25,7 @@ from tinydrop_kernels.ops.tracing import eager, eager_outside
 from tinydrop_kernels.ops.types import Grid, TimmModule
 from tinydrop_kernels.policy import DropPolicy
 from tinydrop_kernels.report import Call, Report
+from tinydrop_kernels.target import embed_parts
 
 
 class Plan(NamedTuple):
@@ -142,9 +145,36 @@ class TinyDrop:
         return guided
 
     @eager_outside
-    def plan(self, images: Tensor, guided: Guided | None = None) -> Plan:
-        """Ask the guidance model, unless that was done, and decide. Reads back once, in :func:`ops.pack`."""
-        policy, model, guidance, seconds = self.policy, self._model, self.guidance, dict[str, float]()
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The target's features of every patch, in place; an image that would exit is given the least budget instead.
+
+        Args:
+            images: as for a call.
+
+        Returns:
+            ``(batch, dim, rows, columns)`` on the dense grid, normed as ``forward_features`` leaves them: each kept
+            patch's own, and in the place of a dropped one those of the nearest kept patch. Bool ``(batch, rows,
+            columns)``: whether the patch, or the one of a coarser grid in its place, was kept.
+        """
+        self.check(images)
+        policy = dataclasses.replace(self.policy, tau=None, blend=0.0, second_look=None)
+        plan = self.plan(images, policy=policy)
+        indices, parts = plan.selection.indices, plan.parts
+        tokens, packed = embed_parts(self._model, self._family, images, indices, plan.packed, parts)
+        tokens, packed = self._family.encode(self._model, tokens, packed, parts, read_all=True)
+        prefix = self._family.num_prefix_tokens(self._model)
+        return features_in_place(tokens, packed, indices, parts, plan.levels[0], prefix)
+
+    @eager_outside
+    def plan(self, images: Tensor, guided: Guided | None = None, policy: DropPolicy | None = None) -> Plan:
+        """Ask the guidance model, unless that was done, and decide. Reads back once, in :func:`ops.pack`.
+
+        Args:
+            images: as for a call.
+            guided: what :meth:`guide` said of them.
+            policy: instead of the model's own.
+        """
+        policy, model, guidance, seconds = policy or self.policy, self._model, self.guidance, dict[str, float]()
         levels = self.levels(self._family.grid_size(model, images))
         if guided is None:
             with self._stage(seconds, "guidance", images):
@@ -194,43 +224,16 @@ class TinyDrop:
 
     @eager_outside
     def _through_target(
-        self,
-        images: Tensor,
-        indices: Tensor,
-        packed: Packed,
-        parts: list[Part],
-        seconds: dict[str, float],
+        self, images: Tensor, indices: Tensor, packed: Packed, parts: list[Part], seconds: dict[str, float]
     ) -> Tensor:
         """The target's logits for the images of the parts, one after the other: ``(segments, classes)``."""
         model, family = self._model, self._family
         with self._stage(seconds, "embed", images):
-            tokens, packed = self._embed(images, indices, packed, parts)
+            tokens, packed = embed_parts(model, family, images, indices, packed, parts)
         with self._stage(seconds, "blocks", images):
             tokens, packed = family.encode(model, tokens, packed, parts)
         with self._stage(seconds, "head", images):
             return family.classify(model, tokens, packed)
-
-    @eager  # one launch a level; compiled, every mix of levels would be a graph of its own
-    def _embed(self, images: Tensor, indices: Tensor, packed: Packed, parts: list[Part]) -> tuple[Tensor, Packed]:
-        """Packed tokens, part by part, and where they are; images resized where their grid is not the dense one."""
-        model, family = self._model, self._family
-        dense, tokens, positions = family.grid_size(model, images), [], []
-        for part in parts:
-            rows, columns = part.grid
-            is_whole = len(part.images) == len(images)  # in their own order then
-            pixels, kept = (t if is_whole else t.index_select(0, part.images) for t in (images, indices))
-            if part.grid != dense:
-                patch = family.patch_size(model)
-                assert patch is not None  # or there would be one grid
-                pixels = resized_images(pixels, patch, dense, part.grid)
-            kept = kept[:, : rows * columns]
-            tokens.append(family.embed(model, pixels, kept, part.cu_seqlens, part.total, part.grid))
-            if family.READS_POSITIONS:
-                prefix = family.num_prefix_tokens(model)
-                positions.append(ops.patch_positions(kept, part.cu_seqlens, part.total, prefix))
-        if positions:
-            packed = packed._replace(positions=torch.cat(positions))
-        return tokens[0] if len(tokens) == 1 else torch.cat(tokens), packed
 
     @eager_outside
     def _look_again(

@@ -33,7 +33,7 @@ ROOMS = (
     ("families.costs",),
     ("families.*",),
     ("families",),
-    ("report",),
+    ("report", "target", "features"),
     ("engine",),
     ("patching",),
     ("predictor", "visualize"),

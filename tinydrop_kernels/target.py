@@ -1,0 +1,45 @@
+"""From images to the packed tokens that enter the target's blocks, each image at its own grid."""
+
+import torch
+from torch import Tensor
+
+from tinydrop_kernels import ops
+from tinydrop_kernels.families import Family
+from tinydrop_kernels.families.grids import resized_images
+from tinydrop_kernels.ops import Packed, Part
+from tinydrop_kernels.ops.tracing import eager
+from tinydrop_kernels.ops.types import TimmModule
+
+
+@eager  # one launch a grid; compiled, every mix of grids would be a graph of its own
+def embed_parts(
+    model: TimmModule, family: Family, images: Tensor, indices: Tensor, packed: Packed, parts: list[Part]
+) -> tuple[Tensor, Packed]:
+    """Packed tokens, part by part, and where they are; images are resized where their grid is not the dense one.
+
+    Args:
+        model, family: the target.
+        images: ``(batch, channels, height, width)``.
+        indices: int32 ``(batch, patches)``, as in :class:`ops.Selection`.
+        packed, parts: from :func:`ops.pack`.
+
+    Returns:
+        ``(total, dim)``, and ``packed``, with positions where the family reads them.
+    """
+    dense, prefix = family.grid_size(model, images), family.num_prefix_tokens(model)
+    tokens, positions = [], []
+    for part in parts:
+        rows, columns = part.grid
+        is_whole = len(part.images) == len(images)  # in their own order then
+        pixels, kept = (t if is_whole else t.index_select(0, part.images) for t in (images, indices))
+        if part.grid != dense:
+            patch = family.patch_size(model)
+            assert patch is not None  # or there would be one grid
+            pixels = resized_images(pixels, patch, dense, part.grid)
+        kept = kept[:, : rows * columns]
+        tokens.append(family.embed(model, pixels, kept, part.cu_seqlens, part.total, part.grid))
+        if family.READS_POSITIONS:
+            positions.append(ops.patch_positions(kept, part.cu_seqlens, part.total, prefix))
+    if positions:
+        packed = packed._replace(positions=torch.cat(positions))
+    return tokens[0] if len(tokens) == 1 else torch.cat(tokens), packed
