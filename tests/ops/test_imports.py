@@ -33,8 +33,11 @@ ROOMS = (
     ("families",),
     ("report",),
     ("engine",),
-    ("patching",),
+    ("patching", "prediction", "timing"),
     ("predictor", "visualize"),
+    ("page",),
+    ("gallery",),
+    ("options",),
     ("cli",),
     ("__main__",),
 )
