@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from tinydrop_kernels.ops import Saliency
     from tinydrop_kernels.patching import patch, unpatch
     from tinydrop_kernels.policy import DropPolicy
-    from tinydrop_kernels.predictor import Prediction, Predictor
+    from tinydrop_kernels.prediction import Prediction
+    from tinydrop_kernels.predictor import Predictor
+    from tinydrop_kernels.timing import compare_with_dense
 
 __all__ = [
     "CheckpointError",
@@ -33,6 +35,7 @@ __all__ = [
     "Saliency",
     "UnsupportedModelError",
     "__version__",
+    "compare_with_dense",
     "ops",
     "patch",
     "unpatch",
@@ -44,10 +47,11 @@ _HOMES = {
     "DropPolicy": "policy",
     "Guidance": "guidance",
     "GuidanceError": "guidance",
-    "Prediction": "predictor",
+    "Prediction": "prediction",
     "Predictor": "predictor",
     "Saliency": "ops",
     "UnsupportedModelError": "families",
+    "compare_with_dense": "timing",
     "patch": "patching",
     "unpatch": "patching",
 }

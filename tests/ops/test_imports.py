@@ -35,8 +35,11 @@ ROOMS = (
     ("families",),
     ("report", "target", "features"),
     ("engine",),
-    ("patching",),
+    ("patching", "prediction", "timing"),
     ("predictor", "visualize"),
+    ("page",),
+    ("gallery",),
+    ("options",),
     ("cli",),
     ("__main__",),
 )
