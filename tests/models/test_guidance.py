@@ -19,14 +19,19 @@ from tinydrop_kernels import Guidance, GuidanceError
 from tinydrop_kernels.cam import Cam
 from tinydrop_kernels.ops.types import Saliency
 
-# Every kind of head that the package claims to know, by the smallest timm models that have it.
+# Every kind of head that the package claims to know, and every guidance model that the paper's list or ours names.
 HEADS = {
     "efficientformer_l1": Cam.ROWS,  # NLC features, the mean of two heads
+    "efficientformer_l3": Cam.ROWS,
     "efficientformerv2_s0": Cam.ROWS,
+    "efficientformerv2_s1": Cam.ROWS,
+    "efficientformerv2_s2": Cam.ROWS,
+    "efficientformerv2_l": Cam.ROWS,
     "levit_128s": Cam.ROWS,  # BatchNorm before each of two heads
     "levit_conv_128s": Cam.ROWS,
     "mobilevit_xxs": Cam.ROWS,
     "mobilevitv2_050": Cam.ROWS,
+    "efficientvit_m0": Cam.ROWS,  # BatchNorm before the head
     "resnet18": Cam.ROWS,
     "efficientnet_b0": Cam.ROWS,
     "mobilenetv2_100": Cam.ROWS,
@@ -37,10 +42,12 @@ HEADS = {
     "tiny_vit_5m_224": Cam.POOLED,  # LayerNorm after the pool
     "convnext_atto": Cam.POOLED,
     "edgenext_xx_small": Cam.POOLED,
+    "mobilenetv3_large_100": Cam.POOLED,
     "mobilenetv3_small_050": Cam.POOLED,  # convolution and activation after the pool
     "mobilenetv4_conv_small": Cam.POOLED,
     "efficientvit_b0": Cam.HEAD,  # convolution and activation before the pool
     "deit_tiny_patch16_224": Cam.LAST_BLOCK,  # class token
+    "deit_tiny_distilled_patch16_224": Cam.LAST_BLOCK,  # and a second one
 }
 # One small model of each kind.
 SMALL: dict[Cam, Callable[[], nn.Module]] = {

@@ -1,0 +1,146 @@
+"""Every model name that timm knows, tried: ``python tests/models/timm_names.py docs/models.md`` writes the table.
+
+A name is built small, with random weights. It is supported if the patched model answers as timm does with everything
+kept, and with every image at a coarser grid as timm does at that size; or it is refused, and the message is the table's.
+"""
+
+import copy
+import sys
+import textwrap
+import warnings
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from helpers import tiny_guidance, with_random_weights
+from timm.models import Beit, Eva, SwinTransformer, SwinTransformerV2, VisionTransformer, model_entrypoint
+
+import tinydrop_kernels as tdk
+from tinydrop_kernels.families import family_of
+
+ROOTS = (VisionTransformer, Beit, Eva, SwinTransformer, SwinTransformerV2)
+SUPPORTED = ""
+# Tried in turn until timm builds it: some names fix what others leave open.
+SMALL: list[dict[str, Any]] = [
+    {"embed_dim": 32, "num_heads": 2, "depth": 2},
+    {"embed_dim": 128, "num_heads": 8, "depth": 2},
+    {"embed_dim": 64, "num_heads": 4, "num_kv_heads": 2, "depth": 2},
+    {"depth": 2},
+    {"embed_dim": 16, "num_heads": (1, 2, 2, 4), "depths": (1, 1, 2, 1)},
+    {"embed_dim": (64, 128, 384), "num_heads": 6, "depth": 2},
+    {},
+]
+
+
+def may_be_ours(name: str) -> bool:
+    """Whether the file that builds the model knows a class of the families at all."""
+    known = vars(sys.modules[model_entrypoint(name).__module__]).values()
+    return any(isinstance(value, type) and issubclass(value, ROOTS) for value in known)
+
+
+def names() -> list[str]:
+    """Names whose models may be of the families; the others cannot."""
+    return [name for name in timm.list_models() if may_be_ours(name)]
+
+
+def build(name: str) -> torch.nn.Module:
+    """The model, small, with random weights."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        stock = timm.create_model(name)
+    patch_embed = getattr(stock, "patch_embed", None)
+    options: dict[str, Any] = {"num_classes": 5}
+    if hasattr(stock, "blocks") and type(getattr(patch_embed, "proj", None)) is torch.nn.Conv2d:
+        options["img_size"] = tuple(6 * side for side in patch_embed.patch_size)
+    for small in SMALL:
+        try:
+            with torch.device("meta"):
+                shape = timm.create_model(name, **options, **small)
+            if sum(p.numel() for p in shape.parameters()) < 100e6:
+                return with_random_weights(timm.create_model(name, **options, **small))
+        except (TypeError, AssertionError, RuntimeError, ValueError, IndexError):
+            continue
+    raise AssertionError(f"{name}: none of the small forms of {__file__} can be built")
+
+
+def outcome(name: str) -> str:
+    """:data:`SUPPORTED`, or the message of the refusal.
+
+    Raises:
+        AssertionError: it is patched, and answers otherwise than timm.
+    """
+    try:
+        model = build(name)
+        family = family_of(model)
+        images = torch.randn(2, model.in_chans, *model.patch_embed.img_size)
+        with torch.inference_mode(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*keeps its dense grid")
+            wanted = model(images)
+            untouched = copy.deepcopy(model)
+            tdk.patch(model, tiny_guidance(in_chans=model.in_chans), tdk.DropPolicy.fixed(1.0))
+            assert_close(model(images), wanted)
+            model.tinydrop.policy = tdk.DropPolicy.fixed(0.5, coarsen=1.0)
+            out = model(images)
+            grid, patch = model.tinydrop.last.grid_sizes[0], family.patch_size(model)
+            if patch is not None:
+                size = (grid[0] * patch[0], grid[1] * patch[1])
+                untouched.set_input_size(img_size=size)
+                rows, columns = model.tinydrop.levels(family.grid_size(model, images))[0]
+                whole = images[..., : rows * patch[0], : columns * patch[1]]
+                resized = torch.nn.functional.interpolate(whole, size=size, mode="bicubic", antialias=True)
+                wanted = untouched(resized)
+            assert_close(out, wanted)
+    except tdk.UnsupportedModelError as refusal:
+        return str(refusal)
+    return SUPPORTED
+
+
+def assert_close(out: torch.Tensor, wanted: torch.Tensor) -> None:
+    assert out.shape == wanted.shape
+    assert (out - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+
+
+def document(outcomes: dict[str, str]) -> str:
+    """The table of all names, as Markdown."""
+    supported: dict[str, list[str]] = defaultdict(list)
+    for name, message in outcomes.items():
+        if message == SUPPORTED:
+            supported[model_entrypoint(name).__module__.rsplit(".", 1)[-1]].append(name)
+    refused = {name: message for name, message in outcomes.items() if message != SUPPORTED}
+    others: dict[str, list[str]] = defaultdict(list)
+    for name in timm.list_models():
+        if name not in outcomes:
+            others[model_entrypoint(name).__module__.rsplit(".", 1)[-1]].append(name)
+    lines = [
+        "# timm's models",
+        "",
+        f"Every name that timm {timm.__version__} knows, tried by `make models`: built small with random weights, patched,",
+        "and compared with timm's own answer with everything kept, and with every image at a coarser grid. A test compares",
+        "this page with the installed timm.",
+        "",
+        f"Of {len(timm.list_models())} names {sum(map(len, supported.values()))} are supported, {len(refused)} of the same "
+        f"files are refused, and {sum(map(len, others.values()))} are other architectures.",
+    ]
+    for module, own in sorted(supported.items()):
+        lines += ["", f"## Supported: {module} ({len(own)})", "", *_wrapped(own)]
+    lines += ["", "## Refused, with this message", "", "| name | message |", "|---|---|"]
+    lines += [f"| `{name}` | {message.partition('; supported')[0]} |" for name, message in refused.items()]
+    lines += ["", "## Other architectures", "", "Refused by their class.", ""]
+    for module, own in sorted(others.items()):
+        lines += [*_wrapped(own, f"* {module} ({len(own)}): ")]
+    return "\n".join(lines) + "\n"
+
+
+def _wrapped(own: list[str], start: str = "") -> list[str]:
+    listed = start + ", ".join(f"`{name}`" for name in own)
+    return textwrap.wrap(listed, 118, subsequent_indent="  " * bool(start), break_long_words=False, break_on_hyphens=False)
+
+
+if __name__ == "__main__":
+    found = {}
+    for each in names():
+        found[each] = outcome(each)
+        print(each, found[each] or "supported", flush=True)
+    Path(sys.argv[1]).write_text(document(found))
