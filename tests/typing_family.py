@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from tinydrop_kernels import answers
-from tinydrop_kernels.families import Family, vit
+from tinydrop_kernels.families import Family, beit, eva, vit
 
 
 def misspelt_call(family: Family, model: object, tokens: Tensor) -> object:
@@ -14,6 +14,6 @@ def forgotten_argument(family: Family, model: object, images: Tensor, indices: T
     return family.embed(model, images, indices)  # type: ignore[call-arg]
 
 
-def wrong_module() -> tuple[Family, Family]:
+def modules() -> list[Family]:
     no_family: Family = answers  # type: ignore[assignment]
-    return vit, no_family
+    return [vit, beit, eva, no_family]

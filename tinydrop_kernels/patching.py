@@ -7,8 +7,11 @@ removed again. The guidance model is not a submodule, so the ``state_dict`` is u
 
 import copy
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
+import timm
 import torch
 from torch import Tensor, nn
 from torch.jit import is_tracing  # type: ignore[attr-defined]
@@ -54,7 +57,8 @@ def patch(
     if isinstance(model, nn.Module) and hasattr(model, "_orig_mod"):
         raise UnsupportedModelError("model: it is compiled; patch the model, then compile it")
     family = family_of(model)
-    reason = family.unsupported_reason(model)
+    with _naming_what_is_missing(model):
+        reason = family.unsupported_reason(model)
     if reason:
         raise UnsupportedModelError(f"model: {type(model).__name__} with {reason}")
     if policy is None:
@@ -83,7 +87,8 @@ def patch(
     try:
         for module, name, value in tinydrop.set_attributes:
             setattr(module, name, value)
-        reason = None if next(model.parameters()).is_meta else _tried(family, model)
+        with _naming_what_is_missing(model):
+            reason = None if next(model.parameters()).is_meta else _tried(family, model)
         if reason:
             raise UnsupportedModelError(f"model: {type(model).__name__} with {reason}")
     except BaseException:  # an interrupt too must leave the model as it was
@@ -114,6 +119,15 @@ def unpatch(model: TimmModule) -> TimmModule:
         if vars(module).get(name) is value:
             delattr(module, name)
     return model
+
+
+@contextmanager
+def _naming_what_is_missing(model: TimmModule) -> Iterator[None]:
+    """A timm that has renamed a part, or a model that has lost one, is refused and not half run."""
+    try:
+        yield
+    except AttributeError as error:
+        raise UnsupportedModelError(f"model: {type(model).__name__} of timm {timm.__version__}: {error}") from error
 
 
 @torch.inference_mode()

@@ -6,6 +6,10 @@
 The models are timm's own constructors, made small (few blocks, few channels, few patches) so that all of them run.
 """
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -14,6 +18,7 @@ from timm.models.vision_transformer import ResPostBlock
 
 import tinydrop_kernels as tdk
 
+ROOT = Path(__file__).parents[2]
 SMALL = {"num_classes": 5, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
 # name of the timm model, options, image size
@@ -274,6 +279,34 @@ def test_unsupported_parts_are_refused_by_name(build, reason):
     with pytest.raises(tdk.UnsupportedModelError, match=reason):
         tdk.patch(model, tiny_guidance())
     assert "tinydrop" not in vars(model)
+
+
+@pytest.mark.parametrize("part", ["patch_embed", "global_pool", "norm_pre", "fc_norm", "pos_drop"])
+def test_a_part_that_timm_has_renamed_is_named(part):
+    vit = tiny_vit()
+    delattr(vit, part)
+    with pytest.raises(tdk.UnsupportedModelError, match=f"VisionTransformer of timm .*{part}"):
+        tdk.patch(vit, tiny_guidance())
+    assert "tinydrop" not in vars(vit)
+
+
+def test_a_class_that_timm_has_renamed_costs_its_family_alone():
+    script = """
+import sys, timm
+beit = timm.create_model("beit_base_patch16_224", depth=1)
+del timm.models.beit.Attention
+sys.path.insert(0, "tests")
+from helpers import tiny_guidance, tiny_vit
+import tinydrop_kernels as tdk
+tdk.patch(tiny_vit(), tiny_guidance())
+try:
+    tdk.patch(beit, tiny_guidance())
+except tdk.UnsupportedModelError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert "got Beit, supported: VisionTransformer" in done.stdout, done.stderr
+    assert f"not with timm {timm.__version__}: beit: cannot import name 'Attention'" in done.stdout
 
 
 class DoubledConv(torch.nn.Conv2d):

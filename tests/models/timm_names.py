@@ -1,7 +1,7 @@
 """Every model name that timm knows, tried: ``python tests/models/timm_names.py docs/models.md`` writes the table.
 
 A name is built small, with random weights. It is supported if the patched model answers as timm does with everything
-kept, and with every image at a coarser grid as timm does at that size; or it is refused, and the message is the table's.
+kept, and with every image at a coarser grid as timm does at that size; or it is refused, with the table's message.
 """
 
 import copy
@@ -15,6 +15,7 @@ from typing import Any
 import timm
 import torch
 from helpers import tiny_guidance, with_random_weights
+from timm.layers import PatchEmbed
 from timm.models import Beit, Eva, SwinTransformer, SwinTransformerV2, VisionTransformer, model_entrypoint
 
 import tinydrop_kernels as tdk
@@ -52,7 +53,7 @@ def build(name: str) -> torch.nn.Module:
         stock = timm.create_model(name)
     patch_embed = getattr(stock, "patch_embed", None)
     options: dict[str, Any] = {"num_classes": 5}
-    if hasattr(stock, "blocks") and type(getattr(patch_embed, "proj", None)) is torch.nn.Conv2d:
+    if hasattr(stock, "blocks") and type(patch_embed) is PatchEmbed:
         options["img_size"] = tuple(6 * side for side in patch_embed.patch_size)
     for small in SMALL:
         try:
@@ -116,12 +117,15 @@ def document(outcomes: dict[str, str]) -> str:
     lines = [
         "# timm's models",
         "",
-        f"Every name that timm {timm.__version__} knows, tried by `make models`: built small with random weights, patched,",
-        "and compared with timm's own answer with everything kept, and with every image at a coarser grid. A test compares",
-        "this page with the installed timm.",
+        *textwrap.wrap(
+            f"Every name that timm {timm.__version__} knows, tried by `make models`: built small, with random weights, "
+            "patched, and compared with timm's own answer, once with everything kept and once with every image at a "
+            "coarser grid. A test compares this page with the timm that is installed.",
+            118,
+        ),
         "",
-        f"Of {len(timm.list_models())} names {sum(map(len, supported.values()))} are supported, {len(refused)} of the same "
-        f"files are refused, and {sum(map(len, others.values()))} are other architectures.",
+        f"Of {len(timm.list_models())} names {sum(map(len, supported.values()))} are supported, {len(refused)} of the",
+        f"same files are refused, and {sum(map(len, others.values()))} are other architectures.",
     ]
     for module, own in sorted(supported.items()):
         lines += ["", f"## Supported: {module} ({len(own)})", "", *_wrapped(own)]
@@ -135,7 +139,9 @@ def document(outcomes: dict[str, str]) -> str:
 
 def _wrapped(own: list[str], start: str = "") -> list[str]:
     listed = start + ", ".join(f"`{name}`" for name in own)
-    return textwrap.wrap(listed, 118, subsequent_indent="  " * bool(start), break_long_words=False, break_on_hyphens=False)
+    return textwrap.wrap(
+        listed, 118, subsequent_indent="  " * bool(start), break_long_words=False, break_on_hyphens=False
+    )
 
 
 if __name__ == "__main__":

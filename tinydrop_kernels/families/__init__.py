@@ -1,13 +1,23 @@
 """The timm families that can be patched, one file each; :class:`base.Family` says what a file must offer."""
 
+from importlib import import_module
+from typing import cast
+
+import timm
 from torch import nn
 
-from tinydrop_kernels.families import beit, eva, vit
 from tinydrop_kernels.families.base import Family, UnsupportedModelError, find_mismatch
 
 __all__ = ["FAMILIES", "Family", "UnsupportedModelError", "family_of", "find_mismatch"]
 
-FAMILIES: tuple[Family, ...] = (vit, beit, eva)
+FAMILIES: dict[str, Family] = {}
+_broken: list[str] = []  # families that this timm has not what they need for, and what that is
+
+for _name in ("vit", "beit", "eva"):  # each by itself: a timm that renames a part of one leaves the others usable
+    try:
+        FAMILIES[_name] = cast(Family, import_module(f"tinydrop_kernels.families.{_name}"))
+    except ImportError as _error:
+        _broken.append(f"{_name}: {_error}")
 
 
 def family_of(model: nn.Module) -> Family:
@@ -16,8 +26,9 @@ def family_of(model: nn.Module) -> Family:
     Raises:
         UnsupportedModelError: none takes the model.
     """
-    for family in FAMILIES:
+    for family in FAMILIES.values():
         if family.accepts(model):
             return family
-    supported = "; ".join(family.NAME for family in FAMILIES)
-    raise UnsupportedModelError(f"model: got {type(model).__name__}, supported: {supported}")
+    supported = "; ".join(family.NAME for family in FAMILIES.values())
+    lost = f"; not with timm {timm.__version__}: {'; '.join(_broken)}" if _broken else ""
+    raise UnsupportedModelError(f"model: got {type(model).__name__}, supported: {supported}{lost}")

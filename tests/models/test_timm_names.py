@@ -1,0 +1,24 @@
+"""docs/models.md against the timm that is installed, name by name."""
+
+import re
+from pathlib import Path
+
+import pytest
+import timm
+from timm_names import SUPPORTED, names, outcome
+
+PAGE = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+REFUSED = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", PAGE, re.M))
+LISTED = set(re.findall(r"`([a-z]\w+)`", PAGE))
+
+
+def test_the_page_is_of_this_timm():
+    missing, gone = set(timm.list_models()) - LISTED, LISTED - set(timm.list_models())
+    assert f"timm {timm.__version__} knows" in PAGE.replace("\n", " "), "run make models, and look at what it says"
+    assert not missing and not gone
+
+
+@pytest.mark.parametrize("name", names())
+def test_supported_or_refused_as_the_page_says(name):
+    found = outcome(name).partition("; supported")[0]
+    assert found == REFUSED.get(name, SUPPORTED), "run make models, and look at what it says"
