@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from tinydrop_kernels.checkpoints import class_names
 from tinydrop_kernels.images import MODES, ImageSource, image_transform, load_image
 from tinydrop_kernels.ops.types import TimmModule
 from tinydrop_kernels.report import Call, Report
+
+T = TypeVar("T")
 
 
 class Candidate(NamedTuple):
@@ -173,14 +175,14 @@ class Predictor:
             model(images)
             if self.compare_dense:
                 model.tinydrop.dense(images)
-        logits, seconds = _timed(model, images)
+        logits, seconds = timed(model, images)
         call, report = model.tinydrop.last, model.tinydrop.report()
         self.report = report if self.report is None else self.report + report
         self.seconds += seconds
         probabilities = logits.float().softmax(1)
         dense: list[Candidate | None] = [None] * len(images)
         if self.compare_dense:
-            dense_logits, seconds = _timed(model.tinydrop.dense, images)
+            dense_logits, seconds = timed(model.tinydrop.dense, images)
             self.dense_seconds += seconds
             self.agreeing += int((dense_logits.argmax(1) == logits.argmax(1)).sum())
             dense = [first for first, *_ in self._candidates(dense_logits.float().softmax(1), 1)]
@@ -268,8 +270,8 @@ def _refuse_one_image(inputs: object) -> None:
         raise TypeError(f"inputs: got one {type(inputs).__name__}, expected an iterable of images; put it in a list")
 
 
-def _timed(call: Callable[[Tensor], Tensor], images: Tensor) -> tuple[Tensor, float]:
-    """The answer and the seconds it took, the device's work included."""
+def timed(call: Callable[[Tensor], T], images: Tensor) -> tuple[T, float]:
+    """What a call with the images returns, and the seconds it took, the work of their device included."""
 
     def synchronize() -> None:
         if images.device.type != "cpu":

@@ -25,6 +25,7 @@ ROOMS = (
     ("ops.select", "ops.packing", "ops.embed", "ops.pool", "ops.attention"),
     ("ops",),
     ("policy", "flops", "answers", "images", "rowfile"),
+    ("policyfile",),
     ("cam", "checkpoints"),
     ("guidance",),
     ("families.base",),
@@ -35,6 +36,10 @@ ROOMS = (
     ("engine",),
     ("patching",),
     ("predictor", "visualize"),
+    ("calibration.table", "calibration.bounds"),
+    ("calibration.sweep", "calibration.collect"),
+    ("calibration.certify", "calibration.frontier"),
+    ("calibration",),
     ("cli",),
     ("__main__",),
 )
