@@ -76,13 +76,14 @@ class Certificate:
         could = f"with {images} images the smallest drop that can be certified is {_points(self.least_drop)}"
         if not self.passed:
             needed = math.ceil(math.log(1 - self.confidence) / math.log1p(-self.accuracy_drop) * images / self.tested)
-            reason = (
-                f"{could}; about {needed} images would be needed"
-                if self.least_drop > self.accuracy_drop
-                else f"none of the {self.candidates} candidates passed the test on {self.tested} images ({could})"
-            )
+            if self.least_drop > self.accuracy_drop:
+                reason = f"{could}, and this would need about {needed}"
+            elif not self.candidates:
+                reason = "no policy that is cheaper than the dense model seemed to keep that"
+            else:
+                reason = f"the first candidate failed the test on {self.tested} images ({could})"
             return (
-                f"Not certified: no policy loses at most {drop} at {sure}, so this is the dense model. Why: {reason}."
+                f"Not certified that any policy loses at most {drop} at {sure}: this is the dense model, as {reason}."
             )
         if self.labelled:
             claim = f"On images like these this policy loses at most {drop} of accuracy"

@@ -6,18 +6,20 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from tinydrop_kernels.calibration.table import DENSE, Table, View, law_of
 from tinydrop_kernels.ops import Law, Saliency
 from tinydrop_kernels.policy import DropPolicy
 
-TAUS = (*np.round(np.arange(0.3, 0.96, 0.025), 3).tolist(), 0.97, 0.98, 0.99, None)
-GAMMAS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, math.inf)
+TAUS = (*np.round(np.arange(0.3, 0.96, 0.05), 2).tolist(), 0.97, 0.99, None)
+GAMMAS = (0.5, 1.0, 2.0, 4.0, 8.0, math.inf)
 FLOORS = (0.25, 0.4, 0.56)
 SECOND_LOOKS = (None, *itertools.product((0.0, 0.15, 0.3, 0.5), (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)))
 
 Look = tuple[float, float] | None
+PolicyLaw = tuple[Law, Saliency | None]  # without a saliency the patches are drawn at random
 
 
 class Judged(NamedTuple):
@@ -34,13 +36,14 @@ class Sweep(NamedTuple):
     loss: NDArray[Any]  # mean
     moved: NDArray[Any]  # share of the images on which something is lost or gained
     places: NDArray[Any]  # int32 (policies, 4): view, law, blend, second look
-    laws: list[list[tuple[Law, Saliency]]]  # of each view
+    laws: list[list[PolicyLaw]]  # of each view
     blends: tuple[float, ...]
 
     def policy(self, number: int) -> tuple[int, DropPolicy]:
-        """A policy and the view it looks with."""
+        """A policy and the view it looks with; not of random drops."""
         view, law, blend, look = self.places[number].tolist()
         (tau, gamma, min_keep, coarsen), saliency = self.laws[view][law]
+        assert saliency is not None
         return view, DropPolicy(tau, gamma, min_keep, coarsen, self.blends[blend], SECOND_LOOKS[look], saliency)
 
     def only(self, wanted: Callable[[Law, Saliency | None], bool], simply: bool = True) -> "Sweep":
@@ -92,36 +95,35 @@ def _doubtful(view: View, cells: Any, blend: Any, look: Look) -> tuple[NDArray[A
     return (patches < view.cells[DENSE].patches) & ~stands, answers
 
 
-def laws_of(view: View, table: Table) -> list[tuple[Law, Saliency]]:
-    """Resolution alone by every law, and each cell of the view whatever the confidence."""
+def laws_of(view: View, table: Table, random: bool = False) -> list[PolicyLaw]:
+    """Resolution alone by every law, and each cell whatever the confidence; of random drops the latter alone."""
     calm = DropPolicy.saliency
-    laws = [(Law(tau, gamma, floor, 1.0), calm) for tau in TAUS for gamma in GAMMAS for floor in FLOORS]
-    laws += [
-        (law_of(cell, table.levels, tau), cell.saliency or calm)
-        for tau in TAUS
-        for cell in view.cells
-        if not cell.random
+    laws: list[PolicyLaw] = []
+    if not random:
+        # whatever the floor, an infinite gamma spends everything
+        shapes = [(gamma, floor) for gamma in GAMMAS for floor in FLOORS if gamma < math.inf or floor == FLOORS[0]]
+        laws += [(Law(tau, gamma, floor, 1.0), calm) for tau in TAUS for gamma, floor in shapes]
+    cells = [cell for cell in view.cells if cell.random == random]
+    return laws + [
+        (law_of(cell, table.levels, tau), None if random else cell.saliency or calm) for tau in TAUS for cell in cells
     ]
-    return [law for law in dict.fromkeys(laws) if law[0].gamma < math.inf or law[0].min_keep == FLOORS[0]]
 
 
-def sweep(table: Table, by: str = "flops") -> Sweep:
+def sweep(table: Table, by: str = "flops", random: bool = False) -> Sweep:
     """All policies that the table can judge: laws of each view, with every blend and every second look.
 
     Args:
         table: the answers.
         by: ``"flops"`` or ``"time"``.
+        random: the drops of random patches, which no policy makes, in their place.
     """
     n, parts, all_laws = len(table), [], []
     for number, view in enumerate(table.views):
-        laws, cells = [], []
-        for law, saliency in laws_of(view, table):
-            found = view.decisions(law, saliency, table.levels)
-            if found is not None:
-                laws.append((law, saliency))
-                cells.append(found.astype(np.int8))
-        parts.append(_of_view(table, number, np.stack(cells), by))
+        known = [(law, view.decisions(*law, table.levels)) for law in laws_of(view, table, random)]
+        laws = [law for law, cells in known if cells is not None]
         all_laws.append(laws)
+        if laws:
+            parts.append(_of_view(table, number, np.stack([c.astype(np.int8) for _, c in known if c is not None]), by))
     sums = np.concatenate([part[0] for part in parts])
     places = np.concatenate([part[1] for part in parts])
     return Sweep(sums[:, 0], sums[:, 1] / n, sums[:, 2] / n, places, all_laws, table.blends)
@@ -154,7 +156,9 @@ def _of_view(table: Table, number: int, cells: NDArray[Any], by: str) -> tuple[N
             judged[2, column] = again
         np.abs(judged[0], out=judged[1])
         members = inside[rows].astype(np.float32)
-        totals[rows] += (members @ judged.reshape(3 * looks, n).T).reshape(-1, 3, looks)
+        by_look = torch.from_numpy(judged).view(3 * looks, n)
+        product = torch.from_numpy(members) @ by_look.T  # by torch's threads: NumPy has others, which would fight them
+        totals[rows] += product.numpy().reshape(-1, 3, looks)
         cost[rows] += members.mean(1) * of_cell[cell]
     costs = cost[:, None] + totals[:, 2] / n * of_cell[view.cells[DENSE]]
     sums = np.stack([costs, totals[:, 0], totals[:, 1]], axis=-1).reshape(-1, 3).astype(np.float64)

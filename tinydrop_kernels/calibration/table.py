@@ -73,16 +73,16 @@ class View:
     flops: float  # of the guidance model on an image
     seconds: float
 
-    def decisions(self, law: Law, saliency: Saliency, levels: Sequence[Grid]) -> NDArray[Any] | None:
+    def decisions(self, law: Law, saliency: Saliency | None, levels: Sequence[Grid]) -> NDArray[Any] | None:
         """The cell of each image, -1 where it exits; None if the law asks for one that was not run.
 
-        So a policy is judged only where what it would do was done.
+        So a policy is judged only where what it would do was done. Without a saliency the patches are drawn at random.
         """
         counts, of_level = apply_law(torch.from_numpy(self.confidence), levels, law)
         found = torch.full_like(counts, -2)
         found[counts == 0] = -1
         for number, cell in enumerate(self.cells):
-            if not cell.random and cell.saliency in (None, saliency):
+            if cell.random == (saliency is None) and cell.saliency in (None, saliency):
                 found[(counts == cell.patches) & (of_level == cell.level)] = number
         return None if bool((found == -2).any()) else found.numpy()
 
