@@ -4,7 +4,8 @@
 
 Where the model hub is reachable: stock ImageNet models on scikit-image's photographs. Where it is not: the two small
 models of ``demo/weights`` (trained by ``demo/train.py``) on handwritten digits hidden in photographs that neither has
-seen. Either way it ends in a table and a picture of the kept patches, ``demo/out/kept_patches.png``.
+seen. Either way it ends in a table, in a picture of the kept patches, ``demo/out/kept_patches.png``, and in a page of
+what was looked at in each image, ``demo/out/index.html``.
 """
 
 import argparse
@@ -24,12 +25,14 @@ from timm.data import create_transform, resolve_model_data_config
 
 import tinydrop_kernels as tdk
 from tinydrop_kernels.checkpoints import class_names, load_model
+from tinydrop_kernels.gallery import Gallery
 from tinydrop_kernels.visualize import as_pictures, contact_sheet
 
 HERE = Path(__file__).parent
 PICTURE = HERE / "out" / "kept_patches.png"
 STOCK_TARGET = "vit_base_patch16_224.augreg2_in21k_ft_in1k"
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "camera", "hubble_deep_field", "brick", "grass")
+SHOWN = 64  # images on the page
 ROUNDS = 5
 CAM = tdk.Saliency()  # the paper's: Grad-CAM of one class
 # For the embedded target, which was trained at one resolution and looks for something small in a large image: drops, no
@@ -107,6 +110,21 @@ def draw(scene: Scene, last, logits: torch.Tensor, shown: int = 8) -> None:
     contact_sheet(pictures, last, names).save(PICTURE)
 
 
+def leaf_through(scene: Scene, batch_size: int) -> Path:
+    """Write the page of what was looked at, and say where it is."""
+    images = scene.images[:SHOWN]
+    if scene.labels is None:
+        names = list(PHOTOGRAPHS)
+    else:
+        names = [f"{i}: {scene.names[label]}" for i, label in enumerate(scene.labels[:SHOWN].tolist())]
+    predictor = tdk.Predictor(scene.model, compare_dense=True)
+    gallery = Gallery(PICTURE.parent, predictor)
+    for start in range(0, len(images), batch_size):
+        batch = slice(start, start + batch_size)
+        gallery.add(predictor.classify(images[batch], names[batch]))
+    return gallery.write()
+
+
 @torch.inference_mode()
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -164,6 +182,9 @@ def main():
     print(f"\nTinyDrop with {scene.policy}:\n{report}")
     draw(scene, calls["TinyDrop"], answers["TinyDrop"])
     print(f"\nPicture of the kept patches: {PICTURE.relative_to(HERE.parent)}")
+    model.tinydrop.policy = scene.policy
+    page = leaf_through(scene, args.batch_size)
+    print(f"Page of what was looked at, to open in a browser: {page.relative_to(HERE.parent)}")
     print(f"timm {timm.__version__}, torch {torch.__version__}; medians of {ROUNDS} runs in turn, guidance counted")
 
 

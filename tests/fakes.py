@@ -1,21 +1,20 @@
 """A patched model whose answers are set by hand, for what stands on patched models."""
 
-from dataclasses import dataclass, fields
 from types import SimpleNamespace
 
 import torch
 
+from tinydrop_kernels.policy import DropPolicy
+from tinydrop_kernels.report import Report
+
 CLASSES = 4
 
 
-@dataclass
-class FakeReport:
-    images: int
-    exits: int
-    second_looks: int = 0
-
-    def __add__(self, other):
-        return FakeReport(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+def fake_report(**figures):
+    """A report in round numbers: half of dense, of which a tenth is the guidance's."""
+    plain = dict.fromkeys(("exits", "second_looks", "coarser", "kept_patches", "patches"), 0)
+    plain |= {"images": 8, "flops": 50, "guidance_flops": 10, "cascade_flops": 80, "dense_flops": 100}
+    return Report(**(plain | {"read_backs": 1, "calls": 1, "seconds": {}} | figures))
 
 
 def fake_call(kept, grid_sizes, num_patches=16, confidence=0.5, second_look=()):
@@ -26,6 +25,8 @@ def fake_call(kept, grid_sizes, num_patches=16, confidence=0.5, second_look=()):
         confidence=torch.full((len(kept),), confidence),
         kept=[torch.tensor(patches, dtype=torch.int32) for patches in kept],
         grid_sizes=grid_sizes,
+        levels=[(round(num_patches**0.5),) * 2],
+        guidance_logits=torch.eye(CLASSES)[[1 if patches else CLASSES - 1 for patches in kept]],
         second_look=torch.tensor([i in second_look for i in range(len(kept))]),
         num_patches=num_patches,
         saliency=[torch.arange(rows * columns).view(rows, columns).float() for rows, columns in grid_sizes],
@@ -35,7 +36,7 @@ def fake_call(kept, grid_sizes, num_patches=16, confidence=0.5, second_look=()):
 class FakePatched(torch.nn.Module):
     """Sees 8 x 8 pixels, normalised to [0, 1]. The class is the image's brightness in quarters; the brightest exit.
 
-    Dense it says class 0 of everything.
+    Dense it says class 0 of everything, and of what does not exit its guidance says class 1.
     """
 
     def __init__(self, in_chans=3, confidence=0.5):
@@ -51,7 +52,10 @@ class FakePatched(torch.nn.Module):
         }
         self.confidence = confidence
         self.seen = []
-        self.tinydrop = SimpleNamespace(dense=self.dense, report=self.report, last=None)
+        guidance = SimpleNamespace(model=SimpleNamespace(pretrained_cfg={"architecture": "tiny"}))
+        self.tinydrop = SimpleNamespace(
+            dense=self.dense, report=self.report, last=None, policy=DropPolicy(), guidance=guidance
+        )
         self.eval()
 
     def forward(self, images):
@@ -67,4 +71,10 @@ class FakePatched(torch.nn.Module):
 
     def report(self):
         last = self.tinydrop.last
-        return FakeReport(len(last.exited), int(last.exited.sum()), int(last.second_look.sum()))
+        return fake_report(
+            images=len(last.exited),
+            exits=int(last.exited.sum()),
+            second_looks=int(last.second_look.sum()),
+            kept_patches=int(last.counts.sum()),
+            patches=16 * int((~last.exited).sum()),
+        )

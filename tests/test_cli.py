@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from fakes import fake_report
 from helpers import tiny_guidance, tiny_vit
 from PIL import Image
 from timm.models import save_for_hf
 
 import tinydrop_kernels as tdk
-from tinydrop_kernels import cli
+from tinydrop_kernels import cli, options
 from tinydrop_kernels.checkpoints import load_model
 
 NAMES = ["ant", "bee", "cat", "dog", "eel"]
@@ -220,27 +221,29 @@ def chosen(monkeypatch, checkpoints, photos):
     def caught(model, guidance, policy):
         raise Chosen(policy)
 
-    monkeypatch.setattr(cli, "patch", caught)
-    return lambda *options: classify(checkpoints, photos / "a.jpg", *options).exception.args[0]
+    monkeypatch.setattr(options, "patch", caught)
+    return lambda *given: classify(checkpoints, photos / "a.jpg", *given).exception.args[0]
 
 
 def test_options_make_the_policy(chosen):
     assert chosen() == tdk.DropPolicy()
-    options = ("--coarsen", 0.75, "--blend", 0.2, "--second-look", 0.3, 0.7, "--min-keep", 0.4, "--gamma", 2)
-    options += ("--saliency", 5, 0.5, 0)
+    given = ("--coarsen", 0.75, "--blend", 0.2, "--second-look", 0.3, 0.7, "--min-keep", 0.4, "--gamma", 2)
+    given += ("--saliency", 5, 0.5, 0)
     law = {"coarsen": 0.75, "blend": 0.2, "second_look": (0.3, 0.7), "saliency": tdk.ops.Saliency(5, 0.5, 0.0)}
-    assert chosen(*options) == tdk.DropPolicy(gamma=2.0, min_keep=0.4, **law)
+    assert chosen(*given) == tdk.DropPolicy(gamma=2.0, min_keep=0.4, **law)
     fixed = tdk.DropPolicy.fixed(0.5, tau=tdk.DropPolicy.tau)
     assert chosen("--keep-ratio", 0.5) == fixed
     assert chosen("--keep-ratio", 0.5, "--tau", "none", "--blend", 0.2) == replace(fixed, tau=None, blend=0.2)
 
 
 def test_guidance_is_loaded_before_the_large_model(photos, monkeypatch):
-    monkeypatch.setattr(cli, "load_model", lambda spec, argument="model", **_: pytest.fail(f"{argument} was loaded"))
+    monkeypatch.setattr(
+        options, "load_model", lambda spec, argument="model", **_: pytest.fail(f"{argument} was loaded")
+    )
     result = run("classify", photos, "--model", "vit_bas_patch16_224")
     assert "near to it" in result.output
     loaded = []
-    monkeypatch.setattr(cli, "load_model", lambda spec, argument="model", **_: loaded.append(argument) or 1 / 0)
+    monkeypatch.setattr(options, "load_model", lambda spec, argument="model", **_: loaded.append(argument) or 1 / 0)
     run("classify", photos, "--model", "test_vit")
     assert loaded == ["guidance"]
 
@@ -309,16 +312,77 @@ def test_skipped_folders_are_told(checkpoints, photos, tmp_path):
 
 
 def test_summary_says_when_dropping_does_not_pay():
-    report = SimpleNamespace(
-        images=8, exits=2, second_looks=1, mean_keep=0.5, flops_saved=-1.5, guidance_flops=200, dense_flops=100
-    )
-    predictor = SimpleNamespace(
-        report=report, unreadable=[], seconds=2.0, dense_seconds=1.0, agreeing=6, compare_dense=True
-    )
+    report = fake_report(exits=2, second_looks=1, kept_patches=48, patches=96, calls=4, read_backs=8)
+    slow = replace(report, flops=250, guidance_flops=200, wall_seconds=2.0, dense_seconds=1.0)
+    predictor = SimpleNamespace(report=slow, unreadable=[], agreeing=6)
     told = cli.summary(predictor, "cpu")
     assert "mean keep    50.0% (of the patches of images that stayed)" in told
     assert "second looks 1 (12.5%)" in told and "speed-up     0.50 x" in told and "agreement    75.0%" in told
-    assert "note: with token dropping the model was slower than dense" in told
+    assert "FLOPs saved  -150.0% (guidance counted); exits alone 20.0%" in told
+    assert "packing and 8 read-backs in 4 batches counted" in told
+    assert "note: the patched model is slower than dense here, in batches of 2: 4.0 against 8.0 images/s" in told
     assert "note: the guidance model alone costs 2.0 times the FLOPs of the dense model" in told
-    predictor.dense_seconds, report.guidance_flops = 3.0, 10
+    predictor.report = replace(report, wall_seconds=2.0, dense_seconds=3.0)
     assert "note" not in cli.summary(predictor, "cpu")
+
+
+def test_stages_are_told(checkpoints, photos):
+    (line,) = [line for line in classify(checkpoints, photos, "--stages").output.splitlines() if "ms an image" in line]
+    assert all(f" {stage} " in line for stage in ("guidance", "select", "pack", "blocks"))
+    assert "ms an image" not in classify(checkpoints, photos).output
+
+
+def visualize(checkpoints, *arguments):
+    models = ("--model", checkpoints / "target", "--guidance", checkpoints / "guidance")
+    return run("visualize", *models, *arguments)
+
+
+def test_visualize(checkpoints, photos, tmp_path):
+    out = tmp_path / "new" / "folder"
+    result = visualize(checkpoints, photos, "--out", out, "--batch-size", 2, "--tau", 0.5, "--dense")
+    assert result.exit_code == 0, result.output
+    pictures = ["0001_a.png", "0002_b.png", "0003_e.png", "0004_c.png", "0005_d.png"]
+    assert sorted(os.listdir(out)) == [*pictures, "index.html"]
+    for picture in pictures:
+        assert Image.open(out / picture).size == (3 * 32 + 2 * 8, 32)
+    page = (out / "index.html").read_text()
+    assert page.count("<article") == 5 and page.count('scope="row">dense') == 5
+    assert "images       5, unreadable 2" in result.output and "agreement" in result.output
+    assert f"page         {out / 'index.html'} (0.0 MB)" in result.output
+
+
+def test_dense_is_asked_if_wanted(checkpoints, photos, tmp_path):
+    result = visualize(checkpoints, photos / "a.jpg", "--out", tmp_path)
+    assert 'scope="row">dense' not in (tmp_path / "index.html").read_text() and "agreement" not in result.output
+
+
+def test_ctrl_c_keeps_what_was_drawn(checkpoints, photos, tmp_path, monkeypatch):
+    batches = cli.Predictor.batches
+
+    def interrupted(self, files):
+        yield next(batches(self, files))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.Predictor, "batches", interrupted)
+    result = visualize(checkpoints, photos, "--out", tmp_path, "--batch-size", 2)
+    assert result.exit_code == 130 and "interrupted after 2 of 7 images" in result.output
+    assert (tmp_path / "index.html").read_text().count("<article") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["PHOTOS/more"], "Missing option '--out'"),
+        (["PHOTOS/more", "--out", "PHOTOS/a.jpg"], "is a file"),
+        (["PHOTOS/more", "--out", "PHOTOS/a.jpg/folder"], "cannot be written: Not a directory"),
+        (["PHOTOS/text.png", "--out", "OUT"], "no image could be read"),
+        (["PHOTOS/more", "--out", "OUT", "--guidance", "resnet17"], "guidance: got 'resnet17'"),
+    ],
+)
+def test_mistakes_of_visualize_are_one_clear_line(checkpoints, photos, tmp_path, arguments, message):
+    places = {"PHOTOS": str(photos), "OUT": str(tmp_path)}
+    for name, place in places.items():
+        arguments = [argument.replace(name, place) for argument in arguments]
+    result = visualize(checkpoints, *arguments)
+    assert result.exit_code != 0 and message in result.output and "Traceback" not in result.output
+    assert not (tmp_path / "index.html").exists()

@@ -74,7 +74,7 @@ def test_saliency_earns_its_keep():
 
 
 @pytest.mark.parametrize("stock", [False, True])
-def test_demo_ends_in_a_table_and_a_picture(monkeypatch, capsys, tmp_path, stock):
+def test_demo_ends_in_a_table_a_picture_and_a_page(monkeypatch, capsys, tmp_path, stock):
     """Both branches; the one that finds the model hub gets small untrained models in the place of its weights."""
     import run
 
@@ -96,3 +96,5 @@ def test_demo_ends_in_a_table_and_a_picture(monkeypatch, capsys, tmp_path, stock
         f"\n{way} " in printed for way in ("dense", "TinyDrop", "the paper's drop", "exits alone", "resolution alone")
     )
     assert (tmp_path / "out" / "kept_patches.png").stat().st_size > 10_000
+    assert (tmp_path / "out" / "index.html").read_text().count("<article") == 8
+    assert printed.count("index.html") == 1

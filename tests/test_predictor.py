@@ -56,7 +56,7 @@ def test_rows_come_in_order(mixed, workers):
     assert [row.kept for row in rows] == [2, 2, 2, 0] * 2
     assert {(row.patches, row.grid) for row in rows} == {(16, (2, 2))}
     assert (predictor.report.images, predictor.report.exits, predictor.report.second_looks) == (8, 2, 2)
-    assert predictor.seconds > 0
+    assert predictor.report.wall_seconds > 0 and predictor.report.dense_seconds is None
 
 
 def test_top_classes_are_sorted_and_named():
@@ -150,8 +150,36 @@ def test_nan_answers_are_valid_json(monkeypatch):
 def test_dense_is_compared():
     predictor = Predictor(FakePatched(), batch_size=3, compare_dense=True)
     rows = list(predictor.predict([grey(value) for value in BRIGHTNESS * 2]))
-    assert predictor.agreeing == 2 and predictor.dense_seconds > 0
+    assert predictor.agreeing == 2 and predictor.report.dense_seconds > 0
     assert {row.dense.name for row in rows} == {"black"}
+    assert [row.disagreed for row in rows] == [True] * 8  # with dense, or where that agrees with the guidance
+
+
+def test_the_guidance_is_told():
+    rows = list(Predictor(FakePatched()).predict([grey(value) for value in BRIGHTNESS]))
+    assert [row.guidance.name for row in rows] == ["dark", "dark", "dark", "white"]
+    assert [row.disagreed for row in rows] == [True, False, True, False]
+    assert rows[0].as_dict()["guidance"]["class"] == 1 and "dense" not in rows[0].as_dict()
+
+
+def test_guidance_of_other_classes_has_no_say():
+    """Its numbers mean something else."""
+    model = tdk.patch(tiny_vit(num_classes=4), tiny_guidance(), tdk.DropPolicy.fixed(0.5))
+    (row,) = Predictor(model).predict([grey(80)])
+    assert row.guidance is None and not row.disagreed and "guidance" not in row.as_dict()
+
+
+def test_batches_come_with_what_happened():
+    predictor = Predictor(FakePatched(), batch_size=3)
+    seen = list(predictor.batches([grey(value) for value in BRIGHTNESS]))
+    assert [len(batch.rows) for batch in seen] == [len(batch.images) for batch in seen] == [3, 1]
+    assert [batch.call.exited.tolist() for batch in seen] == [[False] * 3, [True]]
+    again = predictor.classify(seen[0].images)
+    assert [row.name for row in again.rows] == ["#0", "#1", "#2"]
+    assert [row.top for row in again.rows] == [row.top for row in seen[0].rows]
+    assert [row.name for row in predictor.classify(seen[1].images, ["white"]).rows] == ["white"]
+    with pytest.raises(ValueError, match="names: got 1, expected 3"):
+        predictor.classify(seen[0].images, ["white"])
 
 
 def test_grey_models():

@@ -8,7 +8,15 @@ from helpers import tiny_guidance, tiny_vit, varied_images
 from PIL import Image
 
 import tinydrop_kernels as tdk
-from tinydrop_kernels.visualize import FRAME, as_pictures, contact_sheet, kept_patches, saliency
+from tinydrop_kernels.visualize import (
+    FRAME,
+    as_pictures,
+    contact_sheet,
+    kept_patches,
+    on_own_grid,
+    saliency,
+    side_by_side,
+)
 
 
 def white(height=32, width=32):
@@ -42,10 +50,33 @@ def test_exits_are_framed(call):
 
 def test_images_are_left_as_they_are(call):
     image = Image.fromarray(white())
-    for draw in (kept_patches, saliency):
+    for draw in (kept_patches, saliency, on_own_grid):
         for index in range(3):
             draw(image, call, index)
     assert np.array_equal(np.asarray(image), white())
+
+
+def test_own_grid_is_as_coarse_as_it_was(call):
+    """On a coarser grid the detail is gone that the target did not see, and lines are between the patches."""
+    image = np.full((32, 32, 3), 100, dtype=np.uint8)
+    image[:, 18] = 200  # a line of one pixel
+    fine, coarse = (np.asarray(on_own_grid(image, call, index)).astype(int)[..., 0] for index in (0, 1))
+    assert (fine[9:16, 9:16] == 100).all() and (fine[8, 9:16] > 120).all() and (fine[9:16, 8] > 120).all()
+    assert fine[1, 20] == 15 and fine[1, 18] == 30  # dropped, the line as sharp as it was
+    blurred = coarse[1:15, 18:20]
+    assert (100 < blurred).all() and (blurred < 180).all() and len(np.unique(blurred)) == 1
+    assert (np.delete(coarse[16] > coarse[17], 16)).all()  # where the lines cross, both are bright
+
+
+def test_own_grid_of_an_exit_is_framed(call):
+    assert np.array_equal(np.asarray(on_own_grid(white(), call, 2)), np.asarray(kept_patches(white(), call, 2)))
+
+
+def test_side_by_side():
+    pictures = [Image.new("RGB", (10, 6), colour) for colour in ("red", "black")]
+    page = side_by_side(pictures)
+    assert page.size == (28, 6)
+    assert [page.getpixel((x, 5)) for x in (9, 10, 18)] == [(255, 0, 0), (255, 255, 255), (0, 0, 0)]
 
 
 def test_grey_images_are_taken(call):

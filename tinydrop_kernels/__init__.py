@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from tinydrop_kernels.patching import patch, unpatch
     from tinydrop_kernels.policy import DropPolicy
     from tinydrop_kernels.policyfile import CalibratedPolicy, PolicyFileError
-    from tinydrop_kernels.predictor import Prediction, Predictor
+    from tinydrop_kernels.prediction import Prediction
+    from tinydrop_kernels.predictor import Predictor
+    from tinydrop_kernels.timing import compare_with_dense
 
 __all__ = [
     "CalibratedPolicy",
@@ -38,6 +40,7 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
     "calibrate",
+    "compare_with_dense",
     "ops",
     "patch",
     "unpatch",
@@ -51,11 +54,12 @@ _HOMES = {
     "Guidance": "guidance",
     "GuidanceError": "guidance",
     "PolicyFileError": "policyfile",
-    "Prediction": "predictor",
+    "Prediction": "prediction",
     "Predictor": "predictor",
     "Saliency": "ops",
     "UnsupportedModelError": "families",
     "calibrate": "calibration",
+    "compare_with_dense": "timing",
     "patch": "patching",
     "unpatch": "patching",
 }

@@ -1,39 +1,25 @@
-"""``tinydrop``: classify images, and tell what would run how on this machine."""
+"""``tinydrop``: classify images, show what was looked at, and tell what would run how on this machine."""
 
 import importlib.metadata
 import json
 import platform
-import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from click.core import ParameterSource
-from tqdm import tqdm
 
 from tinydrop_kernels import ops
-from tinydrop_kernels.checkpoints import check_spec, load_model
-from tinydrop_kernels.guidance import DEFAULT_GUIDANCE
+from tinydrop_kernels.calibrating import calibrate
+from tinydrop_kernels.gallery import Gallery
 from tinydrop_kernels.images import image_files
-from tinydrop_kernels.patching import patch
-from tinydrop_kernels.policy import DropPolicy
-from tinydrop_kernels.predictor import Predictor, check_classifier
+from tinydrop_kernels.options import DEFAULT_DEVICE, make_predictor, model_options, tell_skipped, usable
+from tinydrop_kernels.predictor import Predictor
 from tinydrop_kernels.rowfile import RowFile, RowFileError
 from tinydrop_kernels.version import __version__
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
-
-
-def number_or_none(text: str) -> float | None:
-    """The type of ``--tau``: a number, or ``none`` for no early exit."""
-    try:
-        return None if text == "none" else float(text)
-    except ValueError:
-        raise click.BadParameter(f"{text!r} is neither a number nor 'none'") from None
+PATHS = click.argument("paths", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -43,61 +29,8 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("paths", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
-@click.option(
-    "--model",
-    default="vit_base_patch16_224.augreg2_in21k_ft_in1k",
-    help="The large ViT: timm name, folder, or NAME=FILE.",
-)
-@click.option("--guidance", default=DEFAULT_GUIDANCE, help="The tiny classifier, named likewise.")
-@click.option("--img-size", type=click.IntRange(min=1), help="Input size of the large ViT, if not its own.")
-@click.option(
-    "--tau",
-    type=number_or_none,
-    default=DropPolicy.tau,
-    metavar="FLOAT|none",
-    help="Exit above this confidence; 'none' never exits.",
-)
-@click.option("--gamma", type=float, default=DropPolicy.gamma, help="Curvature: low drops aggressively.")
-@click.option("--min-keep", type=float, default=DropPolicy.min_keep, help="Least fraction of the tokens that is kept.")
-@click.option(
-    "--keep-ratio",
-    type=float,
-    help="Keep this fraction of every image that does not exit, however sure the guidance is; "
-    "instead of --gamma and --min-keep. --tau still decides which images exit.",
-)
-@click.option(
-    "--coarsen",
-    type=float,
-    default=DropPolicy.coarsen,
-    help="Share of the cut that a coarser grid takes: 0 drops patches alone, 1 lowers the resolution alone.",
-)
-@click.option(
-    "--blend",
-    type=float,
-    default=DropPolicy.blend,
-    help="Weight of the guidance's probabilities in the answer for an image that does not exit.",
-)
-@click.option(
-    "--second-look",
-    type=float,
-    nargs=2,
-    default=DropPolicy.second_look,
-    metavar="T1 T2",
-    help="Let an image go through dense unless its answer is surer than T2, or surer than T1 and the guidance's too; "
-    "0 0 never does.",
-)
-@click.option(
-    "--saliency",
-    type=(int, float, float),
-    default=DropPolicy.saliency,
-    metavar="CLASSES NORM CENTRE",
-    help="What ranks the patches: Grad-CAM of so many classes, weights of the feature's norm and of the centre.",
-)
-@click.option("--batch-size", type=click.IntRange(min=1), default=32)
-@click.option("--device", default=DEFAULT_DEVICE)
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32")
-@click.option("--workers", type=click.IntRange(min=0), default=0, help="Processes that load images.")
+@PATHS
+@model_options
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, writable=True, path_type=Path),
@@ -105,46 +38,13 @@ def main() -> None:
 )
 @click.option("--compare-dense", is_flag=True, help="Run the dense model on the same batches too.")
 @click.pass_context
-def classify(
-    context: click.Context,
-    /,
-    paths: tuple[Path, ...],
-    model: str,
-    guidance: str,
-    img_size: int | None,
-    keep_ratio: float | None,
-    batch_size: int,
-    device: str,
-    dtype: str,
-    workers: int,
-    out: Path | None,
-    compare_dense: bool,
-    **policy: Any,
-) -> None:
+def classify(context: click.Context, /, paths: tuple[Path, ...], out: Path | None, **options: Any) -> None:
     """Classify images: files, and all images in folders."""
-    files = image_files(paths, lambda path, reason: tell_skipped(str(path), reason))
-    if not files:
-        raise click.ClickException(f"no image in {', '.join(map(click.format_filename, paths))}")
+    files = found_images(paths)
     interrupted = False
     try:
         with RowFile(out) as rows:  # before the models: nobody should wait for them to hear that it cannot be written
-            try:
-                law = chosen_policy(context, keep_ratio, policy)
-                options: dict[str, Any] = {"img_size": img_size} if img_size else {}
-                check_spec(model)
-                small = load_model(guidance, "guidance")  # before the large one, likewise
-                vit = load_model(model, **options).to(usable(device), DTYPES[dtype])
-                check_classifier(vit)  # patch() would speak of the guidance
-                predictor = Predictor(
-                    patch(vit, small, law),
-                    batch_size=batch_size,
-                    workers=workers,
-                    compare_dense=compare_dense,
-                    progress=True,
-                    on_unreadable=tell_skipped,
-                )
-            except (ValueError, TypeError, RuntimeError) as error:
-                raise click.ClickException(str(error)) from None
+            predictor = make_predictor(context, **options)
             try:
                 for prediction in predictor.predict(files):
                     rows.write(json.dumps(prediction.as_dict()))
@@ -153,74 +53,105 @@ def classify(
     except RowFileError as error:
         raise click.ClickException(str(error)) from None
     except torch.OutOfMemoryError as error:
-        raise click.ClickException(f"{error}\nA smaller --batch-size needs less memory.") from None
+        raise out_of_memory(error) from None
     if not (rows.written or interrupted):
         raise click.ClickException("no image could be read")
-    click.echo(summary(predictor, f"{device}, {dtype}"), err=out is None)
+    click.echo(summary(predictor, machine(options)), err=out is None)
     if interrupted:
         kept = f"; their rows are in {click.format_filename(out)}" if out and rows.written else ""
         click.echo(f"interrupted after {rows.written} of {len(files)} images{kept}", err=True)
         context.exit(INTERRUPTED)
 
 
-def chosen_policy(context: click.Context, keep_ratio: float | None, options: dict[str, Any]) -> DropPolicy:
-    """The policy of the options; what was not given on the command line stays as the kind of policy has it."""
-    options["saliency"] = ops.Saliency(*options["saliency"])
-    given = {name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
-    if keep_ratio is None:
-        return DropPolicy(**options)
-    for name in ("gamma", "min_keep"):
-        if name in given:
-            raise ValueError(f"--{name.replace('_', '-')}: has no effect together with --keep-ratio; give one of them")
-    return replace(DropPolicy.fixed(keep_ratio), **{name: options[name] for name in given | {"tau"}})
-
-
-def usable(device: str) -> torch.device:
-    """The device, or ValueError where this machine has none such."""
+@main.command()
+@PATHS
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="The folder for a PNG file per image and for index.html, which needs no other file.",
+)
+@model_options
+@click.option("--dense", "compare_dense", is_flag=True, help="Ask the dense model too: a dense pass for each image.")
+@click.pass_context
+def visualize(context: click.Context, /, paths: tuple[Path, ...], out: Path, **options: Any) -> None:
+    """Show what was looked at: pictures of each image, and a page of all to leaf through and filter."""
+    files = found_images(paths)
+    interrupted = False
     try:
-        found = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise ValueError(f"device: got {device!r}: {str(error).splitlines()[0]}") from None
-    if found.type == "meta":
-        raise ValueError("device: got 'meta', on which nothing is computed")
-    return torch.device(device)
+        out.mkdir(parents=True, exist_ok=True)
+        predictor = make_predictor(context, **options)
+        gallery = Gallery(out, predictor)
+        try:
+            for seen in predictor.batches(files):
+                gallery.add(seen)
+        except KeyboardInterrupt:
+            interrupted = True
+        if not (gallery.cards or interrupted):
+            raise click.ClickException("no image could be read")
+        page = gallery.write() if gallery.cards else None
+    except RowFileError as error:
+        raise click.ClickException(str(error)) from None
+    except OSError as error:
+        raise click.ClickException(f"out: {str(out)!r} cannot be written: {error.strerror or error}") from None
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(error) from None
+    click.echo(summary(predictor, machine(options)))
+    if page:
+        click.echo(f"page         {click.format_filename(page)} ({page.stat().st_size / 1e6:.1f} MB)")
+    if interrupted:
+        click.echo(f"interrupted after {len(gallery.cards)} of {len(files)} images", err=True)
+        context.exit(INTERRUPTED)
 
 
-def tell_skipped(name: str, reason: str) -> None:
-    """A line on standard error, clear of a progress bar."""
-    tqdm.write(f"skipped {click.format_filename(name)}: {reason}", file=sys.stderr)
+def found_images(paths: tuple[Path, ...]) -> list[Path]:
+    """The images in these files and folders, or an error where there are none."""
+    files = image_files(paths, lambda path, reason: tell_skipped(str(path), reason))
+    if not files:
+        raise click.ClickException(f"no image in {', '.join(map(click.format_filename, paths))}")
+    return files
+
+
+def out_of_memory(error: torch.OutOfMemoryError) -> click.ClickException:
+    """What there is to do about it."""
+    return click.ClickException(f"{error}\nA smaller --batch-size needs less memory.")
+
+
+def machine(options: dict[str, Any]) -> str:
+    """Where and how the models ran."""
+    return f"{options['device']}, {options['dtype']}, batches of {options['batch_size']}"
 
 
 def summary(predictor: Predictor, machine: str) -> str:
     """What came together over all images, for reading."""
     report, unreadable = predictor.report, len(predictor.unreadable)
-    if report is None:
+    if report is None or report.wall_seconds is None:
         return f"images       0, unreadable {unreadable}"
     keep = f"{report.mean_keep:.1%}" if report.exits < report.images else "none stayed"
     lines = [
         f"images       {report.images}, unreadable {unreadable}",
         f"exits        {report.exits} ({report.exits / report.images:.1%})",
         f"mean keep    {keep} (of the patches of images that stayed)",
-        f"FLOPs saved  {report.flops_saved:.1%} (guidance counted)",
-        f"images/s     {report.images / predictor.seconds:.1f} ({machine}; models only, guidance counted)",
+        f"FLOPs saved  {report.flops_saved:.1%} (guidance counted); "
+        f"exits alone {1 - report.cascade_flops / report.dense_flops:.1%}",
+        f"images/s     {report.images / report.wall_seconds:.1f} ({machine}; models only: guidance, selection, "
+        f"packing and {report.read_backs} read-backs in {report.calls} batches counted)",
     ]
     if report.second_looks:
         lines.insert(3, f"second looks {report.second_looks} ({report.second_looks / report.images:.1%})")
-    if predictor.compare_dense:
-        speed_up = predictor.dense_seconds / predictor.seconds
+    if report.seconds:
+        stages = (f"{stage} {1e3 * spent / report.images:.2f}" for stage, spent in report.seconds.items())
+        lines.append(f"ms an image  {', '.join(stages)}")
+    if report.speed_up and report.dense_seconds:
         lines += [
-            f"dense        {report.images / predictor.dense_seconds:.1f} images/s",
-            f"speed-up     {speed_up:.2f} x",
+            f"dense        {report.images / report.dense_seconds:.1f} images/s",
+            f"speed-up     {report.speed_up:.2f} x",
             f"agreement    {predictor.agreeing / report.images:.1%} of the top classes",
         ]
-        if speed_up < 1:
-            lines.append("note: with token dropping the model was slower than dense on these images and this machine")
-    if report.guidance_flops > report.dense_flops:
-        times = report.guidance_flops / report.dense_flops
-        lines.append(
-            f"note: the guidance model alone costs {times:.1f} times the FLOPs of the dense model: take a smaller one"
-        )
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"note: {note}" for note in report.notes)])
+
+
+main.add_command(calibrate)
 
 
 @main.command()

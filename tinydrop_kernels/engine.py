@@ -91,32 +91,15 @@ class TinyDrop:
     def report(self) -> Report:
         """Exits, kept patches, FLOPs against dense and, when timed, seconds by stage, of this thread's last call.
 
+        Nothing is run for it: :func:`timing.compare_with_dense` measures whether the patched model is faster.
+
         Raises:
             RuntimeError: there was no call yet.
         """
         call = self.last
         if call is None:
             raise RuntimeError("no image has gone through the patched model in this thread yet")
-        counts, levels = call.counts.tolist(), call.selection.levels.tolist()
-        again = int(call.second_look.sum())
-        flops = 0
-        for level, grid in enumerate(call.levels):
-            of_level = [count for count, own in zip(counts, levels, strict=True) if own == level]
-            flops += self._family.flops(self._model, of_level, grid)
-        flops += self._family.flops(self._model, [call.num_patches] * again, call.levels[0])
-        guidance = len(counts) * self._guidance_flops
-        return Report(
-            images=len(counts),
-            exits=counts.count(0),
-            second_looks=again,
-            coarser=sum(count > 0 and level > 0 for count, level in zip(counts, levels, strict=True)),
-            kept_patches=sum(counts),
-            patches=(len(counts) - counts.count(0)) * call.num_patches,
-            flops=flops + guidance,
-            guidance_flops=guidance,
-            dense_flops=self._family.dense_flops(self._model, len(counts), call.levels[0]),
-            seconds=call.seconds,
-        )
+        return Report.of(call, self._family, self._model, self._guidance_flops)
 
     @cached_property
     def _guidance_flops(self) -> int:
@@ -190,7 +173,8 @@ class TinyDrop:
             has_exits = len(staying) < len(images)  # otherwise the guidance may know other classes
             logits = logits.to(answers.dtype) if has_exits else torch.empty_like(answers)
             logits = logits.index_copy(0, staying, answers)
-        self._of_thread.last = Call(plan.selection, plan.levels, second_look, seconds)
+        read_backs = 1 + (bool(plan.parts) and policy.second_look is not None)
+        self._of_thread.last = Call(plan.selection, plan.levels, plan.guided.logits, second_look, seconds, read_backs)
         return logits
 
     @eager_outside

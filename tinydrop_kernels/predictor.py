@@ -1,12 +1,10 @@
 """Images in, rows out: what the command line, the demo, benchmarks and data pipelines share."""
 
-import math
 import os
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,47 +16,9 @@ from tqdm import tqdm
 from tinydrop_kernels.checkpoints import class_names
 from tinydrop_kernels.images import MODES, ImageSource, image_transform, load_image
 from tinydrop_kernels.ops.types import TimmModule
-from tinydrop_kernels.report import Call, Report
-
-T = TypeVar("T")
-
-
-class Candidate(NamedTuple):
-    """A class that the image may be of."""
-
-    label: int  # its number
-    name: str
-    probability: float
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What a patched model said of one image, and what it looked at to say so."""
-
-    index: int  # place among the inputs
-    name: str  # the path; "#index" for an image that came without one
-    exited: bool  # answered by the guidance model alone
-    confidence: float  # the guidance model's
-    kept: int  # patches that went through the target; 0 if the image exited
-    patches: int  # of the dense image
-    grid: tuple[int, int]  # rows and columns of which the patches were kept
-    second_look: bool  # went through the dense model after all
-    top: tuple[Candidate, ...]  # most probable first
-    dense: Candidate | None = None  # the dense model's first, if it was asked
-
-    def as_dict(self) -> dict[str, Any]:
-        """The row as plain values, valid JSON: fractions rounded to four digits, null for what is not finite."""
-        row = {
-            "path": self.name,
-            "exit": self.exited,
-            "confidence": _rounded(self.confidence),
-            "kept": self.kept,
-            "of": self.patches,
-            "grid": list(self.grid),
-            "second_look": self.second_look,
-            "top": [_candidate_as_dict(candidate) for candidate in self.top],
-        }
-        return row | ({"dense": _candidate_as_dict(self.dense)} if self.dense else {})
+from tinydrop_kernels.prediction import Candidate, Prediction, Seen, predictions
+from tinydrop_kernels.report import Report
+from tinydrop_kernels.timing import check_eval, check_patched, timed
 
 
 class Predictor:
@@ -76,8 +36,8 @@ class Predictor:
         on_unreadable: called with name and reason of each image that cannot be read; by default a warning is issued.
 
     Attributes:
-        report: sum of the reports of all batches; None before the first.
-        seconds, dense_seconds: time that the patched and the dense model took, without the loading of images.
+        report: sum of the reports of all batches, with the time that the patched model took and, if it was asked, the
+            dense one, both without the loading of images; None before the first.
         agreeing: images of which both models had the same first class.
         unreadable: name and reason of each image that could not be read.
 
@@ -97,10 +57,7 @@ class Predictor:
         progress: bool = False,
         on_unreadable: Callable[[str, str], None] | None = None,
     ):
-        if not hasattr(model, "tinydrop"):
-            raise ValueError(
-                f"model: this {type(model).__name__} is not patched; call tinydrop_kernels.patch on it first"
-            )
+        check_patched(model)
         check_classifier(model)
         for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0), ("top", top, 1)):
             if value < least:
@@ -114,7 +71,6 @@ class Predictor:
         self.on_unreadable = on_unreadable or _warn
         self.names = class_names(model)
         self.report: Report | None = None
-        self.seconds = self.dense_seconds = 0.0
         self.agreeing = 0
         self.unreadable: list[tuple[str, str]] = []
         self._images = _Images(image_transform(model), getattr(model, "in_chans", 3))
@@ -129,8 +85,12 @@ class Predictor:
             TypeError: the inputs are one image, where many are expected.
             RuntimeError: the model is in training mode.
         """
+        return (row for seen in self.batches(inputs) for row in seen.rows)
+
+    def batches(self, inputs: Iterable[ImageSource]) -> Iterator[Seen]:
+        """The same batch by batch, with the images as they went in and what happened to them."""
         _refuse_one_image(inputs)
-        return self._rows(inputs, self.workers)
+        return self._batches(inputs, self.workers)
 
     def predict_batch(self, images: Sequence[ImageSource] | np.ndarray) -> list[Prediction | None]:
         """One entry for each image, in order; None for what cannot be read. Images are loaded in this process.
@@ -142,10 +102,10 @@ class Predictor:
             images: as for :meth:`predict`, such as an array ``(batch, height, width, 3)``, which may be read-only.
         """
         _refuse_one_image(images)
-        rows = {row.index: row for row in self._rows(images, workers=0)}
+        rows = {row.index: row for seen in self._batches(images, workers=0) for row in seen.rows}
         return [rows.get(index) for index in range(len(images))]
 
-    def _rows(self, inputs: Iterable[ImageSource], workers: int) -> Iterator[Prediction]:
+    def _batches(self, inputs: Iterable[ImageSource], workers: int) -> Iterator[Seen]:
         # The sampler draws the inputs themselves, not their numbers: so they may be a stream.
         loader = DataLoader(
             self._images,
@@ -161,14 +121,29 @@ class Predictor:
                     self.unreadable.append((name, reason))
                     self.on_unreadable(name, reason)
                 if batch.images is not None:
-                    yield from self._classify(batch.images, batch.indices, batch.names)
+                    yield self._classify(batch.images, batch.indices, batch.names)
                 bar.update(len(batch.names) + len(batch.unreadable))
 
+    def classify(self, images: Tensor, names: Sequence[str] | None = None) -> Seen:
+        """A batch ``(batch, channels, height, width)`` that is normalised for the model already.
+
+        Args:
+            images: floating; cast to the model's dtype and moved to its device.
+            names: of the images; by default "#0", "#1" and so on.
+
+        Raises:
+            ValueError: not as many names as images.
+            RuntimeError: the model is in training mode.
+        """
+        names = [f"#{i}" for i in range(len(images))] if names is None else list(names)
+        if len(names) != len(images):
+            raise ValueError(f"names: got {len(names)}, expected {len(images)}, one for each image")
+        return self._classify(images, list(range(len(images))), names)
+
     @torch.inference_mode()
-    def _classify(self, images: Tensor, indices: list[int], names: list[str]) -> list[Prediction]:
+    def _classify(self, images: Tensor, indices: list[int], names: list[str]) -> Seen:
         model = self.model
-        if model.training:
-            raise RuntimeError("model: it is in training mode, in which it drops nothing; call model.eval() first")
+        check_eval(model)
         weight = next(model.parameters())
         images = images.to(weight.device, weight.dtype)
         if self.report is None:
@@ -176,21 +151,27 @@ class Predictor:
             if self.compare_dense:
                 model.tinydrop.dense(images)
         logits, seconds = timed(model, images)
-        call, report = model.tinydrop.last, model.tinydrop.report()
-        self.report = report if self.report is None else self.report + report
-        self.seconds += seconds
-        probabilities = logits.float().softmax(1)
-        dense: list[Candidate | None] = [None] * len(images)
+        call = model.tinydrop.last
+        report = replace(model.tinydrop.report(), wall_seconds=seconds)
+        dense: Sequence[Candidate | None] = [None] * len(images)
+        guidance = dense
+        if call.guidance_logits.shape[1] == logits.shape[1]:
+            guidance = self._first(call.guidance_logits)
         if self.compare_dense:
             dense_logits, seconds = timed(model.tinydrop.dense, images)
-            self.dense_seconds += seconds
+            report = replace(report, dense_seconds=seconds)
+            dense = self._first(dense_logits)
             self.agreeing += int((dense_logits.argmax(1) == logits.argmax(1)).sum())
-            dense = [first for first, *_ in self._candidates(dense_logits.float().softmax(1), 1)]
-        candidates = self._candidates(probabilities, min(self.top, probabilities.shape[1]))
-        return list(_predictions(indices, names, call, candidates, dense))
+        self.report = report if self.report is None else self.report + report
+        candidates = self._candidates(logits, self.top)
+        return Seen(images, call, list(predictions(indices, names, call, candidates, guidance, dense)))
 
-    def _candidates(self, probabilities: Tensor, top: int) -> list[tuple[Candidate, ...]]:
-        values, classes = (tensor.tolist() for tensor in probabilities.topk(top))
+    def _first(self, logits: Tensor) -> list[Candidate]:
+        return [first for first, *_ in self._candidates(logits, 1)]
+
+    def _candidates(self, logits: Tensor, top: int) -> list[tuple[Candidate, ...]]:
+        probabilities = logits.float().softmax(1)
+        values, classes = (tensor.tolist() for tensor in probabilities.topk(min(top, probabilities.shape[1])))
         return [
             tuple(Candidate(c, self.names[c], p) for c, p in zip(row, ps, strict=True))
             for row, ps in zip(classes, values, strict=True)
@@ -201,29 +182,6 @@ def check_classifier(model: TimmModule) -> None:
     """Raise ValueError if a model has no classes."""
     if not getattr(model, "num_classes", 0):
         raise ValueError("model: got one without classes (num_classes=0), expected a classifier")
-
-
-def _predictions(
-    indices: list[int],
-    names: list[str],
-    call: Call,
-    candidates: list[tuple[Candidate, ...]],
-    dense: list[Candidate | None],
-) -> Iterator[Prediction]:
-    columns = (call.exited.tolist(), call.confidence.tolist(), call.counts.tolist(), call.second_look.tolist())
-    for i, (exited, confidence, kept, second_look) in enumerate(zip(*columns, strict=True)):
-        yield Prediction(
-            index=indices[i],
-            name=names[i],
-            exited=exited,
-            confidence=confidence,
-            kept=kept,
-            patches=call.num_patches,
-            grid=call.grid_sizes[i],
-            second_look=second_look,
-            top=candidates[i],
-            dense=dense[i],
-        )
 
 
 class _Images(Dataset[Any]):
@@ -270,27 +228,5 @@ def _refuse_one_image(inputs: object) -> None:
         raise TypeError(f"inputs: got one {type(inputs).__name__}, expected an iterable of images; put it in a list")
 
 
-def timed(call: Callable[[Tensor], T], images: Tensor) -> tuple[T, float]:
-    """What a call with the images returns, and the seconds it took, the work of their device included."""
-
-    def synchronize() -> None:
-        if images.device.type != "cpu":
-            torch.accelerator.synchronize(images.device)
-
-    synchronize()
-    start = time.perf_counter()
-    answer = call(images)
-    synchronize()
-    return answer, time.perf_counter() - start
-
-
 def _warn(name: str, reason: str) -> None:
     warnings.warn(f"skipped {name}: {reason}", stacklevel=3)
-
-
-def _rounded(value: float) -> float | None:
-    return round(value, 4) if math.isfinite(value) else None
-
-
-def _candidate_as_dict(candidate: Candidate) -> dict[str, Any]:
-    return {"class": candidate.label, "name": candidate.name, "probability": _rounded(candidate.probability)}

@@ -1,10 +1,15 @@
 """What happened in a call, and what it cost."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from torch import Tensor
 
-from tinydrop_kernels.ops.types import Grid, Selection
+from tinydrop_kernels.families import Family
+from tinydrop_kernels.ops.types import Grid, Selection, TimmModule
+
+CASCADE_MARGIN = 0.05  # a reduction that saves less than this over exits alone is not worth its loss of accuracy
+BEFORE_TARGET = ("guidance", "select", "pack")  # stages that dense does not have
 
 
 @dataclass(frozen=True)
@@ -13,8 +18,10 @@ class Call:
 
     selection: Selection
     levels: list[Grid]  # rows and columns of the target's grid at each level, dense first
+    guidance_logits: Tensor  # (batch, the guidance model's classes)
     second_look: Tensor  # bool (batch,): whether the image went through the target a second time, dense
     seconds: dict[str, float] = field(default_factory=dict)  # by stage, filled when ``TinyDrop.timed``
+    read_backs: int = 1  # times that the host waited to read from the device
 
     @property
     def num_patches(self) -> int:
@@ -65,8 +72,39 @@ class Report:
     patches: int  # what the images that stayed have at the dense grid
     flops: int  # guidance and target
     guidance_flops: int
+    cascade_flops: int  # guidance, and the target on all patches of the images that stayed
     dense_flops: int  # the target alone, on all patches of all images
+    read_backs: int  # times that the host waited to read from the device
+    calls: int
     seconds: dict[str, float]  # by stage, of calls that were timed
+    wall_seconds: float | None = None  # from images to answers, all of the above included; None if not measured
+    dense_seconds: float | None = None  # the dense model on the same images in the same batches, likewise
+
+    @classmethod
+    def of(cls, call: Call, family: Family, model: TimmModule, guidance_flops: int) -> "Report":
+        """A call of a model of this family, whose guidance model spends so many FLOPs on an image."""
+        counts, levels = call.counts.tolist(), call.selection.levels.tolist()
+        dense, exits, again = call.num_patches, counts.count(0), int(call.second_look.sum())
+        flops = family.flops(model, [dense] * again, call.levels[0])
+        for level, grid in enumerate(call.levels):
+            of_level = [count for count, own in zip(counts, levels, strict=True) if own == level]
+            flops += family.flops(model, of_level, grid)
+        guidance = len(counts) * guidance_flops
+        return cls(
+            images=len(counts),
+            exits=exits,
+            second_looks=again,
+            coarser=sum(count > 0 and level > 0 for count, level in zip(counts, levels, strict=True)),
+            kept_patches=sum(counts),
+            patches=(len(counts) - exits) * dense,
+            flops=flops + guidance,
+            guidance_flops=guidance,
+            cascade_flops=family.flops(model, [dense] * (len(counts) - exits), call.levels[0]) + guidance,
+            dense_flops=family.dense_flops(model, len(counts), call.levels[0]),
+            read_backs=call.read_backs,
+            calls=1,
+            seconds=call.seconds,
+        )
 
     @property
     def flops_saved(self) -> float:
@@ -78,9 +116,48 @@ class Report:
         """Fraction of the dense patches of images that did not exit; NaN where all did."""
         return self.kept_patches / self.patches if self.patches else float("nan")
 
+    @property
+    def speed_up(self) -> float | None:
+        """How many times as fast as dense; None if not both were measured."""
+        return self.dense_seconds / self.wall_seconds if self.dense_seconds and self.wall_seconds else None
+
+    @property
+    def notes(self) -> list[str]:
+        """Whatever speaks against it on these images, in words; nothing is said of time that was not measured."""
+        return [*self._guidance_note(), *self._time_note(), *self._rival_note()]
+
+    def _guidance_note(self) -> list[str]:
+        if self.guidance_flops < self.dense_flops:
+            return []
+        times = self.guidance_flops / self.dense_flops
+        return [f"the guidance model alone costs {times:.1f} times the FLOPs of the dense model: take a smaller one"]
+
+    def _time_note(self) -> list[str]:
+        if not (self.wall_seconds and self.dense_seconds and self.wall_seconds > self.dense_seconds):
+            return []
+        ours, dense = self.images / self.wall_seconds, self.images / self.dense_seconds
+        told = (
+            f"the patched model is slower than dense here, in batches of {self.images / self.calls:.3g}: "
+            f"{ours:.1f} against {dense:.1f} images/s"
+        )
+        if self.seconds:
+            before, total = sum(self.seconds.get(stage, 0.0) for stage in BEFORE_TARGET), sum(self.seconds.values())
+            told += f"; {before / total:.0%} of its time goes before the target, to guidance, selection and packing"
+        return [told]
+
+    def _rival_note(self) -> list[str]:
+        if self.exits:
+            rival, cost = "a plain cascade (exits alone, with a dense target)", self.cascade_flops
+        else:
+            rival, cost = "the dense model (no image exited)", self.dense_flops
+        if self.flops <= (1 - CASCADE_MARGIN) * cost:
+            return []
+        return [f"{rival} would do as well: {cost / 1e9:.2f} GFLOPs against {self.flops / 1e9:.2f} on these images"]
+
     def __add__(self, other: "Report") -> "Report":
-        names = ("images", "exits", "second_looks", "coarser", "kept_patches", "patches", "flops", "guidance_flops")
-        sums = {name: getattr(self, name) + getattr(other, name) for name in (*names, "dense_flops")}
+        sums = {
+            f.name: _sum(getattr(self, f.name), getattr(other, f.name)) for f in fields(self) if f.name != "seconds"
+        }
         stages = [*self.seconds, *(stage for stage in other.seconds if stage not in self.seconds)]
         seconds = {stage: self.seconds.get(stage, 0.0) + other.seconds.get(stage, 0.0) for stage in stages}
         return Report(**sums, seconds=seconds)
@@ -90,11 +167,20 @@ class Report:
         lines = [
             f"images {self.images}, exits {self.exits}, coarser {self.coarser}, second looks {self.second_looks}, "
             f"patches kept of those that stayed {kept}",
-            f"GFLOPs {self.flops / 1e9:.2f}, dense {self.dense_flops / 1e9:.2f}, saved {self.flops_saved:.1%}",
+            f"GFLOPs {self.flops / 1e9:.2f} (guidance {self.guidance_flops / 1e9:.2f}), "
+            f"dense {self.dense_flops / 1e9:.2f}, exits alone {self.cascade_flops / 1e9:.2f}, "
+            f"saved {self.flops_saved:.1%}",
+            f"calls {self.calls}, read-backs {self.read_backs}",
         ]
-        if self.guidance_flops >= self.dense_flops:
-            ratio = self.guidance_flops / self.dense_flops
-            lines.append(f"the guidance model alone costs {ratio:.1f} times the dense model: take a smaller one")
         if self.seconds:
             lines.append("ms " + ", ".join(f"{stage} {1e3 * spent:.1f}" for stage, spent in self.seconds.items()))
-        return "\n".join(lines)
+        if self.wall_seconds:
+            lines.append(f"images/s {self.images / self.wall_seconds:.1f}")
+        if self.speed_up and self.dense_seconds:
+            lines[-1] += f", dense {self.images / self.dense_seconds:.1f}, speed-up {self.speed_up:.2f} x"
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def _sum(one: Any, other: Any) -> Any:
+    """None, which is what was not measured, makes None of the sum."""
+    return None if one is None or other is None else one + other

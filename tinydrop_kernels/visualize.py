@@ -16,6 +16,7 @@ from tinydrop_kernels.report import Call
 Picture: TypeAlias = Image.Image | np.ndarray
 
 DROPPED_BRIGHTNESS = 0.15
+LINE_OPACITY = 70  # of 255
 FRAME = (230, 120, 20)
 HOT = np.array((255, 60, 0), dtype=np.float32)
 CAPTION_HEIGHT, GAP = 18, 8
@@ -73,6 +74,40 @@ def saliency(image: Picture, call: Call, index: int) -> Image.Image:
     share = np.asarray(heat, dtype=np.float32)[..., None] / 255
     grey = np.asarray(picture.convert("L"), dtype=np.float32)[..., None]
     return Image.fromarray(np.uint8(grey * (1 - share) + HOT * share))
+
+
+def on_own_grid(image: Picture, call: Call, index: int) -> Image.Image:
+    """What the target saw, as coarsely as it saw it: the image at its own grid's resolution, dropped patches dark, and
+    lines between the patches.
+
+    Takes the arguments of :func:`kept_patches`.
+    """
+    picture = _rgb(image)
+    if call.exited[index]:
+        return kept_patches(picture, call, index)
+    (rows, columns), (dense_rows, dense_columns) = call.grid_sizes[index], call.levels[0]
+    width, height = picture.size
+    if (rows, columns) != (dense_rows, dense_columns):
+        coarse = max(1, width * columns // dense_columns), max(1, height * rows // dense_rows)
+        picture = picture.resize(coarse, Image.Resampling.BICUBIC).resize((width, height), Image.Resampling.NEAREST)
+    picture = kept_patches(picture, call, index)
+    lines = Image.new("L", picture.size)
+    draw = ImageDraw.Draw(lines)
+    for i in range(1, columns):
+        draw.line([(i * width // columns, 0), (i * width // columns, height)], LINE_OPACITY)
+    for i in range(1, rows):
+        draw.line([(0, i * height // rows), (width, i * height // rows)], LINE_OPACITY)
+    picture.paste("white", mask=lines)
+    return picture
+
+
+def side_by_side(pictures: Sequence[Image.Image]) -> Image.Image:
+    """One picture of several of the same size."""
+    width, height = pictures[0].size
+    page = Image.new("RGB", (len(pictures) * (width + GAP) - GAP, height), "white")
+    for i, picture in enumerate(pictures):
+        page.paste(picture, (i * (width + GAP), 0))
+    return page
 
 
 def contact_sheet(

@@ -33,7 +33,7 @@ from tinydrop_kernels.ops.types import Grid, TimmModule
 from tinydrop_kernels.patching import patch, unpatch
 from tinydrop_kernels.policy import CALM, DropPolicy
 from tinydrop_kernels.policyfile import identity_of, versions
-from tinydrop_kernels.predictor import timed
+from tinydrop_kernels.timing import timed
 
 SIDES = (1.0, 6 / 7, 5 / 7, 4 / 7)  # of the guidance model's images: 224, 192, 160 and 128 pixels for one of 224
 STRIDE = 32  # to a multiple of which they are rounded
