@@ -20,7 +20,7 @@ from accuracy import GUIDANCE, SETS, TARGET, WAYS, Answers, answers_of, halves
 from tqdm import tqdm
 
 from tinydrop_kernels.calibration.bounds import p_value
-from tinydrop_kernels.calibration.certify import Candidate, certify, uncertified_best
+from tinydrop_kernels.calibration.sequence import Candidate, certify, uncertified_best
 from tinydrop_kernels.calibration.sweep import judge, sweep
 from tinydrop_kernels.calibration.table import BLENDS, Cell, Table, View, named_and_sure
 from tinydrop_kernels.families.grids import coarser_grids

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from tinydrop_kernels.calibration import COSTS, Answers, gather
-from tinydrop_kernels.calibration.frontier import draw, frontier, write_csv
+from tinydrop_kernels.calibration.frontier import check_drawable, draw, frontier, write_csv
 from tinydrop_kernels.checkpoints import check_spec, class_names, load_model
 from tinydrop_kernels.guidance import DEFAULT_GUIDANCE
 from tinydrop_kernels.images import image_files, image_transform, load_image
@@ -117,10 +117,12 @@ def calibrate(
     Interrupted, the same command goes on from where it was.
     """
     try:
+        _check_outputs(out, picture)
+        target_device = usable(device)
         check_spec(model)
         small = [load_model(spec, "guidance") for spec in guidance]
         options: dict[str, Any] = {"img_size": img_size} if img_size else {}
-        vit = load_model(model, **options).to(usable(device), DTYPES[dtype])
+        vit = load_model(model, **options).to(target_device, DTYPES[dtype])
         check_classifier(vit)
         files = image_files([data], lambda path, reason: tell_skipped(str(path), reason))
         labels = None if no_labels else folder_labels(data, files, vit)
@@ -141,6 +143,17 @@ def calibrate(
         context.exit(130)
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         raise click.ClickException(str(error)) from None
+
+
+def _check_outputs(out: Path, picture: Path | None) -> None:
+    """Refuse what could not be written in the end: nobody should hear of it after an hour."""
+    for option, path in (("out", out), ("picture", picture)):
+        if path and not os.access(path.resolve().parent, os.W_OK):
+            raise ValueError(f"{option}: {str(path)!r} cannot be written: there is no such folder, or it is read-only")
+    if picture and picture.suffix not in (".png", ".svg", ".csv"):
+        raise ValueError(f"picture: got {str(picture)!r}, expected a name that ends in .png, .svg or .csv")
+    if picture and picture.suffix != ".csv":
+        check_drawable()
 
 
 def default_cache() -> Path:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import warnings
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -82,9 +83,7 @@ class Certificate:
                 reason = "no policy that is cheaper than the dense model seemed to keep that"
             else:
                 reason = f"the first candidate failed the test on {self.tested} images ({could})"
-            return (
-                f"Not certified that any policy loses at most {drop} at {sure}: this is the dense model, as {reason}."
-            )
+            return f"Not certified that any policy loses at most {drop} at {sure}: {reason}."
         if self.labelled:
             claim = f"On images like these this policy loses at most {drop} of accuracy"
             seen = f"it lost {self.lost} that the dense model has right, and gained {self.gained} that it has wrong"
@@ -132,8 +131,15 @@ class CalibratedPolicy:
 
     def __str__(self) -> str:
         what = "FLOPs" if self.cost_by == "flops" else "time"
-        lines = [f"{self.policy}, guidance at {self.input_size[0]} x {self.input_size[1]}"]
-        lines += [f"{what} saved: {1 - self.cost:.1%}, guidance counted", str(self.certificate)]
+        lines = [
+            f"{self.policy}, guidance at {self.input_size[0]} x {self.input_size[1]}",
+            f"{what} saved: {1 - self.cost:.1%}, guidance counted",
+        ]
+        if not self.certificate.passed:
+            lines = [
+                "The dense model: leave it unpatched, for patched with this file it pays for the guidance as well."
+            ]
+        lines.append(str(self.certificate))
         return "\n".join([*lines, *([str(self.uncertified)] if self.uncertified else [])])
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -195,6 +201,12 @@ class CalibratedPolicy:
                     f"policy: it was calibrated for a {argument} of {known.classes} classes, got {given.num_classes}"
                 )
             found = identity_of(given)
+            if found.dtype != known.dtype:
+                warnings.warn(
+                    f"policy: it was calibrated with the {argument} in {known.dtype}, which is in {found.dtype} now; "
+                    "rounding may change some answers",
+                    stacklevel=3,
+                )
             if found.weights != known.weights:
                 same = " of the same name" if found.name == known.name else ""
                 raise PolicyFileError(

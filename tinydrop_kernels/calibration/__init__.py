@@ -11,8 +11,8 @@ import numpy as np
 from torch import nn
 
 from tinydrop_kernels.calibration.bounds import counts_of
-from tinydrop_kernels.calibration.certify import certify, uncertified_best
-from tinydrop_kernels.calibration.collect import collect
+from tinydrop_kernels.calibration.collection import collect
+from tinydrop_kernels.calibration.sequence import certify, uncertified_best
 from tinydrop_kernels.calibration.sweep import judge
 from tinydrop_kernels.calibration.table import Table
 from tinydrop_kernels.checkpoints import load_model

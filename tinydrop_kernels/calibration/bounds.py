@@ -13,7 +13,7 @@ _SURE = 1e-4  # chance that the share of gains is larger than those tried; it is
 _TAIL = 6.0  # standard deviations, beyond which no count is looked at
 
 
-def p_value(lost: int, gained: int, images: int, bound: float) -> float:
+def p_value(lost: int, gained: int, images: int, bound: float, can_gain: bool = True) -> float:
     """p-value of "the mean of losses in {-1, 0, 1} is at least ``bound``": small where they speak against it.
 
     An exact test: the largest chance, under the shares of losses and gains whose difference is ``bound``, of counts
@@ -25,19 +25,22 @@ def p_value(lost: int, gained: int, images: int, bound: float) -> float:
         lost, gained: numbers of losses of 1 and of -1.
         images: number of all.
         bound: in (0, 1).
+        can_gain: whether a loss can be -1 at all.
 
     Source: the score of Tango, "Equivalence test and confidence interval for the difference in proportions for the
     paired-sample design" (1998), made exact as Sidik, "Exact unconditional tests for testing non-inferiority in
     matched-pairs design" (2003), makes it.
     """
-    return _p_value(lost, gained, images, bound) if images else 1.0
+    return _p_value(lost, gained, images, bound, can_gain) if images else 1.0
 
 
 @lru_cache(maxsize=4096)
-def _p_value(lost: int, gained: int, images: int, bound: float) -> float:
+def _p_value(lost: int, gained: int, images: int, bound: float, can_gain: bool) -> float:
     seen = float(_score(np.array(lost), np.array(gained), images, bound))
     if seen <= 0:
         return 1.0
+    if not can_gain:
+        return _chance(seen, 0.0, images, bound)
     most = min((1 - bound) / 2, _least(lambda share: _unlikely(gained / images, share, images)))
     chances = [_chance(seen, share, images, bound) for share in most * np.linspace(0, 1, _NUISANCES) ** 2]
     return min(1.0, max(chances) + _SURE)
@@ -90,19 +93,14 @@ def counts_of(losses: NDArray[Any]) -> tuple[int, int, int]:
     return int((losses > 0).sum()), int((losses < 0).sum()), len(losses)
 
 
-def upper_bound(lost: int, gained: int, images: int, confidence: float) -> float:
+def upper_bound(lost: int, gained: int, images: int, confidence: float, can_gain: bool = True) -> float:
     """What the mean loss of a policy that was fixed beforehand is below, at this confidence; at most 1."""
-    return _least(lambda bound: p_value(lost, gained, images, bound) <= 1 - confidence)
+    return _least(lambda bound: p_value(lost, gained, images, bound, can_gain) <= 1 - confidence)
 
 
 def least_drop(images: int, confidence: float) -> float:
     """The smallest drop that so many images can certify: of a policy that answers all of them as dense does."""
     return 1.0 if not images else 1 - (1 - confidence) ** (1 / images)
-
-
-def images_needed(drop: float, confidence: float) -> int:
-    """How many images can certify a drop, if the policy answers all of them as dense does."""
-    return math.ceil(math.log(1 - confidence) / math.log1p(-drop))
 
 
 def _least(holds: Callable[[float], bool]) -> float:

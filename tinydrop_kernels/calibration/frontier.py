@@ -4,6 +4,7 @@ import csv
 import math
 import os
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,7 +69,7 @@ def _resolution(law: Law, saliency: Saliency | None) -> bool:
 
 _WAYS: dict[str, Callable[[Law, Saliency | None], bool]] = {
     "exits alone": lambda law, saliency: math.isinf(law.gamma),
-    "the paper's drop": lambda law, saliency: saliency == PLAIN and law.coarsen == 0,
+    "the paper's drop": lambda law, saliency: math.isinf(law.gamma) or (saliency == PLAIN and law.coarsen == 0),
     "resolution alone": _resolution,
 }
 
@@ -89,9 +90,10 @@ def _chosen(table: Table, policy: CalibratedPolicy, by: str, dense: float, confi
     losses, cost = judge(table, view, policy.policy, by)
     lost, gained, images = counts_of(losses)
     side = (1 + confidence) / 2
-    low, high = -upper_bound(lost, gained, images, side), upper_bound(gained, lost, images, side)
+    low = -upper_bound(lost, gained, images, side, table.labels is not None)
+    high = upper_bound(gained, lost, images, side)
     name = f"certified to lose {100 * policy.certificate.accuracy_drop:g} points"
-    return Point(name, by, cost, dense - float(losses.mean()), dense + low, dense + high)
+    return Point(name, by, cost, dense - float(losses.mean()), dense + low, min(1.0, dense + high))
 
 
 def write_csv(points: Sequence[Point], path: str | os.PathLike[str]) -> None:
@@ -102,6 +104,16 @@ def write_csv(points: Sequence[Point], path: str | os.PathLike[str]) -> None:
         writer.writerows([*point[:2], *(f"{value:.6g}" for value in point[2:])] for point in points)
 
 
+def check_drawable() -> None:
+    """Raise RuntimeError where matplotlib is not installed."""
+    try:
+        import_module("matplotlib.figure")
+    except ImportError:
+        raise RuntimeError(
+            'the picture needs matplotlib, which is not installed: pip install "tinydrop_kernels[plot]"'
+        ) from None
+
+
 def draw(points: Sequence[Point], path: str | os.PathLike[str], table: Table) -> None:
     """The points as a picture, of the kind that the path's ending names (``.png``, ``.svg``).
 
@@ -110,18 +122,15 @@ def draw(points: Sequence[Point], path: str | os.PathLike[str], table: Table) ->
     Raises:
         RuntimeError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise RuntimeError(
-            'the picture needs matplotlib, which is not installed: pip install "tinydrop_kernels[plot]"'
-        ) from None
+    check_drawable()
+    from matplotlib.figure import Figure
+
     kinds = list(dict.fromkeys(point.by for point in points))
     figure = Figure(figsize=(7 * len(kinds), 5), layout="constrained")
     for axes, by in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
         _draw_one(axes, [point for point in points if point.by == by], by, table)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=150)
 
 
@@ -155,8 +164,8 @@ def _draw_one(axes: Any, points: list[Point], by: str, table: Table) -> None:
         axes.errorbar(x(point.cost), 100 * point.score, errors, fmt="o", color=colour, capsize=4, label=point.way)
     axes.set_xlabel("FLOPs, % of dense" if by == "flops" else "images a second, by the time of each part")
     axes.set_ylabel("accuracy, %" if table.labels is not None else "answers like the dense model's, %")
-    lowest = min(point.score for point in [*ways[OURS], *ways["dense"]])
-    axes.set_ylim(100 * max(lowest - 0.02, dense - 0.2), 100 * min(1.005, max(p.score for p in points) + 0.01))
+    lowest = min(point.score for way in (OURS, *POINTS) for point in ways[way])
+    axes.set_ylim(100 * max(lowest - 0.01, dense - 0.25), 100 * min(1.005, max(p.high for p in points) + 0.005))
     if by == "flops":
         axes.set_xlim(0, 105)
     axes.grid(alpha=0.3)

@@ -27,7 +27,7 @@ class Candidate(NamedTuple):
     policy: DropPolicy
 
 
-class Tested(NamedTuple):
+class Finding(NamedTuple):
     """What testing came to."""
 
     chosen: Candidate | None  # the cheapest that passed
@@ -39,7 +39,7 @@ class Tested(NamedTuple):
 
 def certify(
     table: Table, drop: float, confidence: float, by: str = "flops", seed: int = 0, ordering: float = ORDERING
-) -> Tested:
+) -> Finding:
     """The cheapest policy of which the images say, at this confidence, that it loses at most ``drop``.
 
     Args:
@@ -54,18 +54,19 @@ def certify(
     parted = round(ordering * len(table))
     first, second = table.take(shuffled[:parted]), table.take(shuffled[parted:])
     least = least_drop(len(second), confidence)
-    nothing = Tested(None, 0, np.zeros(0, np.int8), len(first), least)
+    nothing = Finding(None, 0, np.zeros(0, np.int8), len(first), least)
     if not len(first) or least > drop:
         return nothing
-    return _tested(nothing, second, in_order(sweep(first, by), drop), drop, confidence)
+    return in_sequence(nothing, second, in_order(sweep(first, by), drop), drop, confidence)
 
 
 def in_order(swept: Sweep, drop: float) -> list[Candidate]:
     """Candidates from the dearest to the cheapest, all cheaper than dense.
 
-    From each band of the cost the one that changed the fewest answers: the losses above all, but gains count as well,
-    for so small a part shows either by chance, and what follows the dense model closely is safest to test. (To prefer
-    gains, or the cheapest that seems to keep the drop, was tried and certifies much less: docs/calibration.md.)
+    From each band of the cost the one that changed the fewest answers, unless a cheaper one changed fewer: the losses
+    above all, but gains count as well, for so small a part shows either by chance, and what follows the dense model
+    closely is safest to test. (To prefer gains, or the cheapest that seems to keep the drop, was tried and certifies
+    much less: docs/calibration.md.)
 
     Args:
         swept: policies on the images that order them.
@@ -74,22 +75,31 @@ def in_order(swept: Sweep, drop: float) -> list[Candidate]:
     lost, gained = (swept.moved + swept.loss) / 2, (swept.moved - swept.loss) / 2
     changed = np.where(lost <= UNFIT * drop, lost + 0.3 * gained, np.inf)
     band = np.floor(swept.cost / BAND)
-    found = []
-    for number in sorted(set(band[swept.cost < 1].tolist()), reverse=True):
+    found: list[int] = []
+    for number in sorted(set(band[swept.cost < 1].tolist())):
         inside = np.where((band == number) & (swept.cost < 1), changed, np.inf)
         closest = int(inside.argmin())
-        if np.isfinite(inside[closest]):
-            found.append(Candidate(*swept.policy(closest)))
-    return found
+        if np.isfinite(inside[closest]) and all(changed[closest] <= changed[cheaper] for cheaper in found):
+            found.append(closest)
+    return [Candidate(*swept.policy(number)) for number in reversed(found)]
 
 
-def _tested(nothing: Tested, images: Table, candidates: list[Candidate], drop: float, confidence: float) -> Tested:
-    """Test candidates in their order, until one fails."""
+def in_sequence(
+    nothing: Finding, images: Table, candidates: list[Candidate], drop: float, confidence: float
+) -> Finding:
+    """Test candidates in their order until one fails.
+
+    Args:
+        nothing: what is known before the first.
+        images: the answers on the images that test.
+        candidates: in an order that these images had no part in.
+        drop, confidence: as of :func:`certify`.
+    """
     result = nothing
     for candidate in candidates:
         losses = judge(images, *candidate).losses
         result = result._replace(tried=result.tried + 1)
-        if p_value(*counts_of(losses), drop) > 1 - confidence:
+        if p_value(*counts_of(losses), drop, images.labels is not None) > 1 - confidence:
             break
         result = result._replace(chosen=candidate, losses=losses)
     return result
