@@ -15,26 +15,31 @@ from tinydrop_kernels.version import __version__
 
 if TYPE_CHECKING:
     from tinydrop_kernels import ops
+    from tinydrop_kernels.calibration import calibrate
     from tinydrop_kernels.checkpoints import CheckpointError
     from tinydrop_kernels.families import UnsupportedModelError
     from tinydrop_kernels.guidance import Guidance, GuidanceError
     from tinydrop_kernels.ops import Saliency
     from tinydrop_kernels.patching import patch, unpatch
     from tinydrop_kernels.policy import DropPolicy
+    from tinydrop_kernels.policyfile import CalibratedPolicy, PolicyFileError
     from tinydrop_kernels.prediction import Prediction
     from tinydrop_kernels.predictor import Predictor
     from tinydrop_kernels.timing import compare_with_dense
 
 __all__ = [
+    "CalibratedPolicy",
     "CheckpointError",
     "DropPolicy",
     "Guidance",
     "GuidanceError",
+    "PolicyFileError",
     "Prediction",
     "Predictor",
     "Saliency",
     "UnsupportedModelError",
     "__version__",
+    "calibrate",
     "compare_with_dense",
     "ops",
     "patch",
@@ -43,14 +48,17 @@ __all__ = [
 
 # Imported when they are first asked for, so that the operators can be used without timm.
 _HOMES = {
+    "CalibratedPolicy": "policyfile",
     "CheckpointError": "checkpoints",
     "DropPolicy": "policy",
     "Guidance": "guidance",
     "GuidanceError": "guidance",
+    "PolicyFileError": "policyfile",
     "Prediction": "prediction",
     "Predictor": "predictor",
     "Saliency": "ops",
     "UnsupportedModelError": "families",
+    "calibrate": "calibration",
     "compare_with_dense": "timing",
     "patch": "patching",
     "unpatch": "patching",

@@ -10,6 +10,7 @@ import click
 import torch
 
 from tinydrop_kernels import ops
+from tinydrop_kernels.calibrating import calibrate
 from tinydrop_kernels.gallery import Gallery
 from tinydrop_kernels.images import image_files
 from tinydrop_kernels.options import DEFAULT_DEVICE, make_predictor, model_options, tell_skipped, usable
@@ -148,6 +149,9 @@ def summary(predictor: Predictor, machine: str) -> str:
             f"agreement    {predictor.agreeing / report.images:.1%} of the top classes",
         ]
     return "\n".join([*lines, *(f"note: {note}" for note in report.notes)])
+
+
+main.add_command(calibrate)
 
 
 @main.command()

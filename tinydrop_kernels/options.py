@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -20,6 +21,7 @@ from tinydrop_kernels.predictor import Predictor, check_classifier
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DEFAULT_MODEL = "vit_base_patch16_224.augreg2_in21k_ft_in1k"
 DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -34,11 +36,17 @@ def number_or_none(text: str) -> float | None:
 OPTIONS = (
     click.option(
         "--model",
-        default="vit_base_patch16_224.augreg2_in21k_ft_in1k",
+        default=DEFAULT_MODEL,
         help="The large ViT: timm name, folder, or NAME=FILE.",
     ),
     click.option("--guidance", default=DEFAULT_GUIDANCE, help="The tiny classifier, named likewise."),
     click.option("--img-size", type=click.IntRange(min=1), help="Input size of the large ViT, if not its own."),
+    click.option(
+        "--policy",
+        "policy_file",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="A file of `tinydrop calibrate`, in place of all options of the policy.",
+    ),
     click.option(
         "--tau",
         type=number_or_none,
@@ -105,6 +113,7 @@ def make_predictor(
     model: str,
     guidance: str,
     img_size: int | None,
+    policy_file: Path | None,
     keep_ratio: float | None,
     batch_size: int,
     device: str,
@@ -120,7 +129,11 @@ def make_predictor(
         click.ClickException: they do not fit, or the models cannot be loaded.
     """
     try:
-        law = chosen_policy(context, keep_ratio, policy)
+        law = policy_file or chosen_policy(context, keep_ratio, policy)
+        given = [name for name in ("keep_ratio", *policy) if _was_given(context, name)]
+        if policy_file and given:
+            option = f"--{given[0].replace('_', '-')}"
+            raise ValueError(f"{option}: has no effect together with --policy; give one of them")
         options: dict[str, Any] = {"img_size": img_size} if img_size else {}
         check_spec(model)
         small = load_model(guidance, "guidance")  # before the large one: nobody should wait for it to hear of a mistake
@@ -142,13 +155,17 @@ def make_predictor(
 def chosen_policy(context: click.Context, keep_ratio: float | None, options: dict[str, Any]) -> DropPolicy:
     """The policy of the options; what was not given on the command line stays as the kind of policy has it."""
     options["saliency"] = ops.Saliency(*options["saliency"])
-    given = {name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    given = {name for name in options if _was_given(context, name)}
     if keep_ratio is None:
         return DropPolicy(**options)
     for name in ("gamma", "min_keep"):
         if name in given:
             raise ValueError(f"--{name.replace('_', '-')}: has no effect together with --keep-ratio; give one of them")
     return replace(DropPolicy.fixed(keep_ratio), **{name: options[name] for name in given | {"tau"}})
+
+
+def _was_given(context: click.Context, name: str) -> bool:
+    return context.get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
 def usable(device: str) -> torch.device:

@@ -6,6 +6,7 @@ removed again. The guidance model is not a submodule, so the ``state_dict`` is u
 """
 
 import copy
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,12 +23,13 @@ from tinydrop_kernels.families import Family, UnsupportedModelError, family_of, 
 from tinydrop_kernels.guidance import DEFAULT_GUIDANCE, Guidance
 from tinydrop_kernels.ops.types import TimmModule
 from tinydrop_kernels.policy import DropPolicy
+from tinydrop_kernels.policyfile import CalibratedPolicy
 
 
 def patch(
     model: TimmModule,
     guidance: str | nn.Module | Guidance = DEFAULT_GUIDANCE,
-    policy: DropPolicy | None = None,
+    policy: DropPolicy | CalibratedPolicy | str | os.PathLike[str] | None = None,
 ) -> TimmModule:
     """Make a timm model drop tokens, in place.
 
@@ -40,7 +42,8 @@ def patch(
             a :class:`Guidance`. A copy of it is taken, moved to the model's device and dtype, and follows the model
             from then on. It must know the same classes unless the policy mixes no answers.
         policy: a :class:`DropPolicy`; by default ``DropPolicy()``, which for a model without classes, or with one,
-            neither exits nor blends.
+            neither exits nor blends. Or what ``calibrate`` found, or the file of it: then the guidance model is fed
+            images of the size that was found best, and other models than those it was found with are refused.
 
     Returns:
         The model.
@@ -50,6 +53,7 @@ def patch(
             model on a little noise, hooks and all.
         CheckpointError: the guidance model's weights cannot be loaded.
         GuidanceError: the guidance model has no classes or no feature map.
+        PolicyFileError: the policy's file cannot be read, or it is for another model or guidance.
         ValueError, TypeError: an argument out of range; a model that is patched already; guidance with other classes.
     """
     if isinstance(getattr(model, "tinydrop", None), TinyDrop):
@@ -61,6 +65,11 @@ def patch(
         reason = family.unsupported_reason(model)
     if reason:
         raise UnsupportedModelError(f"model: {type(model).__name__} with {reason}")
+    calibrated = CalibratedPolicy.load(policy) if isinstance(policy, str | os.PathLike) else policy
+    if isinstance(calibrated, CalibratedPolicy):
+        policy = calibrated.policy
+    else:
+        policy, calibrated = calibrated, None
     if policy is None:
         single = model.num_classes < 2
         policy = DropPolicy(tau=None, blend=0.0, second_look=None) if single else DropPolicy()
@@ -72,6 +81,9 @@ def patch(
         raise ValueError("guidance: got the model itself, expected another, smaller model")
     with torch.inference_mode(False):  # autograd refuses tensors made in inference mode
         guidance = copy.deepcopy(guidance) if isinstance(guidance, Guidance) else Guidance(guidance)
+        if calibrated is not None:
+            calibrated.check(model, guidance.model)
+            guidance = Guidance(guidance.model, calibrated.input_size, guidance.mean, guidance.std)
     if guidance.in_chans != model.in_chans:
         raise ValueError(f"guidance: it sees {guidance.in_chans} channels and the model {model.in_chans}")
     tinydrop = TinyDrop(model, guidance.eval(), policy)

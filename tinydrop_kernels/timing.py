@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,9 +12,11 @@ from torch import Tensor
 from tinydrop_kernels.ops.types import TimmModule
 from tinydrop_kernels.report import Report
 
+T = TypeVar("T")
 
-def timed(call: Callable[[Tensor], Tensor], images: Tensor) -> tuple[Tensor, float]:
-    """The answer and the seconds it took, the device's work included."""
+
+def timed(call: Callable[[Tensor], T], images: Tensor) -> tuple[T, float]:
+    """What a call with the images returns, and the seconds it took, their device's work included."""
     _synchronize(images)
     start = time.perf_counter()
     answer = call(images)
