@@ -3,7 +3,7 @@ PYTHON ?= python3
 DATA ?= ../shared/data
 BIN := .venv/bin
 
-.PHONY: demo test lint accuracy bench speedup static clean
+.PHONY: demo test lint accuracy calibration bench speedup static clean
 
 demo: .venv/demo
 	$(BIN)/python demo/run.py
@@ -23,6 +23,10 @@ lint: .venv/test
 accuracy: .venv/test
 	$(BIN)/python bench/accuracy.py --data $(DATA) --dtype bfloat16 --cache build/accuracy \
 		--out bench/results/accuracy_cpu.md
+
+# Whether certificates hold, on the same answers.
+calibration: .venv/test
+	$(BIN)/python bench/calibration.py --data $(DATA) --cache build/accuracy --out bench/results/calibration_cpu.md
 
 # Every operator against what a good PyTorch user would write; on a machine with a GPU: bench/gpu.sh.
 bench: .venv/test

@@ -147,7 +147,7 @@ def calibrate(scene: Scene, dense: torch.Tensor) -> None:
         lost = (dense.argmax(1) == scene.labels).float().mean() - (named == scene.labels).float().mean()
         saved = scene.model.tinydrop.report().flops_saved
         print(
-            f"On the {len(named)} images of the table it loses {100 * lost:.1f} points and saves {saved:.1%} of the FLOPs."
+            f"On the {len(named)} images of the table it loses {100 * lost:.1f} points, and saves {saved:.1%} FLOPs"
         )
 
 
