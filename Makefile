@@ -3,7 +3,7 @@ PYTHON ?= python3
 DATA ?= ../shared/data
 BIN := .venv/bin
 
-.PHONY: demo test lint accuracy models bench speedup static clean
+.PHONY: demo test lint accuracy calibration models bench speedup static clean
 
 demo: .venv/demo
 	$(BIN)/python demo/run.py
@@ -27,6 +27,10 @@ accuracy: .venv/test
 # Every model name of timm, tried (docs/models.md).
 models: .venv/test
 	cd tests && PYTHONPATH=. ../$(BIN)/python -W ignore models/timm_names.py ../docs/models.md
+
+# Whether certificates hold, on the same answers.
+calibration: .venv/test
+	$(BIN)/python bench/calibration.py --data $(DATA) --cache build/accuracy --out bench/results/calibration_cpu.md
 
 # Every operator against what a good PyTorch user would write; on a machine with a GPU: bench/gpu.sh.
 bench: .venv/test

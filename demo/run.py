@@ -4,8 +4,8 @@
 
 Where the model hub is reachable: stock ImageNet models on scikit-image's photographs. Where it is not: the two small
 models of ``demo/weights`` (trained by ``demo/train.py``) on handwritten digits hidden in photographs that neither has
-seen. Either way it ends in a table, in a picture of the kept patches, ``demo/out/kept_patches.png``, and in a page of
-what was looked at in each image, ``demo/out/index.html``.
+seen. Either way it ends in a table, in a picture of the kept patches, ``demo/out/kept_patches.png``, in a page of what
+was looked at in each image, ``demo/out/index.html``, and in a policy calibrated on other images, with its certificate.
 """
 
 import argparse
@@ -34,6 +34,7 @@ STOCK_TARGET = "vit_base_patch16_224.augreg2_in21k_ft_in1k"
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "camera", "hubble_deep_field", "brick", "grass")
 SHOWN = 64  # images on the page
 ROUNDS = 5
+DROP = 0.02  # of accuracy, that the calibrated policy may lose
 CAM = tdk.Saliency()  # the paper's: Grad-CAM of one class
 # For the embedded target, which was trained at one resolution and looks for something small in a large image: drops, no
 # coarser grid, and a second look. Chosen on images of the training half (``Cluttered("train", 192, seed=7)``).
@@ -57,6 +58,7 @@ class Scene:
     labels: torch.Tensor | None
     names: list[str]
     policy: tdk.DropPolicy
+    others: list  # batches of other images, and labels where they are known, to calibrate with
 
 
 def hub_is_reachable() -> bool:
@@ -70,29 +72,37 @@ def hub_is_reachable() -> bool:
 def stock_scene() -> Scene:
     model = load_model(STOCK_TARGET)
     transform = create_transform(**resolve_model_data_config(model))
-    images = [Image.fromarray(getattr(photographs, name)()).convert("RGB") for name in PHOTOGRAPHS]
+    pictures = [Image.fromarray(getattr(photographs, name)()).convert("RGB") for name in PHOTOGRAPHS]
+    images = torch.stack([transform(picture) for picture in pictures])
     return Scene(
         f"{STOCK_TARGET} guided by {tdk.guidance.DEFAULT_GUIDANCE}, stock weights, on scikit-image's photographs",
         model,
         load_model(tdk.guidance.DEFAULT_GUIDANCE),
-        torch.stack([transform(image) for image in images]),
+        images,
         None,
         class_names(model),
         tdk.DropPolicy(),
+        [images],
     )
 
 
-def embedded_scene(length: int) -> Scene:
-    pixels, labels, _ = zip(*(Cluttered("test", length, seed=1)[i] for i in range(length)), strict=True)
-    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
+def cluttered(length: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    pixels, labels, _ = zip(*(Cluttered("test", length, seed=seed)[i] for i in range(length)), strict=True)
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1, torch.tensor(labels)
+
+
+def embedded_scene(length: int, batch_size: int) -> Scene:
+    images, labels = cluttered(length, seed=1)
+    others = [part.split(batch_size) for part in cluttered(2 * length, seed=2)]
     return Scene(
         "the embedded ViT (6 blocks, 196 patches) and its tiny guidance, on handwritten digits in real photographs",
         load_model(str(HERE / "weights" / "target")),
         load_model(str(HERE / "weights" / "guidance")),
         images,
-        torch.tensor(labels),
+        labels,
         CLASS_NAMES,
         EMBEDDED_POLICY,
+        list(zip(*others, strict=True)),
     )
 
 
@@ -125,6 +135,22 @@ def leaf_through(scene: Scene, batch_size: int) -> Path:
     return gallery.write()
 
 
+def calibrate(scene: Scene, dense: torch.Tensor) -> None:
+    """Find a policy for a stated drop, print what is known of it, and see what it does on the images of the table."""
+    path = PICTURE.parent / "policy.json"
+    tdk.unpatch(scene.model)
+    policy = tdk.calibrate(scene.model, scene.guidance, scene.others, accuracy_drop=DROP)
+    policy.save(path)
+    print(f"\nCalibrated to lose at most {100 * DROP:g} points, in {path.relative_to(HERE.parent)}:\n{policy}")
+    if policy.certificate.passed and scene.labels is not None:
+        named = tdk.patch(scene.model, scene.guidance, path)(scene.images).argmax(1)
+        lost = (dense.argmax(1) == scene.labels).float().mean() - (named == scene.labels).float().mean()
+        saved = scene.model.tinydrop.report().flops_saved
+        print(
+            f"On the {len(named)} images of the table it loses {100 * lost:.1f} points, and saves {saved:.1%} FLOPs"
+        )
+
+
 @torch.inference_mode()
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -136,7 +162,7 @@ def main():
     stock = not args.embedded and hub_is_reachable()
     if not stock:
         print("The model hub is not used or out of reach: this is the embedded demo.")
-    scene = stock_scene() if stock else embedded_scene(args.images)
+    scene = stock_scene() if stock else embedded_scene(args.images, args.batch_size)
     print(f"{scene.title}; {len(scene.images)} images, {torch.get_num_threads()} threads of a CPU\n")
 
     batches = scene.images.split(args.batch_size)
@@ -185,6 +211,7 @@ def main():
     model.tinydrop.policy = scene.policy
     page = leaf_through(scene, args.batch_size)
     print(f"Page of what was looked at, to open in a browser: {page.relative_to(HERE.parent)}")
+    calibrate(scene, answers["dense"])
     print(f"timm {timm.__version__}, torch {torch.__version__}; medians of {ROUNDS} runs in turn, guidance counted")
 
 

@@ -95,6 +95,7 @@ def test_demo_ends_in_a_table_a_picture_and_a_page(monkeypatch, capsys, tmp_path
     assert all(
         f"\n{way} " in printed for way in ("dense", "TinyDrop", "the paper's drop", "exits alone", "resolution alone")
     )
+    assert "Calibrated to lose at most 2 points" in printed and (tmp_path / "out" / "policy.json").is_file()
     assert (tmp_path / "out" / "kept_patches.png").stat().st_size > 10_000
     assert (tmp_path / "out" / "index.html").read_text().count("<article") == 8
     assert printed.count("index.html") == 1
