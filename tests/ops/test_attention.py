@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tinydrop_kernels import ops
-from tinydrop_kernels.ops.attention import attend_padded
+from tinydrop_kernels.ops.attention_reference import attend_padded
 
 from .attention_oracle import exact
 from .cases import DTYPES, SANITIZED, cu_seqlens_of
@@ -282,7 +282,7 @@ def test_a_segment_longer_than_said_is_refused_on_cpu():
 
 def test_index_is_timms():
     beit = pytest.importorskip("timm.models.beit")
-    from tinydrop_kernels.ops.attention import relative_position_index
+    from tinydrop_kernels.ops.attention_reference import relative_position_index
 
     places = torch.tensor([-1, *range(GRID[0] * GRID[1])])
     assert torch.equal(relative_position_index(places, places, GRID), beit.gen_relative_position_index(GRID))

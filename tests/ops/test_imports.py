@@ -21,7 +21,7 @@ ROOMS = (
     ("version", "ops.types", "ops.tracing", "_C"),
     ("ops.kernels", "ops.kernels.*"),
     ("ops.registry", "ops.saliency", "ops.cuda_extension"),
-    ("ops.gather",),
+    ("ops.gather", "ops.attention_reference"),
     ("ops.select", "ops.packing", "ops.embed", "ops.pool", "ops.attention"),
     ("ops",),
     ("policy", "flops", "answers", "images", "rowfile"),

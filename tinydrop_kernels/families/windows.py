@@ -150,15 +150,16 @@ def order_by_windows(positions: Tensor, parts: list[Part], cuts: tuple[Cut, ...]
             down = down + size[0] - shift[0]
         if shift[1]:
             right = right + size[1] - shift[1]
+        area = size[0] * size[1]
         per_column, per_row = windows_across(part.grid, side, size, shift)
         window = (image * per_column + down // size[0]) * per_row + right // size[1]
         place = down % size[0] * size[1] + right % size[1]
-        ordered, own = window.flatten().sort(stable=True)
-        starts = torch.searchsorted(
-            ordered, torch.arange(images * per_column * per_row + 1, device=cells.device), out_int32=True
-        )
+        ordered, own = (window * area + place).flatten().sort()
+        edges = torch.arange(images * per_column * per_row + 1, device=cells.device) * area
+        starts = torch.searchsorted(ordered, edges, out_int32=True)
+        place = (ordered % area).int()
         start = first * side**2
-        windows.append(Windows(slice(start, start + len(own)), starts, place.flatten()[own], size))
+        windows.append(Windows(slice(start, start + len(own)), starts, place, size))
         rows.append(own + start)
         first += part.total
     joined = torch.cat(rows)
