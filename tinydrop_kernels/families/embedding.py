@@ -59,11 +59,9 @@ def embeds_kept_only(model: TimmModule, with_norm: bool = False) -> bool:
     patch_embed = model.patch_embed
     if type(patch_embed) is not PatchEmbed or patch_embed.dynamic_img_pad:
         return False
-    projection, norm = patch_embed.proj, patch_embed.norm
-    plain = type(projection) is nn.Conv2d and (with_norm or type(norm) is nn.Identity)
-    return plain and not any(
-        map(has_hooks, (patch_embed, projection) if with_norm else (patch_embed, projection, norm))
-    )
+    passed_over = [patch_embed, patch_embed.proj, *([] if with_norm else [patch_embed.norm])]
+    plain = type(patch_embed.proj) is nn.Conv2d and (with_norm or type(patch_embed.norm) is nn.Identity)
+    return plain and not any(map(has_hooks, passed_over))
 
 
 def embed_kept(
