@@ -34,6 +34,7 @@ from tinydrop_kernels.families.windows import (
     patch_numbers,
     stages_of,
 )
+from tinydrop_kernels.ops.tracing import eager, eager_outside
 from tinydrop_kernels.ops.types import Grid, Packed, Part, RelativeBias, TimmModule
 
 NAME = "SwinTransformer, SwinTransformerV2"
@@ -116,6 +117,7 @@ def embed(model: TimmModule, images: Tensor, indices: Tensor, cu_seqlens: Tensor
     return normed
 
 
+@eager_outside  # windows change from batch to batch; what knows nothing of them is compiled
 def encode(
     model: TimmModule, tokens: Tensor, packed: Packed, parts: list[Part], read_all: bool = False
 ) -> tuple[Tensor, Packed]:
@@ -139,6 +141,7 @@ def encode(
     return model.norm(tokens), packed
 
 
+@eager_outside
 def _run_block(block: TimmModule, x: Tensor, order: Order) -> Tensor:
     """The block's forward on tokens ``(total, dim)`` that lie in this order. V2 norms what a branch gives, V1 takes."""
     if type(block) is SwinTransformerV2Block:
@@ -150,6 +153,7 @@ def _run_block(block: TimmModule, x: Tensor, order: Order) -> Tensor:
     return x
 
 
+@eager
 def _attend(attention: TimmModule, x: Tensor, order: Order) -> Tensor:
     if type(attention) is WindowAttention:
         query, key, value = project_fused(attention, x)

@@ -68,6 +68,7 @@ def stages_of(model: TimmModule) -> list[tuple[TimmModule, int]]:
     return stages
 
 
+@eager
 def cut_of(model: TimmModule, number: int, block: TimmModule, grid: Grid, side: int) -> Cut:
     """How a block of the stage of this number cuts its grid; at a grid not the model's, as after ``set_input_size``.
 
