@@ -5,6 +5,7 @@ on the model that ``set_input_size`` makes for the image's own grid; its feature
 """
 
 import copy
+import sys
 
 import pytest
 import timm
@@ -12,6 +13,7 @@ import torch
 from helpers import tiny_guidance, varied_images, with_random_weights
 from test_families import close
 from test_flops import counted
+from test_kernels_end_to_end import READS, SizesFromValues
 from test_levels import spread_confidence
 from timm.models.swin_transformer import window_partition
 from torch.utils.flop_counter import FlopCounterMode
@@ -208,6 +210,42 @@ def test_same_answers_on_the_kernels(name):
             out = model(images)
         assert torch.equal(model.tinydrop.last.selection.indices, kept)
         torch.testing.assert_close(out, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", [V1, V2])
+def test_features_are_in_place(name):
+    model, images = tiny_swin(name), varied_images(3, 128)
+    tdk.patch(model, tiny_guidance(), tdk.DropPolicy.fixed(1.0))
+    with torch.inference_mode():
+        features, mask = model.tinydrop.features(images)
+        close(features, model.forward_features(images).permute(0, 3, 1, 2))
+        assert mask.all() and mask.shape == (3, 4, 4)
+
+
+@pytest.mark.parametrize("name", [V1, V2])
+def test_windows_are_found_without_reading_back(name, monkeypatch):
+    """On the kernels a batch reads values back once, in pack, whatever windows its tokens lie in."""
+    model, images = tiny_swin(name, img_size=32, window_size=2, depths=(2, 1)), varied_images(3, 32)
+    tdk.patch(model, tiny_guidance(), tdk.DropPolicy(tau=0.6, gamma=1.0, min_keep=0.1, coarsen=0.5, second_look=None))
+    reads = []
+
+    def counting(name, method):
+        def read(*args, **kwargs):
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            if caller.startswith(("tinydrop_kernels", "timm")):
+                reads.append(f"{caller}: {name}")
+            return method(*args, **kwargs)
+
+        return read
+
+    with torch.inference_mode(), ops.use_backend("triton"):
+        model(images)  # the biases are made
+        for read in READS:
+            monkeypatch.setattr(torch.Tensor, read, counting(read, getattr(torch.Tensor, read)))
+        with SizesFromValues() as sizes:
+            model(images)
+    assert not model.tinydrop.last.exited.all()
+    assert sizes.found == [] and reads == ["tinydrop_kernels.ops.packing: tolist"]
 
 
 @pytest.mark.parametrize("name", [V1, V2])
