@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tinydrop_kernels.ops import cuda_extension
-from tinydrop_kernels.ops.attention import attend_padded
+from tinydrop_kernels.ops.attention_reference import attend_padded
 
 HEADS, HEAD_DIM = 16, 64
 LONGEST_RAGGED = 197  # every patch of a 14 x 14 grid, and the class token

@@ -229,7 +229,6 @@ def test_exits_answer_with_the_guidance_model():
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("swin_tiny_patch4_window7_224", "SwinTransformer"),
         ("naflexvit_base_patch16_gap", "NaFlexVit"),
         ("resnet18", "ResNet"),
         ("vit_relpos_small_patch16_224", "VisionTransformerRelPos"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tinydrop_kernels import ops
-from tinydrop_kernels.ops.attention import attend_padded
+from tinydrop_kernels.ops.attention_reference import attend_padded
 
 from .attention_oracle import exact
 from .cases import DTYPES, SANITIZED, cu_seqlens_of
@@ -22,6 +22,9 @@ LENGTHS = (
     [33, 49, 0, 50, 63, 64],
     [65, 99, 127, 3, 128],
     [129, 197, 20, 257],
+    [5, 5, 9, 5, 0, 9],
+    [70, 3, 70, 70],
+    [80, 80, 0],
     [0],
     [],
 )
@@ -83,6 +86,19 @@ def check(backend, query, key, value, lengths_q, lengths_k, *options, tolerance=
 def test_ragged_batches(attention_backend, lengths, dtype, biased):
     qkv = projections(lengths, 2, 64, dtype, attention_backend.device)
     bias = bias_for(sum(lengths), 2, dtype, attention_backend.device) if biased else None
+    check(attention_backend, *qkv, lengths, lengths, None, bias)
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["run", "apart"])
+@pytest.mark.parametrize("same", [False, True], ids=["ragged", "whole"])
+def test_windows(attention_backend, apart, same):
+    """Segments of a length, as whole windows at the same places and as other windows that keep as many tokens."""
+    lengths = [35, 1, 35, 2, 35] if apart else [35, 35, 35]
+    qkv = projections(lengths, 2, 16, torch.float32, attention_backend.device)
+    bias = bias_for(sum(lengths), 2, torch.float32, attention_backend.device, class_token=False)
+    if same:
+        places = [torch.arange(n, dtype=torch.int32) for n in lengths]
+        bias = bias._replace(positions=torch.cat(places).to(attention_backend.device))
     check(attention_backend, *qkv, lengths, lengths, None, bias)
 
 
@@ -282,7 +298,7 @@ def test_a_segment_longer_than_said_is_refused_on_cpu():
 
 def test_index_is_timms():
     beit = pytest.importorskip("timm.models.beit")
-    from tinydrop_kernels.ops.attention import relative_position_index
+    from tinydrop_kernels.ops.attention_reference import relative_position_index
 
     places = torch.tensor([-1, *range(GRID[0] * GRID[1])])
     assert torch.equal(relative_position_index(places, places, GRID), beit.gen_relative_position_index(GRID))

@@ -112,6 +112,18 @@ def test_strides_of_parameters(backend):
     assert_rows(out, packed_by_hand(embedded, prefix.double().cpu(), indices), torch.float32)
 
 
+def test_patches_in_any_order(backend):
+    """As Swin has them, cell by cell."""
+    device, (indices, cu_seqlens, total) = backend.device, ragged(MIXED, 35, 0, backend.device)
+    for row, count in zip(indices, MIXED, strict=True):
+        row[:count] = row[:count][torch.randperm(count, device=device)]
+    images, weight = torch.randn(6, 3, 10, 14, device=device), torch.randn(13, 3, 2, 2, device=device)
+    prefix = torch.empty(0, 13, device=device)
+    out = ops.embed_tokens(images, weight, None, prefix, None, indices, cu_seqlens, total)
+    embedded = F.conv2d(images.double().cpu(), weight.double().cpu(), stride=2).flatten(2).transpose(1, 2)
+    assert_rows(out, packed_by_hand(embedded, prefix.double().cpu(), indices), torch.float32)
+
+
 # A part's indices: the dense grid's row of which only a smaller grid's columns mean anything, a row of fewer columns,
 # and one for which the kept patches just have room.
 @pytest.mark.parametrize(("width", "gap"), [(35, 14), (17, 0), (6, 1)])

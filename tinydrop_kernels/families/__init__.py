@@ -13,7 +13,8 @@ __all__ = ["FAMILIES", "Family", "UnsupportedModelError", "family_of", "find_mis
 FAMILIES: dict[str, Family] = {}
 _broken: list[str] = []  # families that this timm has not what they need for, and what that is
 
-for _name in ("vit", "beit", "eva"):  # each by itself: a timm that renames a part of one leaves the others usable
+# Each by itself: a timm that renames a part of one leaves the others usable.
+for _name in ("vit", "beit", "eva", "swin"):
     try:
         FAMILIES[_name] = cast(Family, import_module(f"tinydrop_kernels.families.{_name}"))
     except ImportError as _error:

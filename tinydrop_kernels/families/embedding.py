@@ -49,14 +49,19 @@ def patch_size(model: TimmModule) -> tuple[int, int] | None:
     return height, width
 
 
-def embeds_kept_only(model: TimmModule) -> bool:
-    """Whether the patch embedding is a plain projection, so that dropped patches need not go through it."""
+def embeds_kept_only(model: TimmModule, with_norm: bool = False) -> bool:
+    """Whether the patch embedding is a plain projection, so that dropped patches need not go through it.
+
+    Args:
+        model: with ``patch_embed``.
+        with_norm: whether the family calls ``patch_embed.norm`` itself, so that there may be one.
+    """
     patch_embed = model.patch_embed
     if type(patch_embed) is not PatchEmbed or patch_embed.dynamic_img_pad:
         return False
-    projection, norm = patch_embed.proj, patch_embed.norm
-    plain = type(projection) is nn.Conv2d and type(norm) is nn.Identity
-    return plain and not any(map(has_hooks, (patch_embed, projection, norm)))
+    passed_over = [patch_embed, patch_embed.proj, *([] if with_norm else [patch_embed.norm])]
+    plain = type(patch_embed.proj) is nn.Conv2d and (with_norm or type(patch_embed.norm) is nn.Identity)
+    return plain and not any(map(has_hooks, passed_over))
 
 
 def embed_kept(
@@ -70,7 +75,7 @@ def embed_kept(
     """
     projection = model.patch_embed.proj
     prefix, pos_embed = _prefix_and_positions(model, grid)
-    images, weight, bias, prefix, pos_embed = _autocast(images, projection.weight, projection.bias, prefix, pos_embed)
+    images, weight, bias, prefix, pos_embed = autocast(images, projection.weight, projection.bias, prefix, pos_embed)
     tokens = ops.embed_tokens(images, weight, bias, prefix, pos_embed, indices, cu_seqlens, total)
     return tokens.to(projection.weight.dtype)
 
@@ -81,7 +86,7 @@ def gather_kept(tokens: Tensor, num_prefix_tokens: int, indices: Tensor, cu_seql
     return ops.gather_tokens(patches, prefix, indices, cu_seqlens, total)
 
 
-def _autocast(*tensors: Tensor | None) -> Any:
+def autocast(*tensors: Tensor | None) -> Any:
     """The tensors as autocast would hand them to a convolution: it does not reach into a registered operator."""
     device_type = next(tensor for tensor in tensors if tensor is not None).device.type
     if not torch.is_autocast_enabled(device_type):

@@ -11,7 +11,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from tinydrop_kernels.ops.types import LEVELS, Grid
 
-_derived: Any = WeakIdKeyDictionary()  # weight -> {key: (its state then, what was made of it)}
+_derived: Any = WeakIdKeyDictionary()  # first weight -> {key: (their state then, what was made of them)}
 
 
 def coarser_grids(dense: Grid) -> list[Grid]:
@@ -60,19 +60,20 @@ def resampled_positions(pos_embed: Tensor, old: Grid, new: Grid, num_prefix_toke
     return derived(pos_embed, (old, new), resample)
 
 
-def derived(weight: Tensor, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
-    """What ``make`` computes from a weight alone; kept until the weight changes, unless a gradient is to reach it.
+def derived(weights: Tensor | tuple[Tensor, ...], key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+    """What ``make`` computes from weights alone; kept until one of them changes, unless a gradient is to reach them.
 
     Args:
-        weight: a parameter or buffer.
-        key: tells apart what is made of the same weight.
+        weights: parameters or buffers, or one.
+        key: tells apart what is made of the same weights.
         make: called where nothing is kept.
     """
-    wanted = torch.is_grad_enabled() and weight.requires_grad
-    if wanted or torch.compiler.is_compiling() or weight.is_inference():
+    weights = (weights,) if isinstance(weights, Tensor) else weights
+    wanted = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
+    if wanted or torch.compiler.is_compiling() or any(weight.is_inference() for weight in weights):
         return make()
-    state = (weight._version, weight.data_ptr(), weight.dtype, weight.device)
-    kept = _derived.setdefault(weight, {})
+    state = [(weight._version, weight.data_ptr(), weight.dtype, weight.device) for weight in weights]
+    kept = _derived.setdefault(weights[0], {})
     if kept.get(key, (None,))[0] != state:
         with torch.inference_mode(False), torch.no_grad():
             kept[key] = (state, make())

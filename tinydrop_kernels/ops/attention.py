@@ -3,11 +3,11 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from tinydrop_kernels.ops import cuda_extension
+from tinydrop_kernels.ops.attention_reference import attend_padded, attend_segments
 from tinydrop_kernels.ops.registry import HALF, Implementation, define, reference, triton, wants_gradient
 from tinydrop_kernels.ops.types import RelativeBias
 
@@ -121,7 +121,7 @@ def _reference(
     grid_size: tuple[int, int],
     skip_keys: int,
 ) -> Tensor:
-    """Segment by segment on CPU, which was the fastest of what was measured (docs/decisions.md).
+    """Segments of a length together on CPU, which was the fastest of what was measured (docs/decisions.md).
 
     Elsewhere that would read the lengths back in every layer, so there the segments are padded.
     """
@@ -129,95 +129,6 @@ def _reference(
     starts_k = cu_seqlens_k[:-1] + skip_keys if skip_keys else cu_seqlens_k[:-1]
     attend = attend_segments if query.device.type == "cpu" else attend_padded
     return attend(query, key, value, cu_seqlens_q, starts_k, cu_seqlens_k[1:], max_seqlen_q, max_seqlen_k, scale, bias)
-
-
-def attend_segments(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens_q: Tensor,
-    starts_k: Tensor,
-    ends_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    scale: float | None,
-    bias: RelativeBias | None,
-) -> Tensor:
-    """One ``scaled_dot_product_attention`` a segment, whose keys lie from ``starts_k`` to ``ends_k``."""
-    out = query.new_empty(query.shape)
-    starts_q = cu_seqlens_q.tolist()
-    for q0, q1, k0, k1 in zip(starts_q, starts_q[1:], starts_k.tolist(), ends_k.tolist(), strict=False):
-        if q1 - q0 > max_seqlen_q or k1 - k0 > max_seqlen_k:  # here it is seen; the kernels take the caller's word
-            got, least = f"{max_seqlen_q} and {max_seqlen_k}", f"{q1 - q0} and {k1 - k0}"
-            raise ValueError(f"max_seqlen_q, max_seqlen_k: got {got}, expected at least {least}, of a segment")
-        if k1 <= k0:
-            out[q0:q1] = 0
-        elif q1 > q0:
-            q, k, v = (t.transpose(0, 1)[None] for t in (query[q0:q1], key[k0:k1], value[k0:k1]))
-            mask = None
-            if bias is not None:
-                index = relative_position_index(bias.positions[q0:q1], bias.positions[k0:k1], bias.grid_size)
-                mask = bias.table[index].permute(2, 0, 1)[None].to(q.dtype)
-            out[q0:q1] = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[0].transpose(0, 1)
-    return out
-
-
-def attend_padded(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens_q: Tensor,
-    starts_k: Tensor,
-    ends_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    scale: float | None,
-    bias: RelativeBias | None,
-) -> Tensor:
-    """One ``scaled_dot_product_attention`` of all segments, padded to the longest; reads nothing back."""
-    if query.shape[0] == 0 or key.shape[0] == 0:
-        return torch.zeros_like(query, memory_format=torch.contiguous_format)
-    rows_q, real_q = _padding(cu_seqlens_q[:-1], cu_seqlens_q[1:], max_seqlen_q, query.shape[0])
-    rows_k, real_k = _padding(starts_k, ends_k, max_seqlen_k, key.shape[0])
-    # (segments, longest, heads, head_dim). What is in the padding is another image's, whose NaN must not come along.
-    q = query[rows_q].where(real_q[..., None, None], 0)
-    k, v = (t[rows_k].where(real_k[..., None, None], 0) for t in (key, value))
-    # A segment without keys attends its padding, so that no row of the softmax is empty, and is zeroed afterwards.
-    has_keys = real_k[:, :1]
-    mask = (real_k | ~has_keys)[:, None, None]
-    if bias is not None:
-        index = relative_position_index(bias.positions[rows_q], bias.positions[rows_k], bias.grid_size)
-        mask = bias.table[index].permute(0, 3, 1, 2).to(q.dtype).masked_fill(~mask, float("-inf"))
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    padded = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
-    padded = padded.where(has_keys[:, :, None, None], 0)
-    row = torch.arange(query.shape[0], device=query.device)
-    segment = torch.searchsorted(cu_seqlens_q[1:], row, right=True).clamp(max=len(cu_seqlens_q) - 2)
-    place = (row - cu_seqlens_q[segment]).clamp(max=max_seqlen_q - 1)  # rows behind the last segment get anything
-    return padded[segment, place]
-
-
-def _padding(starts: Tensor, ends: Tensor, longest: int, total: int) -> tuple[Tensor, Tensor]:
-    """Which packed row is at each place of the padded batch, and whether one is: ``(segments, longest)``."""
-    rows = starts[:, None] + torch.arange(longest, device=starts.device)
-    return rows.clamp(max=total - 1), rows < ends[:, None]
-
-
-def relative_position_index(positions_q: Tensor, positions_k: Tensor, grid_size: tuple[int, int]) -> Tensor:
-    """Rows of a relative position table, ``(..., queries, keys)``, for patches ``(..., queries)``, ``(..., keys)``.
-
-    Swin's and BEiT's numbering (``timm.models.beit.gen_relative_position_index``): ``(2 rows - 1)(2 columns - 1)``
-    differences of coordinates, row first; then three entries for class token to patch, patch to class token and class
-    token to itself. A negative position is the class token.
-    """
-    rows, columns = grid_size
-    differences = (2 * rows - 1) * (2 * columns - 1)
-    q, k = positions_q.long()[..., :, None], positions_k.long()[..., None, :]
-    down = torch.div(q, columns, rounding_mode="floor") - torch.div(k, columns, rounding_mode="floor")
-    right = q % columns - k % columns
-    index = (down + rows - 1) * (2 * columns - 1) + right + columns - 1
-    index = index.where(q >= 0, differences).where(k >= 0, differences + 1)
-    return index.where((q >= 0) | (k >= 0), differences + 2)
 
 
 def _triton(*arguments: Any) -> Tensor:

@@ -32,7 +32,7 @@ def embed_tokens(
         bias: ``(dim,)`` or None.
         prefix: ``(num_prefix_tokens, dim)``, positions already added; may have no rows.
         pos_embed: ``(patches, dim)`` or None.
-        indices: int32 ``(segments, n)``: kept patches in raster order, then -1; ``n`` at least the greatest count.
+        indices: int32 ``(segments, n)``: kept patches in any order, then -1; ``n`` at least the greatest count.
         cu_seqlens: int32 ``(segments + 1,)``, of prefix tokens and kept patches; a segment without patches is empty.
         total: rows of all segments.
 

@@ -77,7 +77,7 @@ class Part(NamedTuple):
 class RelativeBias(NamedTuple):
     """A relative position bias, as BEiT and Swin add it to the scores; looked up in the kernel, never materialised.
 
-    The row of ``table`` for a query and a key is :func:`ops.attention.relative_position_index` of their positions.
+    Its row for a query and a key is :func:`ops.attention_reference.relative_position_index` of their positions.
     """
 
     table: Tensor  # floating (distances, heads), any strides; (2 rows - 1)(2 columns - 1) distances, 3 more for BEiT's

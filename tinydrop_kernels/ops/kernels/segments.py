@@ -25,7 +25,7 @@ def locate_rows(
     Args:
         rows: packed rows, of shape [BLOCK_ROWS].
         live: whether each is a row at all, of shape [BLOCK_ROWS].
-        indices_pointer: kept patches of each segment in raster order, then -1, of shape [segments, n].
+        indices_pointer: kept patches of each segment, then -1, of shape [segments, n].
         cu_seqlens_pointer: first row of each segment, of shape [segments + 1].
         segments: how many there are.
         first_step: :func:`search_step` of their number.

@@ -1,0 +1,237 @@
+"""timm's ``SwinTransformer`` and ``SwinTransformerV2``: attention within windows, on grids that halve at every stage.
+
+A patch of the protocol is a cell here, a place of the last stage's grid, so that what is merged lives or dies together;
+:mod:`families.windows` says how its tokens lie. A window is a segment of the tokens that survive in it. At a coarser
+grid windows and biases are what timm's ``set_input_size`` makes of them.
+
+timm's blocks, whose forward takes a dense grid, are run part by part: norms, projections and MLPs are called, and hooks
+on what is passed over are refused.
+"""
+
+import math
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from timm.layers import resize_rel_pos_bias_table
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block, WindowAttention
+from torch import Tensor, nn
+
+from tinydrop_kernels import ops
+from tinydrop_kernels.families import embedding, swin_costs
+from tinydrop_kernels.families.blocks import project_fused
+from tinydrop_kernels.families.embedding import embeds_kept_only
+from tinydrop_kernels.families.grids import coarser_grids, derived
+from tinydrop_kernels.families.swin_checks import POOL_MODES, unsupported_swin
+from tinydrop_kernels.families.windows import (
+    Order,
+    cell_side,
+    cut_of,
+    is_whole,
+    merges,
+    order_by_windows,
+    patch_numbers,
+    stages_of,
+)
+from tinydrop_kernels.ops.tracing import eager, eager_outside
+from tinydrop_kernels.ops.types import Grid, Packed, Part, RelativeBias, TimmModule
+
+NAME = "SwinTransformer, SwinTransformerV2"
+READS_POSITIONS = True
+check_images = embedding.check_images
+flops = swin_costs.flops
+dense_flops = swin_costs.dense_flops
+_METHODS = ("forward", "forward_features", "forward_head")
+MAX_LOG_SCALE = math.log(100)  # of SwinV2's attention
+
+
+def accepts(model: nn.Module) -> bool:
+    """See :class:`base.Family`."""
+    return isinstance(model, SwinTransformer | SwinTransformerV2)
+
+
+def unsupported_reason(model: TimmModule) -> str | None:
+    """See :class:`base.Family`."""
+    return unsupported_swin(model, _METHODS)
+
+
+def find_change(model: TimmModule) -> str | None:
+    """See :class:`base.Family`."""
+    return unsupported_swin(model, _METHODS[1:])
+
+
+def attentions(model: TimmModule) -> list[nn.Module]:
+    """See :class:`base.Family`. None: :func:`encode` calls what attentions consist of."""
+    return []
+
+
+def attend(attention: TimmModule, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+    """See :class:`base.Family`. Stands in for no module's forward."""
+    raise NotImplementedError("no attention of a Swin Transformer is replaced")
+
+
+def grid_size(model: TimmModule, images: Tensor) -> Grid:
+    """See :class:`base.Family`. The last stage's grid."""
+    rows, columns = model.patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))
+    side = cell_side(model)
+    return rows // side, columns // side
+
+
+def num_prefix_tokens(model: TimmModule) -> int:
+    """See :class:`base.Family`."""
+    return 0
+
+
+def patch_size(model: TimmModule) -> tuple[int, int] | None:
+    """See :class:`base.Family`. None too where timm would pad one of the coarser grids to whole windows."""
+    side, patches = cell_side(model), model.patch_embed.grid_size
+    for grid in coarser_grids((patches[0] // side, patches[1] // side)):
+        for number, (stage, own) in enumerate(stages_of(model)):
+            if not is_whole(cut_of(model, number, stage.blocks[0], grid, own), grid, own):
+                return None
+    if not embeds_kept_only(model, with_norm=True):
+        return None
+    height, width = model.patch_embed.proj.weight.shape[-2:]
+    return height * side, width * side
+
+
+def trial_patches(model: TimmModule, grid: Grid) -> int:
+    """See :class:`base.Family`."""
+    return grid[0] * grid[1]
+
+
+def embed(model: TimmModule, images: Tensor, indices: Tensor, cu_seqlens: Tensor, total: int, grid: Grid) -> Tensor:
+    """See :class:`base.Family`. A cell's patches in Z-order: ``(total * patches of a cell, dim)``."""
+    side = cell_side(model)
+    if not embeds_kept_only(model, with_norm=True):
+        cells = dense_embed(model, images).unflatten(1, (-1, side**2)).flatten(2)
+        kept = ops.gather_tokens(cells, cells.new_empty(len(cells), 0, cells.shape[2]), indices, cu_seqlens, total)
+        return kept.view(total * side**2, -1)
+    projection = model.patch_embed.proj
+    prefix = projection.weight.new_empty(0, projection.out_channels)
+    images, weight, bias, prefix = embedding.autocast(images, projection.weight, projection.bias, prefix)
+    numbers = patch_numbers(indices, grid, side).flatten(1)
+    tokens = ops.embed_tokens(images, weight, bias, prefix, None, numbers, cu_seqlens * side**2, total * side**2)
+    normed: Tensor = model.patch_embed.norm(tokens)
+    return normed
+
+
+@eager_outside  # windows change from batch to batch; what knows nothing of them is compiled
+def encode(
+    model: TimmModule, tokens: Tensor, packed: Packed, parts: list[Part], read_all: bool = False
+) -> tuple[Tensor, Packed]:
+    """See :class:`base.Family`. Tokens enter as :func:`embed` gives them; one a cell remains."""
+    assert packed.positions is not None
+    for number, (stage, side) in enumerate(stages_of(model)):
+        if merges(stage):
+            four = tokens.view(-1, 2, 2, tokens.shape[1]).transpose(1, 2)  # right before down, as timm's grids
+            tokens = stage.downsample(four).flatten(0, 2)
+        cuts = [tuple(cut_of(model, number, block, part.grid, side) for part in parts) for block in stage.blocks]
+        orders = {cut: order_by_windows(packed.positions, parts, cut, side) for cut in dict.fromkeys(cuts)}
+        at_hand = None
+        for block, cut in zip(stage.blocks, cuts, strict=True):
+            order = orders[cut]
+            if order is not at_hand:  # from one block's windows to the next one's
+                rows = order.rows if at_hand is None else at_hand.places[order.rows]
+                tokens, at_hand = tokens.index_select(0, rows), order
+            tokens = _run_block(block, tokens, order)
+        if at_hand is not None:
+            tokens = tokens.index_select(0, at_hand.places)
+    return model.norm(tokens), packed
+
+
+@eager_outside
+def _run_block(block: TimmModule, x: Tensor, order: Order) -> Tensor:
+    """The block's forward on tokens ``(total, dim)`` that lie in this order. V2 norms what a branch gives, V1 takes."""
+    if type(block) is SwinTransformerV2Block:
+        x = x + block.drop_path1(block.norm1(_attend(block.attn, x, order)))
+        x = x + block.drop_path2(block.norm2(block.mlp(x)))
+        return x
+    x = x + block.drop_path1(_attend(block.attn, block.norm1(x), order))
+    x = x + block.drop_path2(block.mlp(block.norm2(x)))
+    return x
+
+
+@eager
+def _attend(attention: TimmModule, x: Tensor, order: Order) -> Tensor:
+    if type(attention) is WindowAttention:
+        query, key, value = project_fused(attention, x)
+        log_scale = attention.logit_scale[:, 0].clamp(max=MAX_LOG_SCALE)
+        query, scale = F.normalize(query, dim=-1) * log_scale.exp(), 1.0
+        query, key = query.to(value.dtype), F.normalize(key, dim=-1).to(value.dtype)
+    else:
+        query, key, value = attention.qkv(x).unflatten(1, (3, attention.num_heads, -1)).unbind(1)
+        scale = attention.scale
+    out = []
+    for windows in order.windows:
+        q, k, v = query[windows.rows], key[windows.rows], value[windows.rows]
+        bias = RelativeBias(_bias_table(attention, windows.size), windows.positions, windows.size)
+        area = windows.size[0] * windows.size[1]
+        out.append(ops.varlen_attention(q, k, v, windows.cu_seqlens, windows.cu_seqlens, area, area, scale, bias))
+    joined = out[0] if len(out) == 1 else torch.cat(out)
+    answer: Tensor = attention.proj_drop(attention.proj(joined.flatten(1)))
+    return answer
+
+
+def _bias_table(attention: TimmModule, size: Grid) -> Tensor:
+    """The attention's relative position bias for windows of this size: ``(distances, heads)``."""
+    own = tuple(attention.window_size)
+    if type(attention) is WindowAttention:
+        first, _, last = attention.cpb_mlp
+        weights = (last.weight, first.weight, first.bias, attention.relative_coords_table)
+        return derived(weights, size, lambda: _continuous_bias(attention, size))
+    table: Tensor = attention.relative_position_bias_table
+    if size == own:
+        return table
+    shape = ((2 * size[0] - 1) * (2 * size[1] - 1), attention.num_heads)
+    return derived(table, (own, size), lambda: resize_rel_pos_bias_table(table, size, shape, own))
+
+
+def _continuous_bias(attention: TimmModule, size: Grid) -> Tensor:
+    coordinates = attention.relative_coords_table
+    if size != tuple(attention.window_size):
+        state = SimpleNamespace(window_size=size, pretrained_window_size=attention.pretrained_window_size)
+        make = type(attention)._make_pair_wise_relative_positions
+        coordinates, _ = make(state, device=coordinates.device, dtype=coordinates.dtype)
+    with torch.autocast(coordinates.device.type, enabled=False):  # it is kept for calls without, too
+        table: Tensor = attention.cpb_mlp(coordinates).view(-1, attention.num_heads)
+    return 16 * table.sigmoid()
+
+
+def classify(model: TimmModule, tokens: Tensor, packed: Packed) -> Tensor:
+    """See :class:`base.Family`."""
+    head = model.head
+    pool: str = head.global_pool.pool_type
+    rows = [ops.segment_pool(tokens, packed.cu_seqlens, mode) for mode in POOL_MODES[pool]]
+    pooled = torch.stack(rows).mean(dim=0) if pool == "avgmax" else torch.cat(rows, dim=1)
+    logits: Tensor = head.flatten(head.fc(head.drop(pooled)))
+    return logits
+
+
+def dense_embed(model: TimmModule, images: Tensor) -> Tensor:
+    """See :class:`base.Family`. In the order of :func:`embed`."""
+    patches: Tensor = model.patch_embed(images).flatten(1, 2)
+    return patches[:, _raster(model, patches)]
+
+
+def dense_encode(model: TimmModule, tokens: Tensor) -> Tensor:
+    """See :class:`base.Family`. From the order of :func:`embed` to one token a cell."""
+    patches = torch.empty_like(tokens)
+    patches[:, _raster(model, tokens)] = tokens
+    encoded: Tensor = model.norm(model.layers(patches.unflatten(1, model.patch_embed.grid_size)))
+    return encoded.flatten(1, 2)
+
+
+def _raster(model: TimmModule, tokens: Tensor) -> Tensor:
+    """Each packed row's patch, where all cells are kept: int64 ``(patches,)``."""
+    side, (rows, columns) = cell_side(model), model.patch_embed.grid_size
+    cells = torch.arange(rows * columns // side**2, dtype=torch.int32, device=tokens.device)
+    return patch_numbers(cells, (rows // side, columns // side), side).flatten().long()
+
+
+def dense_classify(model: TimmModule, tokens: Tensor) -> Tensor:
+    """See :class:`base.Family`."""
+    side, (rows, columns) = cell_side(model), model.patch_embed.grid_size
+    logits: Tensor = model.forward_head(tokens.unflatten(1, (rows // side, columns // side)))
+    return logits

@@ -1,0 +1,58 @@
+"""FLOPs of Swin Transformers, dense and packed."""
+
+import math
+
+from tinydrop_kernels.families.embedding import embeds_kept_only
+from tinydrop_kernels.families.windows import Cut, cell_side, cut_of, stages_of
+from tinydrop_kernels.flops import count_flops, linear_flops
+from tinydrop_kernels.ops.types import Grid, TimmModule
+
+
+def flops(model: TimmModule, counts: list[int], grid: Grid) -> int:
+    """See :class:`base.Family`. Attention as if the cells filled as few windows as they can: at most so much."""
+    return sum(_flops(model, cells, grid, is_packed=True) for cells in counts if cells)
+
+
+def dense_flops(model: TimmModule, images: int, grid: Grid) -> int:
+    """See :class:`base.Family`."""
+    once = 0  # SwinV2's biases, whatever the number of images
+    for number, (stage, side) in enumerate(stages_of(model)):
+        for block in stage.blocks:
+            rows, columns = cut_of(model, number, block, grid, side).size
+            distances = (2 * rows - 1) * (2 * columns - 1)
+            once += distances * sum(map(linear_flops, getattr(block.attn, "cpb_mlp", ())))
+    return once + images * _flops(model, grid[0] * grid[1], grid, is_packed=False)
+
+
+def _flops(model: TimmModule, cells: int, grid: Grid, is_packed: bool) -> int:
+    """FLOPs of an image, biases left out."""
+    total, side = linear_flops(model.head.fc), cell_side(model)
+    patch_embed = model.patch_embed
+    if embeds_kept_only(model, with_norm=True):
+        total += cells * side**2 * 2 * patch_embed.proj.weight.numel()
+    else:
+        height, width = patch_embed.patch_size
+        total += count_flops(patch_embed, (model.in_chans, grid[0] * side * height, grid[1] * side * width))
+    for number, (stage, side) in enumerate(stages_of(model)):
+        tokens = cells * side**2
+        total += tokens * linear_flops(getattr(stage.downsample, "reduction", None))
+        for block in stage.blocks:
+            linear = (block.attn.qkv, block.attn.proj, *block.mlp.modules())
+            pairs = _pairs(tokens, grid, side, cut_of(model, number, block, grid, side), is_packed)
+            total += tokens * sum(map(linear_flops, linear)) + pairs * 4 * block.attn.proj.in_features
+    return total
+
+
+def _pairs(tokens: int, grid: Grid, side: int, cut: Cut, is_packed: bool) -> int:
+    """Queries times keys of an image: of whole windows in timm; packed, the most that so many tokens can have."""
+    rows, columns = cut.size
+    if not is_packed:
+        return tokens * rows * columns
+    edges = [_lengths(n * side, length, by) for n, length, by in zip(grid, cut.size, cut.shift, strict=True)]
+    everything = math.prod(sum(length**2 for length in lengths) for lengths in edges)
+    return min(tokens**2, tokens * rows * columns, everything)
+
+
+def _lengths(tokens: int, length: int, by: int) -> list[int]:
+    """Of the windows along a side of a grid, smaller at its ends where they are shifted."""
+    return [by, *[length] * (tokens // length - 1), length - by] if by else [length] * (tokens // length)
