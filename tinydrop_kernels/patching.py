@@ -108,8 +108,8 @@ def patch(
         raise
     if policy.coarsen and family.patch_size(model) is None:
         warnings.warn(
-            f"{type(model).__name__} with {type(model.patch_embed).__name__} keeps its dense grid, since images of "
-            "another size make no sense to its stem: besides exits, only what the policy drops is saved (coarsen < 1)",
+            f"{type(model).__name__} with {type(model.patch_embed).__name__} keeps its dense grid, since its stem or its "
+            "windows do not fit images of another size: besides exits, only what the policy drops is saved (coarsen < 1)",
             stacklevel=2,
         )
     return model
