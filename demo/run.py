@@ -146,9 +146,7 @@ def calibrate(scene: Scene, dense: torch.Tensor) -> None:
         named = tdk.patch(scene.model, scene.guidance, path)(scene.images).argmax(1)
         lost = (dense.argmax(1) == scene.labels).float().mean() - (named == scene.labels).float().mean()
         saved = scene.model.tinydrop.report().flops_saved
-        print(
-            f"On the {len(named)} images of the table it loses {100 * lost:.1f} points, and saves {saved:.1%} FLOPs"
-        )
+        print(f"On the {len(named)} images of the table it loses {100 * lost:.1f} points, and saves {saved:.1%} FLOPs")
 
 
 @torch.inference_mode()
