@@ -91,7 +91,7 @@ class Certificate:
             claim = f"On images like these this policy changes at most {drop}, and loses no more accuracy than that"
             seen = f"it answered {self.lost} unlike the dense model"
         return (
-            f"Certified: {claim}, at {sure}. Of the {self.tested} images that tested it {seen}; {self.ordered} other "
+            f"Certified: {claim}, at {sure}. Of the {self.tested} images that tested it, {seen}; {self.ordered} other "
             f"images had put the candidates into an order, of which {self.candidates} were tested. ({could[0].upper()}"
             f"{could[1:]}.)"
         )
