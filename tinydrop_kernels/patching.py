@@ -25,6 +25,9 @@ def patch(
     model: TimmModule,
     guidance: str | nn.Module | Guidance = DEFAULT_GUIDANCE,
     policy: DropPolicy | None = None,
+    *,
+    guidance_size: int | tuple[int, int] | None = None,
+    compile: bool = False,
 ) -> TimmModule:
     """Make a timm model drop tokens, in place.
 
@@ -38,6 +41,10 @@ def patch(
             from then on. It must know the same classes unless the policy mixes no answers.
         policy: a :class:`DropPolicy`; by default ``DropPolicy()``, which for a model without classes, or with one,
             neither exits nor blends.
+        guidance_size: size of the images that the guidance model is fed, if not its own: one number, or height and
+            width. Less costs less and sees less: what that does to accuracy hangs on the images.
+        compile: run the guidance model and the target's blocks through ``torch.compile``, for any number of images and
+            tokens. The first batch of several images and the first of one then take a minute or more each.
 
     Returns:
         The model.
@@ -46,7 +53,7 @@ def patch(
         UnsupportedModelError: the model, or something in it, is not supported; also found out by trying the patched
             model on a little noise, hooks and all.
         CheckpointError: the guidance model's weights cannot be loaded.
-        GuidanceError: the guidance model has no classes or no feature map.
+        GuidanceError: the guidance model has no classes or no feature map, or does not take the size.
         ValueError, TypeError: an argument out of range; a model that is patched already; guidance with other classes.
     """
     if isinstance(getattr(model, "tinydrop", None), TinyDrop):
@@ -67,10 +74,16 @@ def patch(
     elif guidance is model:
         raise ValueError("guidance: got the model itself, expected another, smaller model")
     with torch.inference_mode(False):  # autograd refuses tensors made in inference mode
-        guidance = copy.deepcopy(guidance) if isinstance(guidance, Guidance) else Guidance(guidance)
+        if not isinstance(guidance, Guidance):
+            guidance = Guidance(guidance, guidance_size)
+        elif guidance_size is not None:
+            raise ValueError("guidance_size: got one beside a Guidance, which has its own; expected None")
+        else:
+            guidance = copy.deepcopy(guidance)
     if guidance.in_chans != model.in_chans:
         raise ValueError(f"guidance: it sees {guidance.in_chans} channels and the model {model.in_chans}")
-    tinydrop = TinyDrop(model, guidance.eval(), policy)
+    guidance.compiled = guidance.compiled or compile
+    tinydrop = TinyDrop(model, guidance.eval(), policy, compile)
     _follow(model, guidance)
     tinydrop.set_attributes = [
         (model, "tinydrop", tinydrop),
