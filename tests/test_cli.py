@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -114,10 +115,43 @@ def test_half_precision(checkpoints, photos):
     assert classify(checkpoints, photos / "a.jpg", "--dtype", "bfloat16").exit_code == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_automatic_precision(checkpoints, photos, monkeypatch, dtype):
+    monkeypatch.setattr(options, "fast_dtype", lambda device: dtype)
+    result = classify(checkpoints, photos / "a.jpg", "--dtype", "auto")
+    assert result.exit_code == 0 and f"cpu, {dtype}, batches of".replace("torch.", "") in result.output
+
+
+def test_guidance_size_and_compile(checkpoints, photos, monkeypatch):
+    asked = []
+    patch = options.patch
+    monkeypatch.setattr(
+        options, "patch", lambda *arguments, compile, **named: asked.append(compile) or patch(*arguments, **named)
+    )
+    told = [
+        next(line for line in classify(checkpoints, photos / "a.jpg", *extra).output.splitlines() if "saved" in line)
+        for extra in ((), ("--guidance-size", 16, "--compile"), ("--guidance-size", "16x64"))
+    ]
+    assert len(set(told)) == 3 and asked == [False, True, False]
+
+
+@pytest.mark.parametrize("given", [None, "ACTIVE"], ids=["by default", "as the user says"])
+def test_waiting_threads_sleep(given):
+    """In a process of its own, since OpenMP reads the variable once."""
+    program = "import os, sys; from tinydrop_kernels.__main__ import main; sys.argv = ['tinydrop', '--version']\n"
+    program += "assert 'torch' not in sys.modules\ntry:\n    main()\nfinally:\n    print(os.environ['OMP_WAIT_POLICY'])"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": given} if given else {}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.stdout.split()[-1] == (given or "PASSIVE"), done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["/no/such/file.jpg"], "does not exist"),
+        (["PHOTOS/more", "--guidance-size", "small"], "neither a number nor HEIGHTxWIDTH"),
+        (["PHOTOS/more", "--guidance-size", "0"], "input_size: got (0, 0)"),
         (["PHOTOS/text.png"], "no image could be read"),
         (["PHOTOS/more", "--tau", "1.5"], "tau: got 1.5"),
         (["PHOTOS/more", "--tau", "high"], "neither a number nor 'none'"),
@@ -218,7 +252,7 @@ def chosen(monkeypatch, checkpoints, photos):
     class Chosen(Exception):
         pass
 
-    def caught(model, guidance, policy):
+    def caught(model, guidance, policy, **others):
         raise Chosen(policy)
 
     monkeypatch.setattr(options, "patch", caught)

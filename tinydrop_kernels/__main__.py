@@ -1,6 +1,19 @@
-"""``python -m tinydrop_kernels`` is the ``tinydrop`` command."""
+"""``python -m tinydrop_kernels`` and ``tinydrop`` are the same command."""
 
-from tinydrop_kernels.cli import main
+import os
+
+
+def main() -> None:
+    """Run the command, with CPU threads that sleep while they wait.
+
+    OpenMP's threads spin by default. Where other processes want the cores, a thread that spins holds up the one it
+    waits for, at each of a model's hundreds of parallel regions. Read once, when torch is imported.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from tinydrop_kernels.cli import main as command
+
+    command(prog_name="tinydrop")
+
 
 if __name__ == "__main__":
-    main(prog_name="tinydrop")
+    main()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from tinydrop_kernels.ops.registry import HALF
 from tinydrop_kernels.ops.saliency import top_classes
 from tinydrop_kernels.ops.tracing import eager
 from tinydrop_kernels.ops.types import TimmModule
@@ -65,9 +66,31 @@ class SplitTransformer:
         return tokens, args, kwargs
 
     def rest(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Logits from the last block's arguments."""
-        logits: Tensor = self._model.forward_head(self._model.norm(self._model.blocks[-1](tokens, *args, **kwargs)))
+        """Logits from the last block's arguments, in float32 at least behind the block."""
+        return in_full_precision(self.head, self._model.blocks[-1](tokens, *args, **kwargs))
+
+    def head(self, tokens: Tensor) -> Tensor:
+        """Logits from the last block's tokens."""
+        logits: Tensor = self._model.forward_head(self._model.norm(tokens))
         return logits
+
+
+def in_full_precision(head: Head, features: Tensor) -> Tensor:
+    """The head, whose weights are in float32 at least, on features that may be in half precision; no autocast."""
+    with torch.autocast(features.device.type, enabled=False):
+        return head(features.float() if features.dtype in HALF else features)
+
+
+def head_modules(model: TimmModule, head: Head, features: Tensor) -> list[str]:
+    """Names of the model's own children that the head calls."""
+    called, names = set[nn.Module](), {module: name for name, module in model.named_children()}
+    handles = [child.register_forward_pre_hook(lambda module, _: called.add(module)) for child in names]
+    try:
+        in_full_precision(head, features)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [names[module] for module in names if module in called]
 
 
 class _Stop(nn.Module):

@@ -56,7 +56,7 @@ def classify(context: click.Context, /, paths: tuple[Path, ...], out: Path | Non
         raise out_of_memory(error) from None
     if not (rows.written or interrupted):
         raise click.ClickException("no image could be read")
-    click.echo(summary(predictor, machine(options)), err=out is None)
+    click.echo(summary(predictor, machine(predictor, options)), err=out is None)
     if interrupted:
         kept = f"; their rows are in {click.format_filename(out)}" if out and rows.written else ""
         click.echo(f"interrupted after {rows.written} of {len(files)} images{kept}", err=True)
@@ -96,7 +96,7 @@ def visualize(context: click.Context, /, paths: tuple[Path, ...], out: Path, **o
         raise click.ClickException(f"out: {str(out)!r} cannot be written: {error.strerror or error}") from None
     except torch.OutOfMemoryError as error:
         raise out_of_memory(error) from None
-    click.echo(summary(predictor, machine(options)))
+    click.echo(summary(predictor, machine(predictor, options)))
     if page:
         click.echo(f"page         {click.format_filename(page)} ({page.stat().st_size / 1e6:.1f} MB)")
     if interrupted:
@@ -117,9 +117,10 @@ def out_of_memory(error: torch.OutOfMemoryError) -> click.ClickException:
     return click.ClickException(f"{error}\nA smaller --batch-size needs less memory.")
 
 
-def machine(options: dict[str, Any]) -> str:
+def machine(predictor: Predictor, options: dict[str, Any]) -> str:
     """Where and how the models ran."""
-    return f"{options['device']}, {options['dtype']}, batches of {options['batch_size']}"
+    dtype = str(next(predictor.model.parameters()).dtype).removeprefix("torch.")
+    return f"{options['device']}, {dtype}, batches of {options['batch_size']}"
 
 
 def summary(predictor: Predictor, machine: str) -> str:

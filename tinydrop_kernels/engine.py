@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tinydrop_kernels import ops
 from tinydrop_kernels.answers import blended, in_doubt
+from tinydrop_kernels.compiling import for_any_size
 from tinydrop_kernels.families import Family, UnsupportedModelError, family_of
 from tinydrop_kernels.families.grids import coarser_grids
 from tinydrop_kernels.features import features_in_place
@@ -49,16 +50,18 @@ class TinyDrop:
     Attributes:
         guidance: the guidance model.
         policy: may be replaced between calls.
+        compiled: run the blocks through ``torch.compile``.
         timed: measure the wall time of each stage of the next calls (synchronises the device at each).
     """
 
     set_attributes: list[tuple[nn.Module, str, object]]  # what patching has set on which module
 
-    def __init__(self, model: TimmModule, guidance: Guidance, policy: DropPolicy):
+    def __init__(self, model: TimmModule, guidance: Guidance, policy: DropPolicy, compiled: bool = False):
         self._model = model
         self._family: Family = family_of(model)
         self.guidance = guidance
         self.policy = policy
+        self.compiled = compiled
         self.timed = False
         self._of_thread = threading.local()
         config = resolve_model_data_config(model)
@@ -202,6 +205,9 @@ class TinyDrop:
             has_exits = len(staying) < len(images)  # otherwise the guidance may know other classes
             logits = logits.to(answers.dtype) if has_exits else torch.empty_like(answers)
             logits = logits.index_copy(0, staying, answers)
+        else:  # of the target's precision, as any other answer
+            kind = images.device.type
+            logits = logits.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else images.dtype)
         read_backs = 1 + (bool(plan.parts) and policy.second_look is not None)
         self._of_thread.last = Call(plan.selection, plan.levels, plan.guided.logits, second_look, seconds, read_backs)
         return logits
@@ -215,7 +221,8 @@ class TinyDrop:
         with self._stage(seconds, "embed", images):
             tokens, packed = embed_parts(model, family, images, indices, packed, parts)
         with self._stage(seconds, "blocks", images):
-            tokens, packed = family.encode(model, tokens, packed, parts)
+            encode = for_any_size(family.encode) if self.compiled else family.encode
+            tokens, packed = encode(model, tokens, packed, parts)
         with self._stage(seconds, "head", images):
             return family.classify(model, tokens, packed)
 

@@ -24,8 +24,8 @@ def count_flops(module: nn.Module, image_shape: tuple[int, ...]) -> int:
     """
     known = _counted.setdefault(module, {})
     if image_shape not in known:
-        copied = copy.deepcopy(module).to("meta")
-        image = torch.empty(1, *image_shape, device="meta", dtype=next(copied.parameters()).dtype)
+        copied = copy.deepcopy(module).to("meta", torch.float32)  # a guidance model's head is wider than its trunk
+        image = torch.empty(1, *image_shape, device="meta")
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             copied(image)
         known[image_shape] = counter.get_total_flops()

@@ -9,8 +9,21 @@ import torch.nn.functional as F
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from tinydrop_kernels.cam import Cam, FeatureLayout, SplitTransformer, agree, class_gradient, kind_of_head
+from tinydrop_kernels.cam import (
+    Cam,
+    FeatureLayout,
+    SplitTransformer,
+    agree,
+    class_gradient,
+    head_modules,
+    in_full_precision,
+    kind_of_head,
+)
+from tinydrop_kernels.compiling import for_any_batch
+from tinydrop_kernels.folding import copied, folded
+from tinydrop_kernels.identity import Identity, identity_of
 from tinydrop_kernels.images import per_channel
+from tinydrop_kernels.ops.registry import HALF
 from tinydrop_kernels.ops.saliency import saliency_map
 from tinydrop_kernels.ops.tracing import eager
 from tinydrop_kernels.ops.types import Saliency, TimmModule
@@ -28,7 +41,7 @@ class GuidanceError(RuntimeError):
 class Guided(NamedTuple):
     """What the guidance model says of a batch. Either ``features`` or ``saliency`` is None."""
 
-    logits: Tensor  # (batch, classes)
+    logits: Tensor  # (batch, classes), float32 or float64
     features: Tensor | None  # (batch, cells, channels), any strides: to be weighted by ``Guidance.class_weight``
     saliency: Tensor | None  # float32 (batch, rows, columns): the finished map
 
@@ -41,15 +54,22 @@ class Guidance(nn.Module):
     averaged twin heads; a head that sees the map only through its average needs its gradient at one vector; for any
     other head, and for class tokens (whose gradient on the last layer's patches is zero), there is one backward pass
     through the head or the last block alone. The model is copied and its weights are read once, here: what is done to
-    the original afterwards does not reach the guidance. Many threads may call it.
+    the original afterwards does not reach the guidance. The copy has BatchNorm folded into its convolutions
+    (:mod:`tinydrop_kernels.folding`), and in half precision its head stays in float32, so that the confidence does not
+    hang on the rounding of logits. Many threads may call it.
 
     Args:
         model: a timm model with ``forward_features`` and ``forward_head``.
-        input_size: (height, width) it is fed; by default that of its ``pretrained_cfg`` or its fixed patch embedding.
+        input_size: (height, width) it is fed, or one number for both; by default that of its ``pretrained_cfg`` or its
+            fixed patch embedding. A smaller one costs less, and what it does to accuracy hangs on the images.
         mean, std: per channel normalisation it wants; by default those of its ``pretrained_cfg``.
+        compile: run it through ``torch.compile`` down to its last feature map. The first batch, the first of one image
+            and the first on another device or in another dtype then take about a minute each.
 
     Raises:
-        GuidanceError: the model has no such methods, no classes, no feature map, or no logits ``(batch, num_classes)``.
+        GuidanceError: the model has no such methods, no classes, no feature map, or no logits ``(batch, num_classes)``;
+            or it does not take images of this size.
+        ValueError: a size below 1.
     """
 
     model: TimmModule
@@ -59,13 +79,16 @@ class Guidance(nn.Module):
     feature_size: tuple[int, int]  # of its last feature map
     cam: Cam
     class_weight: Tensor  # (num_classes, channels); None unless cam is Cam.ROWS
+    compiled: bool
+    identity: Identity  # of the model as it was given
 
     def __init__(
         self,
         model: TimmModule,
-        input_size: tuple[int, int] | None = None,
+        input_size: int | tuple[int, int] | None = None,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
+        compile: bool = False,
     ):
         super().__init__()
         kind = type(model).__name__
@@ -76,17 +99,32 @@ class Guidance(nn.Module):
         if not getattr(model, "num_classes", 0):
             raise GuidanceError(f"guidance: got {kind} with num_classes=0, expected a classifier")
         config = resolve_model_data_config(model)
+        self.identity = identity_of(model)  # before it is folded
         self.num_classes = model.num_classes
         self.in_chans = getattr(model, "in_chans", config["input_size"][0])
         fixed_size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-        self.input_size = tuple(input_size or fixed_size or config["input_size"][1:])
+        size = fixed_size or config["input_size"][1:] if input_size is None else input_size
+        self.input_size = (size, size) if isinstance(size, int) else tuple(size)
+        if len(self.input_size) != 2 or min(self.input_size) < 1:
+            raise ValueError(f"input_size: got {input_size}, expected a number >= 1, or a height and a width")
         self.mean = per_channel(mean or config["mean"], self.in_chans)
         self.std = per_channel(std or config["std"], self.in_chans)
+        self.compiled = compile
         self._rescalings: dict[Any, tuple[Tensor, Tensor]] = {}
         with torch.inference_mode(False):  # autograd refuses tensors made in inference mode
-            self.model = _copied(model).eval().requires_grad_(False)
+            self.model = copied(model).eval().requires_grad_(False)
             self._probe()
         self.eval()
+
+    def at_size(self, input_size: tuple[int, int]) -> "Guidance":
+        """The same model, fed images of another size.
+
+        Raises:
+            GuidanceError: it does not take them.
+        """
+        other = Guidance(self.model, input_size, self.mean, self.std, self.compiled)
+        other.identity = self.identity
+        return other
 
     @torch.no_grad()
     def forward(
@@ -109,7 +147,8 @@ class Guidance(nn.Module):
             :class:`Guided`, without a graph: ``features`` for ``Cam.ROWS``, ``saliency`` for every other kind.
         """
         images = self._prepared(images, mean, std)
-        features, args, kwargs = self._trunk(images)
+        trunk = for_any_batch(type(self)._trunk) if self.compiled else type(self)._trunk
+        features, args, kwargs = trunk(self, images)
         cells = self._layout.cells(features)
         if self.cam is Cam.ROWS:
             return Guided(self._head(features), cells, None)
@@ -128,11 +167,10 @@ class Guidance(nn.Module):
         return self.model.forward_features(images), (), {}
 
     def _head(self, features: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """From the feature map to logits."""
+        """From the feature map to logits, in float32 at least."""
         if self._split is not None:
             return self._split.rest(features, *args, **kwargs)
-        logits: Tensor = self.model.forward_head(features)
-        return logits
+        return in_full_precision(self.model.forward_head, features)
 
     def _prepared(self, images: Tensor, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> Tensor:
         """Images of the size, normalisation and memory format that the model wants."""
@@ -150,18 +188,18 @@ class Guidance(nn.Module):
                 self._rescalings[key] = _rescaling(source, wanted, images.device, images.dtype)
             scale, offset = self._rescalings[key]
             images = images * scale + offset
-        if images.device.type == "cpu":  # where convolutions are 1.2 to 1.7 times faster on it (docs/decisions.md)
-            images = images.contiguous(memory_format=torch.channels_last)
-        return images
+        return images.contiguous(memory_format=torch.channels_last)  # convolutions are faster on it (docs/decisions.md)
 
     @torch.no_grad()
     def _probe(self) -> None:
-        """Find the layout of the feature map and the kind of the head by trying them.
+        """Find the layout of the feature map and the kind of the head by trying them; then fold the model.
 
-        On a copy in float32 whatever the model's own dtype, so that the verdict and the weights do not hang on it.
+        In float32 whatever the model's own dtype, so that the verdict and the weights do not hang on it.
         """
-        model, kind = copy.deepcopy(self.model).float(), type(self.model).__name__
         own = next(self.model.parameters())
+        dtype = own.dtype
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        model, kind = copy.deepcopy(self.model).float(), type(self.model).__name__
         noise = torch.randn(2, self.in_chans, *self.input_size, generator=torch.Generator().manual_seed(0))
         with torch.autocast(own.device.type, enabled=False):
             images = noise.to(own.device, torch.float32)
@@ -177,8 +215,12 @@ class Guidance(nn.Module):
                 self.cam, rows = Cam.LAST_BLOCK, None
             else:
                 self.cam, rows = kind_of_head(model.forward_head, features, self._layout)
-        self.register_buffer("class_weight", None if rows is None else rows.to(own.dtype), persistent=False)
+            self.model = folded(self.model.to(wide), images.to(wide)).to(memory_format=torch.channels_last)
+        self.register_buffer("class_weight", rows, persistent=False)
         self._split = SplitTransformer(self.model) if self.cam is Cam.LAST_BLOCK else None
+        head = self.model.forward_head if self._split is None else self._split.head
+        self._head_names = head_modules(self.model, head, features.to(wide))
+        self.to(dtype)
 
     def _layout_of(self, features: Any) -> FeatureLayout:
         if not isinstance(features, Tensor) or features.ndim not in (3, 4):
@@ -212,15 +254,17 @@ class Guidance(nn.Module):
         return new
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Guidance":
+        """What ``to`` and its kin do, but for the head, which follows to a device and not to half precision."""
+        heads = [self.model.get_submodule(name) for name in self._head_names]
+        wide = {id(tensor) for head in heads for tensor in (*head.parameters(), *head.buffers())}
+
+        def apply(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device, torch.float32) if id(tensor) in wide and moved.dtype in HALF else moved
+
         with torch.inference_mode(False):
-            nn.Module._apply(self, fn, recurse)
+            nn.Module._apply(self, apply, recurse)
         return self
-
-
-def _copied(model: TimmModule) -> TimmModule:
-    """A deep copy without timm's cached attention biases: deepcopy refuses them where they carry a graph."""
-    caches = [vars(module).get("attention_bias_cache") for module in model.modules()]
-    return copy.deepcopy(model, {id(cache): {} for cache in caches if cache})
 
 
 def _check_split(model: TimmModule, images: Tensor, logits: Tensor) -> None:

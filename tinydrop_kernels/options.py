@@ -16,6 +16,7 @@ from tinydrop_kernels.checkpoints import check_spec, load_model
 from tinydrop_kernels.guidance import DEFAULT_GUIDANCE
 from tinydrop_kernels.patching import patch
 from tinydrop_kernels.policy import DropPolicy
+from tinydrop_kernels.precision import fast_dtype
 from tinydrop_kernels.predictor import Predictor, check_classifier
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -33,6 +34,15 @@ def number_or_none(text: str) -> float | None:
         raise click.BadParameter(f"{text!r} is neither a number nor 'none'") from None
 
 
+def size(text: str) -> tuple[int, int]:
+    """The type of ``--guidance-size``: one number, or height and width."""
+    try:
+        height, width = map(int, text.split("x")) if "x" in text else (int(text),) * 2
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is neither a number nor HEIGHTxWIDTH") from None
+    return height, width
+
+
 OPTIONS = (
     click.option(
         "--model",
@@ -40,6 +50,12 @@ OPTIONS = (
         help="The large ViT: timm name, folder, or NAME=FILE.",
     ),
     click.option("--guidance", default=DEFAULT_GUIDANCE, help="The tiny classifier, named likewise."),
+    click.option(
+        "--guidance-size",
+        type=size,
+        metavar="INT|HxW",
+        help="Input size of the classifier, if not its own: less costs less, and sees less.",
+    ),
     click.option("--img-size", type=click.IntRange(min=1), help="Input size of the large ViT, if not its own."),
     click.option(
         "--policy",
@@ -94,7 +110,13 @@ OPTIONS = (
     ),
     click.option("--batch-size", type=click.IntRange(min=1), default=32),
     click.option("--device", default=DEFAULT_DEVICE),
-    click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32"),
+    click.option(
+        "--dtype",
+        type=click.Choice(["auto", *DTYPES]),
+        default="float32",
+        help="'auto' is bfloat16 where the device computes in it, else float32.",
+    ),
+    click.option("--compile", is_flag=True, help="Compile the models: the first batches take minutes."),
     click.option("--workers", type=click.IntRange(min=0), default=0, help="Processes that load images."),
     click.option("--stages", is_flag=True, help="Time every stage; a GPU waits at each, so all is a little slower."),
 )
@@ -112,12 +134,14 @@ def make_predictor(
     *,
     model: str,
     guidance: str,
+    guidance_size: tuple[int, int] | None,
     img_size: int | None,
     policy_file: Path | None,
     keep_ratio: float | None,
     batch_size: int,
     device: str,
     dtype: str,
+    compile: bool,
     workers: int,
     stages: bool,
     compare_dense: bool,
@@ -137,9 +161,9 @@ def make_predictor(
         options: dict[str, Any] = {"img_size": img_size} if img_size else {}
         check_spec(model)
         small = load_model(guidance, "guidance")  # before the large one: nobody should wait for it to hear of a mistake
-        vit = load_model(model, **options).to(usable(device), DTYPES[dtype])
+        vit = load_model(model, **options).to(usable(device), DTYPES.get(dtype) or fast_dtype(device))
         check_classifier(vit)  # patch() would speak of the guidance
-        patch(vit, small, law).tinydrop.timed = stages
+        patch(vit, small, law, guidance_size=guidance_size, compile=compile).tinydrop.timed = stages
         return Predictor(
             vit,
             batch_size=batch_size,

@@ -21,6 +21,7 @@ from tinydrop_kernels.checkpoints import load_model
 from tinydrop_kernels.engine import TinyDrop
 from tinydrop_kernels.families import Family, UnsupportedModelError, family_of, find_mismatch
 from tinydrop_kernels.guidance import DEFAULT_GUIDANCE, Guidance
+from tinydrop_kernels.identity import identity_of
 from tinydrop_kernels.ops.types import TimmModule
 from tinydrop_kernels.policy import DropPolicy
 from tinydrop_kernels.policyfile import CalibratedPolicy
@@ -30,6 +31,9 @@ def patch(
     model: TimmModule,
     guidance: str | nn.Module | Guidance = DEFAULT_GUIDANCE,
     policy: DropPolicy | CalibratedPolicy | str | os.PathLike[str] | None = None,
+    *,
+    guidance_size: int | tuple[int, int] | None = None,
+    compile: bool = False,
 ) -> TimmModule:
     """Make a timm model drop tokens, in place.
 
@@ -44,6 +48,10 @@ def patch(
         policy: a :class:`DropPolicy`; by default ``DropPolicy()``, which for a model without classes, or with one,
             neither exits nor blends. Or what ``calibrate`` found, or the file of it: then the guidance model is fed
             images of the size that was found best, and other models than those it was found with are refused.
+        guidance_size: size of the images that the guidance model is fed, if not its own: one number, or height and
+            width. Less costs less and sees less: what that does to accuracy hangs on the images.
+        compile: run the guidance model and the target's blocks through ``torch.compile``, for any number of images and
+            tokens. The first batch of several images and the first of one then take a minute or more each.
 
     Returns:
         The model.
@@ -52,7 +60,7 @@ def patch(
         UnsupportedModelError: the model, or something in it, is not supported; also found out by trying the patched
             model on a little noise, hooks and all.
         CheckpointError: the guidance model's weights cannot be loaded.
-        GuidanceError: the guidance model has no classes or no feature map.
+        GuidanceError: the guidance model has no classes or no feature map, or does not take the size.
         PolicyFileError: the policy's file cannot be read, or it is for another model or guidance.
         ValueError, TypeError: an argument out of range; a model that is patched already; guidance with other classes.
     """
@@ -80,13 +88,19 @@ def patch(
     elif guidance is model:
         raise ValueError("guidance: got the model itself, expected another, smaller model")
     with torch.inference_mode(False):  # autograd refuses tensors made in inference mode
-        guidance = copy.deepcopy(guidance) if isinstance(guidance, Guidance) else Guidance(guidance)
+        if not isinstance(guidance, Guidance):
+            guidance = Guidance(guidance, guidance_size)
+        elif guidance_size is not None:
+            raise ValueError("guidance_size: got one beside a Guidance, which has its own; expected None")
+        else:
+            guidance = copy.deepcopy(guidance)
         if calibrated is not None:
-            calibrated.check(model, guidance.model)
-            guidance = Guidance(guidance.model, calibrated.input_size, guidance.mean, guidance.std)
+            calibrated.check(identity_of(model), guidance.identity)
+            guidance = guidance.at_size(calibrated.input_size)
     if guidance.in_chans != model.in_chans:
         raise ValueError(f"guidance: it sees {guidance.in_chans} channels and the model {model.in_chans}")
-    tinydrop = TinyDrop(model, guidance.eval(), policy)
+    guidance.compiled = guidance.compiled or compile
+    tinydrop = TinyDrop(model, guidance.eval(), policy, compile)
     _follow(model, guidance)
     tinydrop.set_attributes = [
         (model, "tinydrop", tinydrop),
@@ -108,8 +122,8 @@ def patch(
         raise
     if policy.coarsen and family.patch_size(model) is None:
         warnings.warn(
-            f"{type(model).__name__} with {type(model.patch_embed).__name__} keeps its dense grid, since its stem or its "
-            "windows do not fit images of another size: besides exits, only what the policy drops is saved (coarsen < 1)",
+            f"{type(model).__name__} with {type(model.patch_embed).__name__} keeps its dense grid, since its stem or "
+            "its windows fit images of no other size: besides exits, only what the policy drops is saved (coarsen < 1)",
             stacklevel=2,
         )
     return model

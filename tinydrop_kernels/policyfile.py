@@ -1,6 +1,5 @@
 """A policy, and what is known about it: for which model, from which images, with which certainty. To and from JSON."""
 
-import hashlib
 import json
 import math
 import os
@@ -8,14 +7,13 @@ import warnings
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import timm
 import torch
 
+from tinydrop_kernels.identity import Identity
 from tinydrop_kernels.ops import Saliency
-from tinydrop_kernels.ops.types import TimmModule
 from tinydrop_kernels.policy import DropPolicy
 
 FORMAT = "tinydrop policy 1"
@@ -23,37 +21,6 @@ FORMAT = "tinydrop policy 1"
 
 class PolicyFileError(ValueError):
     """The file is no policy file, or one for another model or guidance."""
-
-
-class Identity(NamedTuple):
-    """Which model it was."""
-
-    name: str
-    classes: int
-    weights: str  # fingerprint
-    dtype: str
-
-
-def identity_of(model: TimmModule) -> Identity:
-    """Name, classes, weights and dtype of a timm model.
-
-    The fingerprint is of the weights rounded to bfloat16: a model and its copy in bfloat16 are one model.
-
-    Raises:
-        ValueError: the model is on the meta device, and has no weights.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if tensor.is_meta:
-            raise ValueError("model: it is on the meta device and has no weights that could be told from others")
-        if tensor.is_floating_point():
-            tensor = tensor.bfloat16().view(torch.int16)
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(np.ascontiguousarray(tensor.cpu().numpy()).data)
-    config = getattr(model, "pretrained_cfg", None) or {}
-    name = ".".join(filter(None, (config.get("architecture"), config.get("tag")))) or type(model).__name__
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    return Identity(name, model.num_classes, digest.hexdigest()[:16], dtype)
 
 
 @dataclass(frozen=True)
@@ -185,22 +152,21 @@ class CalibratedPolicy:
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise PolicyFileError(f"policy: {str(path)!r} is no policy file: {error}") from None
 
-    def check(self, model: TimmModule, guidance: TimmModule) -> None:
+    def check(self, model: Identity, guidance: Identity) -> None:
         """Refuse another model, another guidance model, or other classes than those it was calibrated with.
 
         Args:
-            model: the target.
-            guidance: the guidance model itself.
+            model: the target's.
+            guidance: the guidance model's.
 
         Raises:
             PolicyFileError: one of them is another.
         """
-        for argument, given, known in (("model", model, self.model), ("guidance", guidance, self.guidance)):
-            if given.num_classes != known.classes:
+        for argument, found, known in (("model", model, self.model), ("guidance", guidance, self.guidance)):
+            if found.classes != known.classes:
                 raise PolicyFileError(
-                    f"policy: it was calibrated for a {argument} of {known.classes} classes, got {given.num_classes}"
+                    f"policy: it was calibrated for a {argument} of {known.classes} classes, got {found.classes}"
                 )
-            found = identity_of(given)
             if found.dtype != known.dtype:
                 warnings.warn(
                     f"policy: it was calibrated with the {argument} in {known.dtype}, which is in {found.dtype} now; "

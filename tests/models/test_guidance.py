@@ -366,7 +366,7 @@ def test_dtypes(cam, dtype, images):
     guidance.to(dtype)
     saliency = Saliency(3, 0.5, 0.5)
     guided = guidance(images.to(dtype), **TARGET)
-    assert guided.logits.dtype == dtype
+    assert guided.logits.dtype == (dtype if dtype == torch.float64 else torch.float32)
     tolerance = 1e-4 if dtype == torch.float64 else 0.1
     largest = wanted.logits.abs().max()
     torch.testing.assert_close(guided.logits.float() / largest, wanted.logits / largest, atol=tolerance, rtol=0)
@@ -375,12 +375,26 @@ def test_dtypes(cam, dtype, images):
 
 
 @every_kind
+def test_the_head_stays_in_float32(cam, images):
+    """Half precision on the way to float32 and back costs the head nothing, and its logits are not rounded."""
+    guidance = small(cam)
+    before = {name: tensor.clone() for name, tensor in guidance.model.state_dict().items()}
+    guidance.half()
+    narrow = {name for name, tensor in guidance.model.state_dict().items() if tensor.dtype == torch.float16}
+    logits = guidance(images.half()).logits
+    assert not torch.equal(logits, logits.half().float())
+    after = guidance.float().model.state_dict()
+    heads = {name for name in before if torch.is_floating_point(before[name])} - narrow
+    assert narrow and heads and all(torch.equal(before[name], after[name]) for name in heads)
+
+
+@every_kind
 def test_autocast(cam, images):
     guidance = small(cam)
     wanted = guidance(images)
     with torch.autocast("cpu", torch.bfloat16):
         guided, made = guidance(images), small(cam)
-    assert guided.logits.dtype == torch.bfloat16
+    assert guided.logits.dtype == torch.float32
     assert guided.saliency is None or guided.saliency.dtype == torch.float32
     largest = wanted.logits.abs().max()
     torch.testing.assert_close(guided.logits.float() / largest, wanted.logits / largest, atol=0.1, rtol=0)
@@ -403,7 +417,7 @@ def test_copies_are_independent_and_pickles_are_whole(cam, images):
         assert not torch.equal(other(images, **TARGET).logits, wanted.logits), "it uses its own weights"
         other.double()(images.double(), **TARGET)
     assert torch.equal(guidance(images, **TARGET).logits, wanted.logits)
-    assert len(list(guidance.parameters())) == len(list(SMALL[cam]().parameters()))
+    assert len(list(guidance.parameters())) <= len(list(SMALL[cam]().parameters()))
 
 
 @every_kind

@@ -132,6 +132,33 @@ def test_guidance_keeps_its_weights_when_the_model_goes_through_meta(images):
     assert torch.equal(loaded(images), wanted(images))
 
 
+@pytest.mark.parametrize("tau", [1e-6, 1.0], ids=["all exit", "none exits"])
+def test_answers_have_the_dtype_of_the_model(tau, images):
+    """The guidance model's logits are in float32, also where the target is in half precision."""
+    vit = tdk.patch(tiny_vit(), tiny_guidance(), tdk.DropPolicy(tau=tau))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert vit(images).dtype == torch.bfloat16
+    for dtype in (torch.float64, torch.bfloat16):
+        assert vit.to(dtype)(images.to(dtype)).dtype == dtype
+
+
+def test_guidance_size(images):
+    vit = tdk.patch(tiny_vit(), tiny_guidance(), DROP_HALF)
+    small = tdk.patch(tiny_vit(), tiny_guidance(), DROP_HALF, guidance_size=64)
+    oblong = tdk.patch(tiny_vit(), tiny_guidance(), DROP_HALF, guidance_size=(96, 64))
+    assert small.tinydrop.guidance.input_size == (64, 64) and oblong.tinydrop.guidance.feature_size == (3, 2)
+    for model in (vit, small, oblong):
+        model(images)
+    assert small.tinydrop.report().guidance_flops < vit.tinydrop.report().guidance_flops
+    with pytest.raises(ValueError, match="^guidance_size: got one beside a Guidance, which has its own"):
+        tdk.patch(tiny_vit(), vit.tinydrop.guidance, guidance_size=64)
+    for bad in (0, (64,), (64, 0)):
+        with pytest.raises(ValueError, match="^input_size: got .*expected a number >= 1"):
+            tdk.patch(tiny_vit(), tiny_guidance(), guidance_size=bad)
+    with pytest.raises(tdk.GuidanceError, match="fails on images of"):
+        tdk.patch(tiny_vit(), timm.create_model("efficientformer_l1", num_classes=5), guidance_size=160)
+
+
 def test_moves_inside_a_larger_module(patched):
     torch.nn.Sequential(patched).bfloat16()
     assert next(patched.tinydrop.guidance.parameters()).dtype == torch.bfloat16
@@ -262,37 +289,6 @@ def test_unpatch_after_an_attention_was_replaced(patched):
 def test_data_parallel_is_refused(patched):
     with pytest.raises(RuntimeError, match="DataParallel"):
         patched._replicate_for_data_parallel()
-
-
-@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "efficientvit_b0", "test_vit"])
-def test_other_kinds_of_guidance_compile_too(name, images):
-    guidance = tdk.Guidance(
-        timm.create_model(name, num_classes=5), input_size=(160, 160) if name == "test_vit" else None
-    )
-    vit = tdk.patch(tiny_vit(), guidance, DROP_HALF)
-    with torch.inference_mode():
-        wanted = vit(images)
-        torch._dynamo.reset()
-        out = torch.compile(vit, backend="aot_eager")(images)
-    torch.testing.assert_close(out, wanted, atol=1e-4, rtol=1e-3)
-
-
-@pytest.mark.parametrize(
-    "policy",
-    [DROP_HALF, tdk.DropPolicy(tau=0.6, gamma=1.0, min_keep=0.1, coarsen=0.5, second_look=None)],
-    ids=["fixed", "law"],
-)
-def test_torch_compile(policy):
-    """Compiled answers are the eager ones, and new batches with other totals do not compile again and again."""
-    vit = tdk.patch(tiny_vit(), tiny_guidance(), policy)
-    torch._dynamo.reset()
-    compiled = torch.compile(vit, backend="aot_eager")
-    with torch.no_grad():
-        for call in range(8):
-            images = varied_images(8)
-            with torch._dynamo.config.patch(error_on_recompile=call >= 4):
-                out = compiled(images)
-            torch.testing.assert_close(out, vit(images), atol=1e-5, rtol=1e-4)
 
 
 def test_stock_model_by_name_without_a_hub():

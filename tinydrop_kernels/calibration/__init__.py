@@ -17,14 +17,13 @@ from tinydrop_kernels.calibration.sweep import judge
 from tinydrop_kernels.calibration.table import Table
 from tinydrop_kernels.checkpoints import load_model
 from tinydrop_kernels.guidance import Guidance
+from tinydrop_kernels.identity import Identity, identity_of
 from tinydrop_kernels.ops.types import TimmModule
 from tinydrop_kernels.policy import DropPolicy
 from tinydrop_kernels.policyfile import (
     CalibratedPolicy,
     Certificate,
-    Identity,
     Uncertified,
-    identity_of,
     today,
     versions,
 )
@@ -105,7 +104,7 @@ def gather(
     images: dict[str, Any] = {"count": len(table), "labelled": table.labels is not None, "contents": contents}
     if names is not None:
         images["names"] = hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()[:16]
-    return Answers(table, identity_of(model), [identity_of(guidance.model) for guidance in made], images)
+    return Answers(table, identity_of(model), [guidance.identity for guidance in made], images)
 
 
 @dataclass(frozen=True)

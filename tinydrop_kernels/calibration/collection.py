@@ -28,11 +28,12 @@ from tinydrop_kernels.calibration.table import (
 from tinydrop_kernels.engine import TinyDrop
 from tinydrop_kernels.flops import count_flops
 from tinydrop_kernels.guidance import Guidance, GuidanceError, Guided
+from tinydrop_kernels.identity import identity_of
 from tinydrop_kernels.ops import Saliency
 from tinydrop_kernels.ops.types import Grid, TimmModule
 from tinydrop_kernels.patching import patch, unpatch
 from tinydrop_kernels.policy import CALM, DropPolicy
-from tinydrop_kernels.policyfile import identity_of, versions
+from tinydrop_kernels.policyfile import versions
 from tinydrop_kernels.timing import timed
 
 SIDES = (1.0, 6 / 7, 5 / 7, 4 / 7)  # of the guidance model's images: 224, 192, 160 and 128 pixels for one of 224
@@ -48,7 +49,7 @@ def resolutions(guidance: Guidance) -> list[Guidance]:
         if min(size) < 2 * STRIDE or size in found:
             continue
         try:
-            found[size] = Guidance(guidance.model, size, guidance.mean, guidance.std)
+            found[size] = guidance.at_size(size)
         except GuidanceError:  # a transformer of one size
             continue
     return list(found.values())
@@ -111,7 +112,7 @@ class _Asking:
         config = resolve_model_data_config(model)
         self.target_key = _hash(self.weight.device, config["mean"], config["std"], versions(), identity_of(model))
         self.keys = [
-            _hash(self.target_key, identity_of(guidance.model), guidance.input_size, guidance.mean, guidance.std)
+            _hash(self.target_key, guidance.identity, guidance.input_size, guidance.mean, guidance.std)
             for _, guidance, _ in self.views
         ]
         self.contents = hashlib.sha256()

@@ -1,0 +1,80 @@
+"""BatchNorm folded into the convolutions before it, and branches into one convolution: the same answers, fewer passes.
+
+Which norm follows which convolution is seen by running the model, not read from its class, and the result is tried
+against the model as it was: whatever comes out otherwise is not folded.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from timm.utils.model import reparameterize_model
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from tinydrop_kernels.cam import agree
+from tinydrop_kernels.ops.types import TimmModule
+
+
+def copied(model: TimmModule) -> TimmModule:
+    """A deep copy without timm's cached attention biases: deepcopy refuses them where they carry a graph."""
+    caches = [vars(module).get("attention_bias_cache") for module in model.modules()]
+    return copy.deepcopy(model, {id(cache): {} for cache in caches if cache})
+
+
+@torch.no_grad()
+def folded(model: TimmModule, images: Tensor) -> TimmModule:
+    """A copy with as few modules as may be, or the model itself where a folded one answers otherwise.
+
+    Args:
+        model: a timm classifier in eval mode, in float32 or float64.
+        images: noise to try it on, ``(batch, channels, height, width)``.
+    """
+    wanted = model.forward_features(images)
+    logits = model.forward_head(wanted)
+    try:
+        candidate = reparameterize_model(copied(model))  # of timm's own: RepVGG, RepViT, FastViT, LeViT
+        for convolution, norm in _pairs(candidate, images):
+            _fold(candidate, convolution, norm)
+        features = candidate.forward_features(images)
+        same = agree(features, wanted, wanted) and agree(candidate.forward_head(features), logits, logits)
+    except Exception:  # foreign modules may mean anything by a method called fuse
+        return model
+    return candidate if same else model
+
+
+def _pairs(model: TimmModule, images: Tensor) -> list[tuple[nn.Conv2d, nn.Module]]:
+    """Each convolution whose output goes to a norm as it is, both called once and without hooks."""
+    outputs: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # the tensor too, or its number would be given to another
+    pairs: list[tuple[nn.Conv2d, nn.Module]] = []
+    calls, handles = dict[nn.Module, int](), []
+
+    def called(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+        calls[module] = calls.get(module, 0) + 1
+        if isinstance(module, nn.Conv2d):
+            outputs[id(output)] = module, output
+        elif id(arguments[0]) in outputs:
+            pairs.append((outputs[id(arguments[0])][0], module))
+
+    for module in model.modules():
+        plain = not (module._forward_hooks or module._forward_pre_hooks)
+        if plain and (type(module) is nn.Conv2d or (isinstance(module, _BatchNorm) and module.track_running_stats)):
+            handles.append(module.register_forward_hook(called))
+    try:
+        model.forward_head(model.forward_features(images))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [(conv, norm) for conv, norm in pairs if calls[conv] == calls[norm] == 1]
+
+
+def _fold(model: TimmModule, convolution: nn.Conv2d, norm: Any) -> None:
+    """Put the norm into the convolution's weights; what timm hangs on it, an activation, stays in its place."""
+    convolution.weight, convolution.bias = fuse_conv_bn_weights(
+        convolution.weight, convolution.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    )
+    (name,) = (name for name, module in model.named_modules() if module is norm)
+    parts = [part for part in norm.children() if not isinstance(part, nn.Identity)]
+    rest = nn.Identity() if not parts else parts[0] if len(parts) == 1 else nn.Sequential(*parts)
+    model.set_submodule(name, rest)
