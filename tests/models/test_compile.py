@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from helpers import tiny_guidance, tiny_vit, varied_images
+from test_families import make
 from torch._dynamo.utils import counters
 
 import tinydrop_kernels as tdk
@@ -73,6 +74,25 @@ def test_other_block_stacks_are_one_graph_too(graphs, options):
             images = varied_images(batch)
             torch.testing.assert_close(vit(images), eager(images), atol=1e-5, rtol=1e-4)
     assert 1 <= len(graphs) <= 2
+
+
+@pytest.mark.parametrize("key", ["beit, both biases", "dinov3", "rope, mixed"])
+def test_other_families_are_one_graph_behind_what_they_keep(key, monkeypatch):
+    """Tables and angles are made and kept outside; from the first block to the norm nothing breaks the graph."""
+    found = []
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=lambda g, _: found.append(g) or g.forward))
+    eager, images = make(key)
+    tdk.patch(eager, tiny_guidance(), ALL_STAY)
+    model = copy.deepcopy(eager)
+    model.tinydrop.compiled = True
+    with torch.inference_mode():
+        for batch in (3, 2):
+            torch.testing.assert_close(model(images[:batch]), eager(images[:batch]), atol=1e-5, rtol=1e-4)
+    stacks = [graph for graph in found if is_of_blocks(graph)]
+    assert 1 <= len(stacks) <= 2
+    for graph in stacks:
+        calls = sum("varlen_attention" in str(node.target) for node in graph.graph.nodes)
+        assert calls % len(model.blocks) == 0, "all blocks, each with one call a grid where there is a bias"
 
 
 def test_a_compiled_one_copies_pickles_and_changes_its_dtype(graphs):

@@ -1,7 +1,6 @@
 """timm's ``Beit``: BEiT and BEiTv2, whose attention adds a bias by how far apart two patches are.
 
-Each block has a table of them, and in some models all blocks share one more. Kept tokens bring their coordinates along.
-At a coarser grid the tables are resampled as timm's ``set_input_size`` does it.
+Each block has a table of them, and in some models all share one more; ``set_input_size`` of timm resamples it to a grid.
 """
 
 from typing import NamedTuple
@@ -12,12 +11,12 @@ from timm.models.beit import Attention, Beit, Block
 from torch import Tensor, nn
 
 from tinydrop_kernels import ops
-from tinydrop_kernels.families import blocks, embedding, pools
+from tinydrop_kernels.families import blocks, costs, embedding, pools
 from tinydrop_kernels.families.blocks import project_fused
 from tinydrop_kernels.families.checks import foreign_block, foreign_method, passed_over, replaced
-from tinydrop_kernels.families.costs import flops_of
 from tinydrop_kernels.families.grids import derived
 from tinydrop_kernels.families.pools import pool_segments, unsupported_pool
+from tinydrop_kernels.ops.tracing import eager
 from tinydrop_kernels.ops.types import Grid, Packed, Part, RelativeBias, TimmModule
 
 NAME = "Beit (BEiT, BEiTv2)"
@@ -28,6 +27,8 @@ grid_size = embedding.grid_size
 num_prefix_tokens = embedding.num_prefix_tokens
 patch_size = embedding.patch_size
 dense_classify = pools.dense_classify
+flops = costs.packed_flops
+dense_flops = costs.dense_flops
 _METHODS = ("forward", "forward_features", "forward_head")
 _ATTENTIONS: dict[type, set[str]] = {Attention: {"qkv", "attn_drop", "proj", "proj_drop"}}
 
@@ -37,7 +38,7 @@ class Placed(NamedTuple):
 
     packed: Packed
     parts: list[Part]
-    shared: TimmModule | None  # the model's table, which each block's is added to
+    tables: list[Tensor | None]  # the block's, at the grid of each part
 
 
 def accepts(model: nn.Module) -> bool:
@@ -65,32 +66,36 @@ def attend(attention: TimmModule, x: Tensor, shared_rel_pos_bias: Tensor | Place
     if not isinstance(shared_rel_pos_bias, Placed):
         dense: Tensor = type(attention).forward(attention, x, shared_rel_pos_bias=shared_rel_pos_bias)
         return dense
-    packed, parts, shared = shared_rel_pos_bias
+    packed, parts, tables = shared_rel_pos_bias
     projected, out, end = project_fused(attention, x), [], 0
-    for part in parts:  # a grid has a table of its own
+    for part, table in zip(parts, tables, strict=True):
         own = slice(end, end := end + part.total)
         lengths = (part.cu_seqlens, part.cu_seqlens, packed.max_seqlen, packed.max_seqlen)
         bias, positions = None, packed.positions
-        table = _table(attention, shared, part.grid)
         if table is not None and positions is not None:
             bias = RelativeBias(table, positions[own], part.grid)
         query, key, value = (t[own] for t in projected)
         out.append(ops.varlen_attention(query, key, value, *lengths, bias=bias))
-    answer: Tensor = attention.proj_drop(attention.proj(torch.cat(out).flatten(1)))
-    return answer
+    projection: Tensor = attention.proj_drop(attention.proj(torch.cat(out).flatten(1)))
+    return projection
+
+
+@eager  # they are kept between calls, and made by what cannot be traced
+def _tables(model: TimmModule, parts: list[Part]) -> list[list[Tensor | None]]:
+    return [[_table(block.attn, model.rel_pos_bias, part.grid) for part in parts] for block in model.blocks]
 
 
 def _table(attention: TimmModule, shared: TimmModule | None, grid: Grid) -> Tensor | None:
     """The block's table and the model's, summed, at a grid: ``(distances, heads)``."""
     owners = [m for m in (attention, shared) if m is not None and m.relative_position_bias_table is not None]
     tables = [_resampled(m.relative_position_bias_table, tuple(m.window_size), grid) for m in owners]
-    return torch.stack(tables).sum(0) if len(tables) == 2 else next(iter(tables), None)
+    return torch.stack(tables).sum(0) if tables else None
 
 
 def _resampled(table: Tensor, old: Grid, new: Grid) -> Tensor:
+    shape = ((2 * new[0] - 1) * (2 * new[1] - 1) + 3, table.shape[1])
     if new == old:
         return table
-    shape = ((2 * new[0] - 1) * (2 * new[1] - 1) + 3, table.shape[1])
     return derived(table, (old, new), lambda: resize_rel_pos_bias_table(table, new, shape, old))
 
 
@@ -110,9 +115,8 @@ def encode(
     model: TimmModule, tokens: Tensor, packed: Packed, parts: list[Part], read_all: bool = False
 ) -> tuple[Tensor, Packed]:
     """See :class:`base.Family`."""
-    placed = Placed(packed, parts, model.rel_pos_bias)
-    for block in model.blocks:
-        tokens = block(tokens, shared_rel_pos_bias=placed)
+    for block, tables in zip(model.blocks, _tables(model, parts), strict=True):
+        tokens = block(tokens, shared_rel_pos_bias=Placed(packed, parts, tables))
     return model.norm(tokens), packed
 
 
@@ -137,13 +141,3 @@ def dense_encode(model: TimmModule, tokens: Tensor) -> Tensor:
         tokens = block(tokens, shared_rel_pos_bias=shared)
     encoded: Tensor = model.norm(tokens)
     return encoded
-
-
-def flops(model: TimmModule, counts: list[int], grid: Grid) -> int:
-    """See :class:`base.Family`."""
-    return flops_of(model, counts, grid, is_packed=True, pool_skip=1)
-
-
-def dense_flops(model: TimmModule, images: int, grid: Grid) -> int:
-    """See :class:`base.Family`."""
-    return images * flops_of(model, [grid[0] * grid[1]], grid, is_packed=False, pool_skip=1)

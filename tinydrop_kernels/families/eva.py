@@ -7,12 +7,11 @@ from timm.layers import AttentionRope, apply_rot_embed_cat
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from torch import Tensor, nn
 
-from tinydrop_kernels.families import blocks, embedding, pools
+from tinydrop_kernels.families import blocks, costs, embedding, pools
 from tinydrop_kernels.families.blocks import attend_projected, project_fused
 from tinydrop_kernels.families.checks import foreign_block, foreign_method, passed_over, replaced
-from tinydrop_kernels.families.costs import flops_of
 from tinydrop_kernels.families.pools import pool_segments, unsupported_pool
-from tinydrop_kernels.families.rotary import embedding_at, packed_rope
+from tinydrop_kernels.families.rotary import PackedRope, embedding_at
 from tinydrop_kernels.ops.types import Grid, Packed, Part, TimmModule
 
 NAME = "Eva (EVA, EVA-02, DINOv3, PE, ViTs with rotary embeddings)"
@@ -23,6 +22,8 @@ grid_size = embedding.grid_size
 num_prefix_tokens = embedding.num_prefix_tokens
 patch_size = embedding.patch_size
 dense_classify = pools.dense_classify
+flops = costs.packed_flops
+dense_flops = costs.dense_flops
 _METHODS = ("forward", "forward_features", "forward_head", "pool", "_pos_embed")
 _PARTS = {"qkv", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"}
 _ATTENTIONS: dict[type, set[str]] = {EvaAttention: _PARTS, AttentionRope: _PARTS}
@@ -88,9 +89,9 @@ def encode(
     model: TimmModule, tokens: Tensor, packed: Packed, parts: list[Part], read_all: bool = False
 ) -> tuple[Tensor, Packed]:
     """See :class:`base.Family`."""
-    rope_of = packed_rope(model.rope, model.rope_mixed, packed, parts)
+    rope = PackedRope(model.rope, model.rope_mixed, packed, parts)
     for i, block in enumerate(model.blocks):
-        tokens = block(tokens, rope=rope_of(i), attn_mask=packed)
+        tokens = block(tokens, rope=rope.of_block(i), attn_mask=packed)
     return model.norm(tokens), packed
 
 
@@ -116,13 +117,3 @@ def dense_encode(model: TimmModule, tokens: Tensor) -> Tensor:
         tokens = block(tokens, rope=rope[i] if rope is not None and model.rope_mixed else rope)
     encoded: Tensor = model.norm(tokens)
     return encoded
-
-
-def flops(model: TimmModule, counts: list[int], grid: Grid) -> int:
-    """See :class:`base.Family`."""
-    return flops_of(model, counts, grid, is_packed=True, pool_skip=0)
-
-
-def dense_flops(model: TimmModule, images: int, grid: Grid) -> int:
-    """See :class:`base.Family`."""
-    return images * flops_of(model, [grid[0] * grid[1]], grid, is_packed=False, pool_skip=0)

@@ -5,19 +5,17 @@ their own places at their own grid; prefix tokens are not turned. Axial angles s
 """
 
 import copy
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from tinydrop_kernels.families.grids import derived
+from tinydrop_kernels.ops.tracing import eager
 from tinydrop_kernels.ops.types import Grid, Packed, Part, TimmModule
 
 
-def packed_rope(
-    rope: TimmModule | None, is_mixed: bool, packed: Packed, parts: list[Part]
-) -> Callable[[int], Tensor | None]:
-    """The embedding of the packed tokens for a block: ``(total, 1 or heads, 2 * head_dim)``, sines before cosines.
+class PackedRope:
+    """The embedding of the packed tokens, block by block.
 
     Args:
         rope: timm's module, or None for a model without.
@@ -25,14 +23,22 @@ def packed_rope(
         packed: with positions.
         parts: the grids, and how many rows each has.
     """
-    if rope is None or packed.positions is None:
-        return lambda block: None
-    places = packed.positions.long().split([part.total for part in parts])
-    of_grids = [(_with_identity_at(rope, part.grid), place) for part, place in zip(parts, places, strict=True)]
-    if is_mixed:
-        return lambda block: torch.cat([table[block][:, place] for table, place in of_grids], 1).transpose(0, 1)
-    shared = torch.cat([table[place] for table, place in of_grids])[:, None]
-    return lambda block: shared
+
+    def __init__(self, rope: TimmModule | None, is_mixed: bool, packed: Packed, parts: list[Part]):
+        self._is_mixed, self._shared = is_mixed, None
+        self._of_grids: list[tuple[Tensor, Tensor]] = []
+        if rope is not None and packed.positions is not None:
+            places = packed.positions.long().split([part.total for part in parts])
+            tables = _tables(rope, [part.grid for part in parts])
+            self._of_grids = list(zip(tables, places, strict=True))
+            if not is_mixed:
+                self._shared = torch.cat([table[place] for table, place in self._of_grids])[:, None]
+
+    def of_block(self, number: int) -> Tensor | None:
+        """``(total, 1 or heads, 2 * head_dim)``, sines before cosines; None for a model without."""
+        if not (self._is_mixed and self._of_grids):
+            return self._shared
+        return torch.cat([table[number][:, place] for table, place in self._of_grids], 1).transpose(0, 1)
 
 
 def embedding_at(rope: TimmModule, grid: Grid) -> Tensor:
@@ -50,6 +56,11 @@ def embedding_at(rope: TimmModule, grid: Grid) -> Tensor:
         rope.update_feat_shape(list(grid))
     embedded = rope.get_embed()
     return embedded
+
+
+@eager  # they are kept between calls, and made by what cannot be traced
+def _tables(rope: TimmModule, grids: list[Grid]) -> list[Tensor]:
+    return [_with_identity_at(rope, grid) for grid in grids]
 
 
 def _with_identity_at(rope: TimmModule, grid: Grid) -> Tensor:
