@@ -1,6 +1,7 @@
 """timm's ``Beit``: BEiT and BEiTv2, whose attention adds a bias by how far apart two patches are.
 
-Each block has a table of them, and in some models all share one more; ``set_input_size`` of timm resamples it to a grid.
+Each block has a table of them, and in some models all blocks share one more. Kept tokens bring their coordinates along.
+At a coarser grid the tables are resampled as timm's ``set_input_size`` does it.
 """
 
 from typing import NamedTuple
