@@ -145,20 +145,24 @@ def select_calls(dtype: torch.dtype) -> Iterator[tuple[str, tuple]]:
 
 
 def attention_calls(dtype: torch.dtype) -> Iterator[tuple[str, tuple]]:
-    """Segments that take each of the tiles; and attention pools', of one query each, that skip the prefix."""
+    """Segments that take each of the tiles, of one length and ragged; and attention pools', of one query each, that
+    skip the prefix."""
     lengths = (16, 64, 197) if dtype == torch.float32 else (16, 32, 64, 128, 197)
-    for head_dim, queries, longest in (
-        *((head_dim, None, longest) for head_dim in (64, 128) for longest in lengths),
-        (16, None, 197),
-        (72, None, 197),
-        (64, 1, 197),
-        (72, 1, 197),
+    means = (8,) if dtype == torch.float32 else (8, 20, 50)
+    for head_dim, queries, longest, mean in (
+        *((head_dim, None, longest, longest) for head_dim in (64, 128) for longest in lengths),
+        *((head_dim, None, 107, mean) for head_dim in (64, 128) for mean in means),
+        (16, None, 197, 197),
+        (72, None, 197, 197),
+        (64, 1, 197, 197),
+        (72, 1, 197, 197),
     ):
         for biased in (False, True) if queries is None else (False,):
-            query, key, value = torch.empty(8 * longest, 3, 12, head_dim, dtype=dtype).unbind(1)
-            cu_seqlens = torch.arange(0, 9 * longest, longest, dtype=torch.int32)
-            bias = (torch.empty(732, 12, dtype=dtype), torch.zeros(8 * longest, dtype=torch.int32), (14, 14))
-            shape = f"{queries or longest} x {longest}, head {head_dim}{', bias' if biased else ''}"
+            query, key, value = torch.empty(8 * mean, 3, 12, head_dim, dtype=dtype).unbind(1)
+            cu_seqlens = torch.arange(0, 9 * mean, mean, dtype=torch.int32)
+            bias = (torch.empty(732, 12, dtype=dtype), torch.zeros(8 * mean, dtype=torch.int32), (14, 14))
+            ragged = f", mean {mean}" if mean < longest else ""
+            shape = f"{queries or longest} x {longest}{ragged}, head {head_dim}{', bias' if biased else ''}"
             arguments = (query, key, value, cu_seqlens, cu_seqlens, queries or longest, longest, None)
             yield shape, (*arguments, *(bias if biased else (None, None, (1, 1))), int(queries is not None))
 

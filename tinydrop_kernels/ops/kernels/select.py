@@ -1,15 +1,18 @@
 """From the guidance model's output to kept patches in one launch: closed-form Grad-CAM in front of the selection."""
 
+import functools
+import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from tinydrop_kernels.ops.kernels.direct import Launcher, aligned
 from tinydrop_kernels.ops.kernels.select_from_saliency import (
-    MAX_REGISTERS,
-    NUM_WARPS,
+    OPTIONS,
     TILE_SIZE,
     block_sizes,
     finite_range,
@@ -307,6 +310,61 @@ def select_tokens_kernel(
     )
 
 
+class Plan(NamedTuple):
+    """What calls on such arguments have in common."""
+
+    launcher: Launcher
+    grid: tuple[int, int, int]
+    scratch: tuple[int, int]
+    grids: Tensor
+    numbers: tuple[float, ...]  # the kernel's arguments behind its tensors
+
+
+@functools.lru_cache(maxsize=64)
+def plan(
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...],
+    batch: int,
+    num_classes: int,
+    feature_shape: tuple[int, ...],
+    strides: tuple[tuple[int, ...], ...],
+    feature_size: tuple[int, int],
+    grid_sizes: tuple[int, ...],
+    tau: float | None,
+    gamma: float,
+    min_keep: float,
+    coarsen: float,
+    classes: int,
+    norm: float,
+    centre: float,
+) -> Plan:
+    """Dtypes and strides are of logits, features and class_weight."""
+    _, num_features, num_channels = feature_shape
+    num_patches = grid_sizes[0] * grid_sizes[1]
+    sizes = block_sizes(num_classes, num_patches)
+    feature_block_size = min(triton.next_power_of_2(num_features), 64)
+    integers = (*itertools.chain(*strides), num_classes, num_channels, *feature_size, num_patches)
+    tau = 1.0 if tau is None else tau  # no confidence is above 1
+    constants = (
+        min(classes, num_classes),
+        norm != 0,
+        norm != 0 or centre != 0,
+        len(grid_sizes) // 2,
+        sizes["BLOCK_SIZE_CLASS"],
+        feature_block_size,
+        min(triton.next_power_of_2(num_channels), TILE_SIZE // feature_block_size),
+        triton.next_power_of_2(num_channels),
+        sizes["BLOCK_SIZE_PATCH"],
+    )
+    return Plan(
+        Launcher(select_tokens_kernel, device, (dtypes, integers, constants), OPTIONS),
+        (batch, 1, 1),
+        (batch, 2 * num_features + num_channels),
+        grids_on(device, grid_sizes),
+        (*integers, tau, gamma, min_keep, coarsen, norm, centre, *constants),
+    )
+
+
 def launch(
     selection: tuple[Tensor, ...],
     logits: Tensor,
@@ -323,41 +381,19 @@ def launch(
     centre: float,
 ) -> tuple[Tensor, ...]:
     """See :func:`ops.select_tokens`; writes into and returns ``selection``."""
-    if len(logits) == 0:
+    if logits.shape[0] == 0:
         return selection
-    (_, num_features, num_channels), num_classes = features.shape, logits.shape[1]
-    num_patches = grid_sizes[0] * grid_sizes[1]
-    feature_block_size = min(triton.next_power_of_2(num_features), 64)
-    with torch.cuda.device_of(logits):
-        select_tokens_kernel[(len(logits),)](
-            logits,
-            features,
-            class_weight,
-            logits.new_empty(len(logits), 2 * num_features + num_channels, dtype=torch.float32),
-            grids_on(logits.device, tuple(grid_sizes)),
-            *selection,
-            *logits.stride(),
-            *features.stride(),
-            *class_weight.stride(),
-            num_classes,
-            num_channels,
-            *feature_size,
-            num_patches,
-            1.0 if tau is None else tau,  # no confidence is above 1
-            gamma,
-            min_keep,
-            coarsen,
-            norm,
-            centre,
-            CLASSES=min(classes, num_classes),
-            HAS_NORM=norm != 0,
-            HAS_PARTS=norm != 0 or centre != 0,
-            NUM_LEVELS=len(grid_sizes) // 2,
-            **block_sizes(num_classes, num_patches),
-            BLOCK_SIZE_FEATURE=feature_block_size,
-            BLOCK_SIZE_CHANNEL=min(triton.next_power_of_2(num_channels), TILE_SIZE // feature_block_size),
-            BLOCK_SIZE_MIXED=triton.next_power_of_2(num_channels),
-            num_warps=NUM_WARPS,
-            maxnreg=MAX_REGISTERS,
-        )
+    launcher, grid, scratch, grids, numbers = plan(
+        logits.device,
+        (logits.dtype, features.dtype, class_weight.dtype),
+        *logits.shape,
+        features.shape,
+        (logits.stride(), features.stride(), class_weight.stride()),
+        tuple(feature_size),
+        tuple(grid_sizes),
+        *(tau, gamma, min_keep, coarsen),
+        *(classes, norm, centre),
+    )
+    tensors = (logits, features, class_weight, logits.new_empty(*scratch, dtype=torch.float32), grids, *selection)
+    launcher(grid, (*tensors, *numbers), aligned(logits, features, class_weight))
     return selection

@@ -21,6 +21,7 @@ ROUNDING_SLACK = tl.constexpr(types.ROUNDING_SLACK)
 NUM_WARPS = 8
 # Left to itself, the assembler spills a register or two on sm_100 for an occupancy that is of no use here.
 MAX_REGISTERS = 255
+OPTIONS = {"num_warps": NUM_WARPS, "maxnreg": MAX_REGISTERS}
 TILE_SIZE = NUM_WARPS * 32 * 16
 
 
@@ -309,7 +310,6 @@ def launch(
             coarsen,
             NUM_LEVELS=len(grid_sizes) // 2,
             **block_sizes(logits.shape[1], num_patches),
-            num_warps=NUM_WARPS,
-            maxnreg=MAX_REGISTERS,
+            **OPTIONS,
         )
     return selection
