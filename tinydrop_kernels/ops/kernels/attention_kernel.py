@@ -66,7 +66,7 @@ def scores_of(
         distance = tl.where(from_class, distances, distance)
         distance = tl.where(to_class, tl.where(from_class, distances + 2, distances + 1), distance)
         bias = tl.load(bias_pointer + distance * distance_stride, mask=is_key[None, :], other=0.0)
-        scores = scores * score_scale + bias.to(tl.float32) * LOG2_E
+        scores = tl.fma(scores, score_scale, bias.to(tl.float32) * LOG2_E)
     if first + BLOCK_KEY > key_end:  # a segment's last block alone
         scores = tl.where(is_key[None, :], scores, -float("inf"))
     return scores
