@@ -53,6 +53,10 @@ class Launcher:
             self.compiled = _compiled[self.place] = compiled
 
 
-def aligned(first: Tensor, second: Tensor, third: Tensor) -> bool:
+def aligned(*tensors: Tensor | None) -> bool:
     """Whether all begin at a multiple of 16 bytes, on which Triton specialises pointers."""
-    return (first.data_ptr() | second.data_ptr() | third.data_ptr()) % 16 == 0
+    addresses = 0
+    for tensor in tensors:
+        if tensor is not None:
+            addresses |= tensor.data_ptr()
+    return addresses % 16 == 0

@@ -172,9 +172,9 @@ def select_patches(
     scores = tl.where(saliency != saliency, -float("inf"), tl.where(saliency == 0.0, 0.0, saliency))
     bits = scores.to(tl.int32, bitcast=True)
     keys = tl.where(mask, bits ^ ((bits >> 31) & 0x7FFFFFFF), -0x80000000)
-    # The count-th greatest key, two bits at a time: the greatest number that at least `count` keys reach. The keys that
-    # reach each of three thresholds are counted in one sum, since its barriers are what a round takes; in 32 bits, where
-    # three counts fit, a warp's sum is one instruction.
+    # The count-th greatest key, two bits at a time: the greatest number that at least `count` keys reach. Those that
+    # reach each of three thresholds are counted in one sum, since its barriers are what a round takes; in 32 bits,
+    # where three counts fit, a warp's sum is one instruction.
     WIDTH: tl.constexpr = 10 if BLOCK_SIZE_PATCH <= 512 else 21
     PACKED: tl.constexpr = tl.int32 if BLOCK_SIZE_PATCH <= 512 else tl.int64
     threshold = tl.full((), -0x80000000, tl.int32)
