@@ -4,7 +4,8 @@
 
 Each operator's own Triton implementation is called on CPU tensors of typical shapes, with launches turned into
 compilations, so that what is inspected is exactly what would run: the same tiles, warps and argument specialisations.
-Registers and shared memory come from the binary, spills and tensor-core instructions from its disassembly.
+Registers and shared memory come from the binary; spills, tensor-core instructions and what a warp issues in its longest
+loop from its disassembly.
 
 Another Triton needs no environment of its own, only a folder that comes first on the path; its figures stand beside the
 installed one's in the summary (``make static``):
@@ -91,6 +92,34 @@ def disassembled(cubin: bytes) -> tuple[str, str]:
     return usage.stdout + usage.stderr, code.stdout
 
 
+def longest_loop(code: str) -> int:
+    """Instructions that a warp issues each time round the longest loop, on its usual way.
+
+    Within it, a guarded branch forward skips what is for few rounds, as attention's mask of a last block is.
+    """
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    for line in code.splitlines():
+        if label := re.match(r"(\.L_\w+):", line):
+            labels[label.group(1)] = len(instructions)
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            instructions.append(instruction.group(1))
+    goals = {
+        place: labels.get(branch.group(1), place)
+        for place, instruction in enumerate(instructions)
+        if (branch := re.search(r"\bBRA.*`\((\.L_\w+)\)", instruction))
+    }
+    start, end = max(
+        ((goal, place) for place, goal in goals.items() if goal < place), key=lambda s: s[1] - s[0], default=(0, -1)
+    )
+    place, issued = start, 0
+    while place <= end:
+        issued += 1
+        is_skip = instructions[place].startswith("@") and place < goals.get(place, 0) <= end
+        place = goals[place] if is_skip else place + 1
+    return issued
+
+
 def facts(name: str, kernel) -> dict:
     """Registers, shared memory, spills and tensor-core instructions of a compiled kernel."""
     usage, code = disassembled(kernel.asm["cubin"])
@@ -102,6 +131,8 @@ def facts(name: str, kernel) -> dict:
         "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
         "shared_bytes": kernel.metadata.shared,
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),  # loads from and stores to local memory
+        "fused": kernel.metadata.enable_fp_fusion,
+        "loop": longest_loop(code),
         "tensor_core": sorted(set(re.findall(TENSOR_CORE, code))),
     }
 
@@ -228,13 +259,13 @@ def table(rows: list[dict]) -> str:
     lines = [
         f"# What triton {triton.__version__} made of the kernels",
         "",
-        "| kernel | call | sm | warps | registers | shared KiB | spills | tensor cores |",
-        "|---|---|---|---|---|---|---|---|",
+        "| kernel | call | sm | warps | registers | shared KiB | spills | loop | tensor cores |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         lines.append(
             f"| {row['kernel']} | {row['call']} | {row['capability']} | {row['warps']} | {row['registers']} | "
-            f"{row['shared_bytes'] / 1024:.1f} | {row['spills']} | {', '.join(row['tensor_core'])} |"
+            f"{row['shared_bytes'] / 1024:.1f} | {row['spills']} | {row['loop']} | {', '.join(row['tensor_core'])} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -90,10 +90,9 @@ def weigh_features(
             offsets = places[:, None] * feature_stride + channels[None, :] * channel_stride
             features = tl.load(features_pointer + offsets, mask=mask, other=0.0).to(tl.float32)
             weight = tl.load(weight_pointer + channels * weight_channel_stride, mask=channels < num_channels, other=0.0)
-            # Fused by name: what the compiler does by itself depends on Triton's release.
-            products = tl.fma(features, weight.to(tl.float32)[None, :], products)
+            products += features * weight.to(tl.float32)[None, :]
             if HAS_NORM:
-                squares = tl.fma(features, features, squares)
+                squares += features * features
         cam = tl.sum(products, axis=1)
         # A maximum loses NaN.
         tl.store(cam_pointer + places, tl.where(cam < 0.0, 0.0, cam), mask=places < num_features)

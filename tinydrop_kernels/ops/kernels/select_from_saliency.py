@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tinydrop_kernels.ops.kernels.direct import FUSED
 from tinydrop_kernels.ops.kernels.selection import OPTIONS, block_sizes, grids_on, predict, select_patches
 
 
@@ -117,6 +118,7 @@ def launch(
             coarsen,
             NUM_LEVELS=len(grid_sizes) // 2,
             **block_sizes(logits.shape[1], num_patches),
+            **FUSED,
             **OPTIONS,
         )
     return selection
