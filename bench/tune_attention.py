@@ -91,7 +91,7 @@ class Problem(NamedTuple):
 def lengths_of(problem: Problem, batch: str) -> Tensor:
     if batch == "policy":
         counts, _ = apply_law(torch.linspace(0, 1, BATCH), LEVELS, DropPolicy().law)
-        return (counts + (counts > 0)).to(DEVICE)  # with the class token; 0 for an exit
+        return (counts[counts > 0] + 1).to(DEVICE)  # with the class token; what exits has no segment
     if batch.startswith("mean "):
         return ragged_lengths(int(batch.removeprefix("mean ")), BATCH, problem.longest)
     return torch.full((BATCH,), int(batch), dtype=torch.int32, device=DEVICE)
