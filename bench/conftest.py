@@ -11,6 +11,9 @@ from measure import CUDA, DEVICE, Case, measure, ops
 
 GRIDS = ((14, 14), (24, 24), (37, 37))  # 224 and 384 pixels at patch 16, 518 pixels at patch 14
 BATCHES = (1, 256, 8, 64, 1024)  # the bars' first, in case that the deadline comes
+# Compiling takes longer than all the rest, and would leave nothing of it; cuDNN is not validated for short segments
+# before 9.24, and a crash on the device ends the process.
+LAST = ("compiled", "cudnn")
 STARTED = time.monotonic()
 
 
@@ -19,9 +22,10 @@ def pytest_addoption(parser):
     group.addoption("--full", action="store_true", help="all shapes on CPU too")
     group.addoption(
         "--compiled",
-        choices=("all", "some", "none"),
+        choices=("all", "some", "none", "alone"),
         default="some" if CUDA else "none",
-        help="the baselines under torch.compile: at all shapes; at grid 14x14 and batch 256 (default on CUDA); none",
+        help="the baselines under torch.compile: at all shapes; at grid 14x14 and batch 256 (default on CUDA); none; "
+        'those of "some" and nothing else',
     )
     group.addoption("--deadline", type=float, help="skip what has not begun by then, in seconds")
 
@@ -34,8 +38,10 @@ def cases(operator: str, full: bool, compiled: str) -> list[Case]:
         for grid in grids:
             keeps = (0.25, 0.5, 1.0) if batch == 256 and operator in ("embed_tokens", "gather_tokens") else (0.5,)
             for keep in keeps:
-                found += [Case(name, batch, grid, keep) for name in ("tinydrop", "eager")]
-                if compiled == "all" or (compiled == "some" and (grid == GRIDS[0] or (batch == 256 and keep == 0.5))):
+                if compiled != "alone":
+                    found += [Case(name, batch, grid, keep) for name in ("tinydrop", "eager")]
+                is_some = grid == GRIDS[0] or (batch == 256 and keep == 0.5)
+                if compiled == "all" or (compiled in ("some", "alone") and is_some):
                     found.append(Case("compiled", batch, grid, keep))
     return found
 
@@ -49,14 +55,12 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(items):
-    """By batch size, not by operator, so that a deadline costs every operator its last shapes; compiled rivals last.
-
-    Compiling takes longer than all the rest, and would leave nothing of it.
-    """
+    """By batch size, not by operator, so that a deadline costs every operator its last shapes."""
 
     def place(item) -> tuple[bool, int]:
-        case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
-        return (False, -1) if case is None else (case.implementation == "compiled", BATCHES.index(case.batch))
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        case = params.get("case") or params.get("run")  # run: attention's, on a GPU
+        return (False, -1) if not hasattr(case, "batch") else (case.implementation in LAST, BATCHES.index(case.batch))
 
     items.sort(key=place)
 

@@ -1,27 +1,33 @@
 #!/usr/bin/env bash
 # On a machine with a CUDA GPU and no network: is every kernel right, and how fast is it? Under 10 minutes on 16 cores.
 #
-#     bench/gpu.sh [RESULTS_FOLDER]          (default bench/results)
+#     bench/gpu.sh [--rehearse] [RESULTS_FOLDER]          (default bench/results)
 #
 # Needs torch >= 2.11, triton >= 3.6, pytest and pytest-benchmark. Nothing is downloaded: the wheels in $WHEELS (default:
 # .wheels in the project) are installed into a temporary folder. They are fetched elsewhere by
 #     pip download --no-deps -d .wheels pytest pluggy iniconfig packaging pygments pytest-benchmark py-cpuinfo \
 #         pytest-xdist execnet
-# and, for FlashAttention-3 as a rival (26 MB; not measured where it is missing) and a setuptools that knows pyproject.toml,
-#     pip download --no-deps -d .wheels fa3-fwd==0.0.3 setuptools
+# and, for FlashAttention-3 as a rival (26 MB; not measured where it is missing), whole models and a setuptools that knows
+# pyproject.toml,
+#     pip download --no-deps -d .wheels fa3-fwd==0.0.3 einops timm huggingface_hub safetensors pyyaml setuptools
 # where fa3-fwd takes --platform manylinux_2_24_x86_64 --only-binary=:all: on another machine than Linux on x86-64.
-# The operators do without timm; where timm can be imported, whole models are tested too. The CUDA extension is built here
-# unless it lies in the package already; without nvcc it is left out. compute-sanitizer looks over attention where it is
-# installed. PYTHON names the interpreter (default: python3).
-# Writes gpu_tests.txt, gpu_bench.txt, gpu_attention.json, gpu.json and gpu.md, of which the last is printed in the end.
-# Exits with 1 if a kernel is wrong or a benchmark fails.
+# The operators do without timm; where timm >= 1.0.31 can be imported, whole models are tested and timed too. The CUDA
+# extension is built here unless it lies in the package already; without nvcc it is left out. compute-sanitizer looks over
+# attention where it is installed. PYTHON names the interpreter (default: python3).
+# What is measured comes in this order, each part up to a deadline of its own: models eager and in graphs, operators,
+# attention, then what is compiled. Batch 1 comes first in each.
+# Writes gpu_tests.txt, gpu_bench.txt, gpu_models.json, gpu_models_compiled.json, gpu_attention.json, gpu.json,
+# gpu_compiled.json and gpu.md, of which the last is printed in the end. Exits with 1 if a kernel is wrong or a benchmark
+# fails. --rehearse takes every step on a machine without a GPU, on a few small cases: its figures mean nothing.
 set -uo pipefail
 
 usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"; }
 fail() { echo "bench/gpu.sh: $*" >&2; exit 1; }
 
+rehearsed=0
 case ${1:-} in
 -h | --help) usage; exit 0 ;;
+--rehearse) rehearsed=1; shift ;;
 -*) usage >&2; exit 2 ;;
 esac
 (($# > 1)) && { usage >&2; exit 2; }
@@ -31,7 +37,9 @@ python=$(command -v "${PYTHON:-python3}") || fail "there is no ${PYTHON:-python3
 wheels=${WHEELS:-.wheels}
 
 "$python" -c 'import torch' || fail "torch cannot be imported by $python"
-"$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || fail "no CUDA GPU here"
+if ! ((rehearsed)); then
+    "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || fail "no CUDA GPU here"
+fi
 
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
@@ -42,7 +50,7 @@ fi
 imports() { "$python" -c "import $1" 2>/dev/null; }
 imports pytest_benchmark || fail "pytest and pytest-benchmark are needed (--help says how)"
 
-rm -f "$results"/gpu{_tests.txt,_bench.txt,_attention.json,.json,.md}
+rm -f "$results"/gpu{_tests.txt,_bench.txt,_models.json,_models_compiled.json,_attention.json,.json,_compiled.json,.md}
 failed=0
 
 versions() {
@@ -57,19 +65,34 @@ for name in ("torch", "triton", "timm", "numpy", "fa3-fwd"):
         found.append(f"{name} {metadata.version(name)}")
     except metadata.PackageNotFoundError:
         found.append(f"no {name}")
-gpu = torch.cuda.get_device_properties(0)
-print(f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, CUDA {torch.version.cuda}; {', '.join(found)}")
+if torch.cuda.is_available():
+    gpu = torch.cuda.get_device_properties(0)
+    print(end=f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, CUDA {torch.version.cuda}; ")
+else:
+    print(end="a rehearsal without a GPU; ")
+print(", ".join(found))
 PYTHON
 }
 versions=$(versions)
 echo "$versions" | tee "$results/gpu_tests.txt"
+
+# An older timm lacks what the package asks of it, and a timm without torchvision does not import.
+has_timm() {
+    "$python" - 2>/dev/null <<'PYTHON'
+import sys
+
+import timm
+
+sys.exit(tuple(map(int, timm.__version__.split(".")[:3])) < (1, 0, 31))
+PYTHON
+}
 
 # The CUDA extension, from the sources that are here: an older one would be tested and timed in their name.
 has_extension() {
     "$python" -c 'import sys, setup, torch; from tinydrop_kernels import _C; sys.exit(_C.SOURCES != setup.sources())' \
         2>/dev/null
 }
-if ! has_extension && { [[ -n ${CUDA_HOME:-} ]] || command -v nvcc >/dev/null; }; then
+if ! ((rehearsed)) && ! has_extension && { [[ -n ${CUDA_HOME:-} ]] || command -v nvcc >/dev/null; }; then
     TINYDROP_CUDA=1 timeout 120 "$python" setup.py -q build_ext --inplace --build-temp "$site/build" \
         >"$site/extension.txt" 2>&1 ||
         { failed=1; echo "extension: FAILED to build" | cat - "$site/extension.txt" | tee -a "$results/gpu_tests.txt"; }
@@ -109,7 +132,7 @@ suite() { # NAME PROCESSES FOLDER
     if imports xdist; then # neighbours stay together, so that few kernels are compiled by more than one process
         start "$name" 240 "${pytest[@]}" --numprocesses "$processes" --dist worksteal "$folder"
     else # a process for each file, which the longest one holds up
-        for file in "$folder"/test_*.py; do
+        for file in $(compgen -G "$folder/test_*.py" || echo "$folder"); do
             start "$name.$(basename "$file" .py)" 240 "${pytest[@]}" "$file"
         done
     fi
@@ -124,13 +147,19 @@ sanitize() { # TOOL OPTIONS...
         "${pytest[@]}" tests/ops/test_attention.py -k "$sanitized"
 }
 cores=$(nproc)
-suite operators "$cores" tests/ops
-if imports timm; then
-    suite models $(((cores + 3) / 4)) tests/models
+if ((rehearsed)); then
+    suite operators 1 tests/ops/test_law.py
 else
-    echo "models: NOT TESTED, timm cannot be imported" >>"$results/gpu_tests.txt"
+    suite operators "$cores" tests/ops
 fi
-if command -v compute-sanitizer >/dev/null; then
+if ! has_timm; then
+    echo "models: NOT TESTED, there is no timm >= 1.0.31 that can be imported" >>"$results/gpu_tests.txt"
+elif ! ((rehearsed)); then
+    suite models $(((cores + 3) / 4)) tests/models
+fi
+if ((rehearsed)); then
+    echo "compute-sanitizer: NOT RUN, it needs a GPU" >>"$results/gpu_tests.txt"
+elif command -v compute-sanitizer >/dev/null; then
     sanitize memcheck --report-api-errors no # PyTorch's, who asks to see what fails
     has_extension && sanitize racecheck
 else
@@ -146,15 +175,40 @@ bench() { # JSON DEADLINE PYTEST_ARGUMENTS...: in seconds of this script
         --benchmark-json "$results/$json" --deadline $((deadline - SECONDS)) "$@" >>"$results/gpu_bench.txt" 2>&1 ||
         { failed=1; echo "$json: FAILED" >>"$results/gpu_bench.txt"; }
 }
-bench gpu_attention.json 420 bench/test_varlen_attention.py
-bench gpu.json 540 bench --ignore bench/test_varlen_attention.py
+models() { # JSON DEADLINE ARGUMENTS...
+    local json=$1 deadline=$2
+    shift 2
+    if ! has_timm; then
+        echo "$json: NOT MEASURED, there is no timm >= 1.0.31 that can be imported" >>"$results/gpu_tests.txt"
+        return
+    fi
+    timeout $((deadline + 25 - SECONDS)) "$python" bench/models.py --json "$results/$json" \
+        --deadline $((deadline - SECONDS)) "$@" >>"$results/gpu_bench.txt" 2>&1 ||
+        { failed=1; echo "$json: FAILED" >>"$results/gpu_bench.txt"; }
+}
+few=()
+((rehearsed)) && few=(-k "b1-14x14-keep0.5")
+models gpu_models.json 330 --modes eager graphed --profile
+bench gpu.json 410 bench --ignore bench/test_varlen_attention.py --compiled none "${few[@]}"
+bench gpu_attention.json 480 bench/test_varlen_attention.py "${few[@]}"
+if ((rehearsed)); then # compiling takes a CPU minutes
+    few=(-k "b1-14x14-keep0.5 and segment_pool")
+else
+    models gpu_models_compiled.json 505 --modes compiled
+fi
+bench gpu_compiled.json 540 bench --ignore bench/test_varlen_attention.py --compiled alone "${few[@]}"
 
-measured=()
-for json in "$results"/gpu_attention.json "$results"/gpu.json; do
+measured=() models=()
+for json in "$results"/gpu{_attention,,_compiled}.json; do
     [[ -s $json ]] && measured+=("$json")
+done
+for json in "$results"/gpu_models{,_compiled}.json; do
+    [[ -s $json ]] && models+=("$json")
 done
 {
     echo "$versions"
+    echo
+    ((${#models[@]})) && { "$python" bench/models.py --show "${models[@]}" || failed=1; }
     echo
     ((${#measured[@]})) && { "$python" bench/table.py "${measured[@]}" || failed=1; }
     echo

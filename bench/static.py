@@ -4,7 +4,8 @@
 
 Each operator's own Triton implementation is called on CPU tensors of typical shapes, with launches turned into
 compilations, so that what is inspected is exactly what would run: the same tiles, warps and argument specialisations.
-Registers and shared memory come from the binary, spills and tensor-core instructions from its disassembly.
+Registers and shared memory come from the binary; spills, tensor-core instructions and what a warp issues in its longest
+loop from its disassembly.
 
 Another Triton needs no environment of its own, only a folder that comes first on the path; its figures stand beside the
 installed one's in the summary (``make static``):
@@ -91,6 +92,34 @@ def disassembled(cubin: bytes) -> tuple[str, str]:
     return usage.stdout + usage.stderr, code.stdout
 
 
+def longest_loop(code: str) -> int:
+    """Instructions that a warp issues each time round the longest loop, on its usual way.
+
+    Within it, a guarded branch forward skips what is for few rounds, as attention's mask of a last block is.
+    """
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    for line in code.splitlines():
+        if label := re.match(r"(\.L_\w+):", line):
+            labels[label.group(1)] = len(instructions)
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            instructions.append(instruction.group(1))
+    goals = {
+        place: labels.get(branch.group(1), place)
+        for place, instruction in enumerate(instructions)
+        if (branch := re.search(r"\bBRA.*`\((\.L_\w+)\)", instruction))
+    }
+    start, end = max(
+        ((goal, place) for place, goal in goals.items() if goal < place), key=lambda s: s[1] - s[0], default=(0, -1)
+    )
+    place, issued = start, 0
+    while place <= end:
+        issued += 1
+        is_skip = instructions[place].startswith("@") and place < goals.get(place, 0) <= end
+        place = goals[place] if is_skip else place + 1
+    return issued
+
+
 def facts(name: str, kernel) -> dict:
     """Registers, shared memory, spills and tensor-core instructions of a compiled kernel."""
     usage, code = disassembled(kernel.asm["cubin"])
@@ -102,6 +131,8 @@ def facts(name: str, kernel) -> dict:
         "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
         "shared_bytes": kernel.metadata.shared,
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),  # loads from and stores to local memory
+        "fused": kernel.metadata.enable_fp_fusion,
+        "loop": longest_loop(code),
         "tensor_core": sorted(set(re.findall(TENSOR_CORE, code))),
     }
 
@@ -145,20 +176,24 @@ def select_calls(dtype: torch.dtype) -> Iterator[tuple[str, tuple]]:
 
 
 def attention_calls(dtype: torch.dtype) -> Iterator[tuple[str, tuple]]:
-    """Segments that take each of the tiles; and attention pools', of one query each, that skip the prefix."""
+    """Segments that take each of the tiles, of one length and ragged; and attention pools', of one query each, that
+    skip the prefix."""
     lengths = (16, 64, 197) if dtype == torch.float32 else (16, 32, 64, 128, 197)
-    for head_dim, queries, longest in (
-        *((head_dim, None, longest) for head_dim in (64, 128) for longest in lengths),
-        (16, None, 197),
-        (72, None, 197),
-        (64, 1, 197),
-        (72, 1, 197),
+    means = (8,) if dtype == torch.float32 else (8, 20, 50)
+    for head_dim, queries, longest, mean in (
+        *((head_dim, None, longest, longest) for head_dim in (64, 128) for longest in lengths),
+        *((head_dim, None, 107, mean) for head_dim in (64, 128) for mean in means),
+        (16, None, 197, 197),
+        (72, None, 197, 197),
+        (64, 1, 197, 197),
+        (72, 1, 197, 197),
     ):
         for biased in (False, True) if queries is None else (False,):
-            query, key, value = torch.empty(8 * longest, 3, 12, head_dim, dtype=dtype).unbind(1)
-            cu_seqlens = torch.arange(0, 9 * longest, longest, dtype=torch.int32)
-            bias = (torch.empty(732, 12, dtype=dtype), torch.zeros(8 * longest, dtype=torch.int32), (14, 14))
-            shape = f"{queries or longest} x {longest}, head {head_dim}{', bias' if biased else ''}"
+            query, key, value = torch.empty(8 * mean, 3, 12, head_dim, dtype=dtype).unbind(1)
+            cu_seqlens = torch.arange(0, 9 * mean, mean, dtype=torch.int32)
+            bias = (torch.empty(732, 12, dtype=dtype), torch.zeros(8 * mean, dtype=torch.int32), (14, 14))
+            ragged = f", mean {mean}" if mean < longest else ""
+            shape = f"{queries or longest} x {longest}{ragged}, head {head_dim}{', bias' if biased else ''}"
             arguments = (query, key, value, cu_seqlens, cu_seqlens, queries or longest, longest, None)
             yield shape, (*arguments, *(bias if biased else (None, None, (1, 1))), int(queries is not None))
 
@@ -224,13 +259,13 @@ def table(rows: list[dict]) -> str:
     lines = [
         f"# What triton {triton.__version__} made of the kernels",
         "",
-        "| kernel | call | sm | warps | registers | shared KiB | spills | tensor cores |",
-        "|---|---|---|---|---|---|---|---|",
+        "| kernel | call | sm | warps | registers | shared KiB | spills | loop | tensor cores |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         lines.append(
             f"| {row['kernel']} | {row['call']} | {row['capability']} | {row['warps']} | {row['registers']} | "
-            f"{row['shared_bytes'] / 1024:.1f} | {row['spills']} | {', '.join(row['tensor_core'])} |"
+            f"{row['shared_bytes'] / 1024:.1f} | {row['spills']} | {row['loop']} | {', '.join(row['tensor_core'])} |"
         )
     return "\n".join(lines) + "\n"
 

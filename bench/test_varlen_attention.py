@@ -136,7 +136,7 @@ IMPLEMENTATIONS = {
     "fa3": flash_attention_3,
     "padded": padded,
     "dense": dense,
-    "cudnn": cudnn,  # last: not validated for short segments before 9.24, and a crash on the device ends the process
+    "cudnn": cudnn,
 }
 
 

@@ -27,6 +27,7 @@ def binaries(tmp_path_factory):
 
     def start(version, capability):
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        environment["TRITON_DEFAULT_FP_FUSION"] = "0"  # as Triton 3.10 will have it
         if TRITONS[version]:
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, (TRITONS[version], environment.get("PYTHONPATH"))))
         file = folder / f"{version} {capability}.json"
@@ -80,3 +81,17 @@ def test_attention_is_on_tensor_cores(binaries, build):
     assert half and all(row["tensor_core"] for row in half)
     large = [row for row in half if "64 x 64" in row["call"] or "197 x 197" in row["call"]]
     assert large and all(TENSOR_CORE[build[1]] in row["tensor_core"] for row in large)
+
+
+def test_multiplies_and_adds_are_fused(binaries, build):
+    """Whatever Triton's default is."""
+    assert all(row["fused"] for row in binaries[build])
+
+
+def test_what_attention_issues(binaries, build):
+    """A warp's instructions for 16 of 128 queries and 64 keys, on the GPU that it is counted for."""
+    if build[1] != 90:
+        pytest.skip("counted for sm_90 alone")
+    rows = [row for row in binaries[build] if row["call"] == "bfloat16, 197 x 197, head 64"]
+    assert len(rows) == 1 and rows[0]["tensor_core"] == ["HGMMA"]
+    assert 200 < rows[0]["loop"] <= 300  # fewer would be another loop

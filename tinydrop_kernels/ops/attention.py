@@ -8,8 +8,19 @@ from torch.utils.flop_counter import register_flop_formula
 
 from tinydrop_kernels.ops import cuda_extension
 from tinydrop_kernels.ops.attention_reference import attend_padded, attend_segments
-from tinydrop_kernels.ops.registry import HALF, Implementation, define, reference, triton, wants_gradient
+from tinydrop_kernels.ops.registry import (
+    HALF,
+    OPERATORS,
+    Implementation,
+    define,
+    kernels,
+    reference,
+    triton,
+    wants_gradient,
+)
 from tinydrop_kernels.ops.types import RelativeBias
+
+TRITON_DTYPES = (*HALF, torch.float32)
 
 
 def varlen_attention(
@@ -47,10 +58,13 @@ def varlen_attention(
         ValueError, TypeError: shapes, dtypes or devices that do not belong together, by name.
     """
     _check(query, key, value, cu_seqlens_q, cu_seqlens_k, bias, skip_keys)
-    table, positions, grid_size = (None, None, (1, 1)) if bias is None else bias
-    attend = _reference if wants_gradient(query, key, value, table) else _op
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return attend(query, key, value, *lengths, scale, table, positions, grid_size, skip_keys)
+    table, positions, grid_size = (None, None, (1, 1)) if bias is None else bias
+    if wants_gradient(query, key, value, table):
+        return _reference(query, key, value, *lengths, scale, table, positions, grid_size, skip_keys)
+    if bias is None and not skip_keys:  # defaults take the dispatcher no time
+        return _op(query, key, value, *lengths, scale)  # type: ignore[no-any-return]
+    return _op(query, key, value, *lengths, scale, table, positions, grid_size, skip_keys)  # type: ignore[no-any-return]
 
 
 def _check(
@@ -63,6 +77,8 @@ def _check(
     skip_keys: int,
 ) -> None:
     """Refuse what a kernel would read wrongly; touches no values."""
+    if _is_usual(query, key, value, cu_seqlens_q, cu_seqlens_k) and bias is None and not skip_keys:
+        return
     if query.ndim != 3 or query.shape[2] == 0:
         raise ValueError(f"query: got {tuple(query.shape)}, expected (total, heads, head_dim)")
     if not query.is_floating_point():
@@ -83,6 +99,23 @@ def _check(
         raise ValueError(f"skip_keys: got {skip_keys}, expected a number >= 0, and 0 with a bias")
     if bias is not None:
         _check_bias(query, key, bias)
+
+
+def _is_usual(query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> bool:
+    """Self-attention in a usual dtype with nothing amiss: told in a third of the time that looking for faults takes."""
+    shape, dtype, device = query.shape, query.dtype, query.device
+    return (
+        cu_seqlens_q is cu_seqlens_k
+        and shape == key.shape == value.shape
+        and dtype == key.dtype == value.dtype
+        and device == key.device == value.device == cu_seqlens_q.device
+        and len(shape) == 3
+        and shape[2] > 0
+        and dtype in TRITON_DTYPES
+        and cu_seqlens_q.dtype == torch.int32
+        and cu_seqlens_q.ndim == 1
+        and cu_seqlens_q.shape[0] > 0
+    )
 
 
 def _check_bias(query: Tensor, key: Tensor, bias: RelativeBias) -> None:
@@ -132,13 +165,13 @@ def _reference(
 
 
 def _triton(*arguments: Any) -> Tensor:
-    from tinydrop_kernels.ops.kernels.attention import launch
-
-    return launch(*arguments)
+    return kernels("attention").launch(*arguments)  # type: ignore[no-any-return]
 
 
 def _triton_takes(call: Any) -> bool:
-    return bool(call.query.shape[2] <= 128 and call.query.dtype in (*HALF, torch.float32))
+    query, scale = call.query, call.scale
+    is_usual = scale is None or cuda_extension.SCALES[0] <= scale <= cuda_extension.SCALES[1]
+    return bool(is_usual and query.shape[2] <= 128 and query.dtype in TRITON_DTYPES)
 
 
 def _torch_takes(call: Any) -> bool:
@@ -172,19 +205,20 @@ def _not_on_cuda(device_type: str) -> str | None:
     return None if device_type == "cuda" else f"torch's varlen_attn has nothing for {device_type}"
 
 
-# No order among these has been measured on a GPU yet. Until it is, Triton comes first because it takes every dtype,
-# layout and bias; then the extension, which has tiles for short segments too; then torch's, which has them for long
-# ones; padding, which computes what nobody needs, comes last.
+# No order among these has been measured on a GPU yet. Until it is, the extension comes first where it is built: by
+# counting instructions it needs fewer than Triton's kernel at every length (docs/kernels.md). Then Triton, which takes
+# every dtype, layout and bias; then torch's, which has tiles for long segments; padding, which computes what nobody
+# needs, comes last.
 _op = define(
     "varlen_attention(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
-    "SymInt max_seqlen_q, SymInt max_seqlen_k, float? scale, Tensor? bias_table, Tensor? positions, "
-    "SymInt[2] grid_size, SymInt skip_keys) -> Tensor",
+    "SymInt max_seqlen_q, SymInt max_seqlen_k, float? scale=None, Tensor? bias_table=None, Tensor? positions=None, "
+    "SymInt[2] grid_size=[1, 1], SymInt skip_keys=0) -> Tensor",
     lambda query, *others: torch.empty_like(query, memory_format=torch.contiguous_format),
     [
-        triton(_triton, _triton_takes),
         Implementation(
             "cuda", "CUDA C++ extension", cuda_extension.launch, cuda_extension.missing_on, cuda_extension.takes
         ),
+        triton(_triton, _triton_takes),
         Implementation("torch", "torch's varlen_attn", _torch, _not_on_cuda, _torch_takes),
         reference(_reference, "scaled_dot_product_attention"),
     ],
@@ -202,7 +236,7 @@ def _flops(
     out_val: Any = None,
 ) -> int:
     """Two products of 2 * head_dim FLOPs for each pair of query and key of a segment."""
-    skip_keys = others[-1]
+    skip_keys = OPERATORS["varlen_attention"].call(query, key, value, cu_seqlens_q, cu_seqlens_k, *others).skip_keys
     keys = (cu_seqlens_k.diff().long() - skip_keys).clamp(min=0)
     pairs = int((cu_seqlens_q.diff().long() * keys).sum())
     return 4 * pairs * query.shape[1] * query.shape[2]

@@ -59,8 +59,9 @@ def _gpu(index: int) -> tuple[bool, bool]:
 
 def is_aligned(tensor: Tensor) -> bool:
     """Whether every row of head_dim elements is contiguous and begins at a multiple of 16 bytes."""
-    rows = all(size == 1 or stride % 8 == 0 for size, stride in zip(tensor.shape[:2], tensor.stride()[:2], strict=True))
-    return rows and tensor.stride(2) == 1 and tensor.data_ptr() % 16 == 0
+    (rows, heads, _), (row_stride, head_stride, stride) = tensor.shape, tensor.stride()
+    are_aligned = (row_stride % 8 == 0 or rows == 1) and (head_stride % 8 == 0 or heads == 1)
+    return are_aligned and stride == 1 and tensor.data_ptr() % 16 == 0
 
 
 def missing_on(device_type: str) -> str | None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from tinydrop_kernels.ops.gather import packed_rows
-from tinydrop_kernels.ops.registry import define, reference, triton, wants_gradient
+from tinydrop_kernels.ops.registry import define, kernels, reference, triton, wants_gradient
 
 
 def embed_tokens(
@@ -68,9 +68,7 @@ def _reference(
 
 
 def _triton(*arguments: Any) -> Tensor:
-    from tinydrop_kernels.ops.kernels.embed import launch
-
-    return launch(*arguments)
+    return kernels("embed").launch(*arguments)  # type: ignore[no-any-return]
 
 
 _op = define(

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinydrop_kernels.ops.registry import define, reference, triton, wants_gradient
+from tinydrop_kernels.ops.registry import define, kernels, reference, triton, wants_gradient
 
 
 def gather_tokens(tokens: Tensor, prefix: Tensor, indices: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
@@ -50,9 +50,7 @@ def _reference(tokens: Tensor, prefix: Tensor, indices: Tensor, cu_seqlens: Tens
 
 
 def _triton(*arguments: Any) -> Tensor:
-    from tinydrop_kernels.ops.kernels.gather import launch
-
-    return launch(*arguments)
+    return kernels("gather").launch(*arguments)  # type: ignore[no-any-return]
 
 
 _op = define(

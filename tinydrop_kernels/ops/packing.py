@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tinydrop_kernels.ops.gather import gather_tokens
-from tinydrop_kernels.ops.registry import define, reference, triton
+from tinydrop_kernels.ops.registry import define, kernels, reference, triton
 from tinydrop_kernels.ops.tracing import eager
 from tinydrop_kernels.ops.types import Grid, Packed, Part
 
@@ -72,9 +72,7 @@ def _reference(counts: Tensor, levels: Tensor, num_levels: int, num_prefix_token
 
 
 def _triton(*arguments: Any) -> tuple[Tensor, ...]:
-    from tinydrop_kernels.ops.kernels.packing import launch
-
-    return launch(*arguments)
+    return kernels("packing").launch(*arguments)  # type: ignore[no-any-return]
 
 
 def _fake(counts: Tensor, levels: Tensor, num_levels: int, num_prefix_tokens: int) -> tuple[Tensor, ...]:

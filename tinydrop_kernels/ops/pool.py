@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinydrop_kernels.ops.registry import define, reference, triton, wants_gradient
+from tinydrop_kernels.ops.registry import define, kernels, reference, triton, wants_gradient
 
 MODES = ("first", "mean", "max")
 
@@ -54,9 +54,7 @@ def _reference(tokens: Tensor, cu_seqlens: Tensor, mode: str, skip: int) -> Tens
 
 
 def _triton(*arguments: Any) -> Tensor:
-    from tinydrop_kernels.ops.kernels.pool import launch
-
-    return launch(*arguments)
+    return kernels("pool").launch(*arguments)  # type: ignore[no-any-return]
 
 
 _op = define(

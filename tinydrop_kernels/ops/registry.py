@@ -5,6 +5,7 @@ runs. ``Library.define`` and ``impl`` cost about 2 microseconds a call where ``c
 """
 
 import functools
+import importlib
 import importlib.util
 import os
 from collections import namedtuple
@@ -23,6 +24,7 @@ VARIABLE = "TINYDROP_BACKEND"
 LIBRARY = torch.library.Library("tinydrop", "DEF")
 OPERATORS: dict[str, "Operator"] = {}
 _forced: ContextVar[str | None] = ContextVar("tinydrop_backend", default=None)
+_REQUIRED = object()
 
 
 class Implementation(NamedTuple):
@@ -45,6 +47,12 @@ def triton(run: Callable[..., Any], takes: Callable[[Any], bool] | None = None) 
     return Implementation("triton", "Triton kernel", run, _no_triton, takes or _is_no_float64)
 
 
+@functools.cache
+def kernels(name: str) -> Any:
+    """The module ``ops.kernels.<name>``, imported at its first launch: Triton is needed where a kernel runs, only."""
+    return importlib.import_module(f"tinydrop_kernels.ops.kernels.{name}")
+
+
 def _is_no_float64(call: Any) -> bool:
     return bool(call[0].dtype != torch.float64)
 
@@ -63,13 +71,14 @@ class Operator:
     Attributes:
         name: ``torch.ops.tinydrop.<name>``.
         implementations: the last of them, the reference, takes everything.
-        call: builds the arguments as a named tuple, names as in the schema.
+        call: builds the arguments as a named tuple, names and defaults as in the schema.
     """
 
-    def __init__(self, name: str, arguments: list[str], implementations: Sequence[Implementation]):
+    def __init__(self, name: str, arguments: dict[str, Any], implementations: Sequence[Implementation]):
         self.name = name
         self.implementations = tuple(implementations)
-        self.call = namedtuple(f"{name}_arguments", arguments)  # type: ignore[misc]
+        defaults = [value for value in arguments.values() if value is not _REQUIRED]
+        self.call: Callable[..., Any] = namedtuple(f"{name}_arguments", arguments, defaults=defaults)  # type: ignore[misc]
 
     def choose(self, *arguments: Any) -> Implementation:
         """The first implementation that this machine has and that takes these arguments.
@@ -78,11 +87,8 @@ class Operator:
             ValueError: the environment variable names no backend.
             RuntimeError: the forced backend cannot run for tensors on their device.
         """
-        there = self.on(arguments[0].device.type)
-        if len(there) == 1:  # the reference, which need not be asked
-            return there[0]
         call = self.call(*arguments)
-        return next(implementation for implementation in there if implementation.takes(call))
+        return next(implementation for implementation in self.on(call[0].device.type) if implementation.takes(call))
 
     def on(self, device_type: str) -> Sequence[Implementation]:
         """What can run for tensors on such a device, in the order in which it is tried. Raises as :meth:`choose`."""
@@ -100,7 +106,10 @@ class Operator:
         return first.name, "; ".join((first.what, *filter(None, reasons)))
 
     def __call__(self, *arguments: Any) -> Any:
-        return self.choose(*arguments).run(*arguments)
+        call = self.call(*arguments)
+        for implementation in self.on(call[0].device.type):  # as choose, without a generator's time
+            if implementation.takes(call):
+                return implementation.run(*call)
 
 
 @functools.cache
@@ -131,7 +140,8 @@ def define(schema: str, fake: Callable[..., Any], implementations: Sequence[Impl
     name = schema.split("(")[0]
     LIBRARY.define(schema)
     registered = getattr(torch.ops.tinydrop, name).default
-    operator = Operator(name, [argument.name for argument in registered._schema.arguments], implementations)
+    arguments = {a.name: a.default_value if a.has_default_value() else _REQUIRED for a in registered._schema.arguments}
+    operator = Operator(name, arguments, implementations)
     OPERATORS[name] = operator
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(name, operator, key)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinydrop_kernels.ops.registry import define, reference, triton
+from tinydrop_kernels.ops.registry import define, kernels, reference, triton
 from tinydrop_kernels.ops.saliency import saliency_map, top_classes
 from tinydrop_kernels.ops.types import ROUNDING_SLACK, Grid, Law, Saliency, Selection
 
@@ -152,17 +152,15 @@ def empty_selection(logits: Tensor, grid_sizes: Sequence[int]) -> tuple[Tensor, 
 
 
 def _triton_from_features(*arguments: Any) -> tuple[Tensor, ...]:
-    from tinydrop_kernels.ops.kernels.select import launch
-
     logits, grid_sizes = arguments[0], arguments[4]
-    return launch(empty_selection(logits, grid_sizes), *arguments)
+    launch = kernels("select").launch
+    return launch(empty_selection(logits, grid_sizes), *arguments)  # type: ignore[no-any-return]
 
 
 def _triton_from_saliency(*arguments: Any) -> tuple[Tensor, ...]:
-    from tinydrop_kernels.ops.kernels.select_from_saliency import launch
-
     logits, _, grid_sizes, *_ = arguments
-    return launch(empty_selection(logits, grid_sizes), *arguments)
+    launch = kernels("select_from_saliency").launch
+    return launch(empty_selection(logits, grid_sizes), *arguments)  # type: ignore[no-any-return]
 
 
 _LAW = "float? tau, float gamma, float min_keep, float coarsen"

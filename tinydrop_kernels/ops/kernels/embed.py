@@ -1,10 +1,14 @@
 """Packed tokens straight from pixels: a matrix product whose left operand is gathered from the images."""
 
+import functools
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from tinydrop_kernels.ops.kernels.direct import Launcher, aligned
 from tinydrop_kernels.ops.kernels.segments import locate_rows, search_step
 
 
@@ -30,7 +34,10 @@ def pixel_offsets(
 
 # What changes from batch to batch is not specialised, so that it never compiles again. The geometry of the images
 # stays: as constants, its strides tell the compiler how wide it may load (a row of 518 pixels is no multiple of 16).
-@triton.jit(do_not_specialize=["total", "segments", "first_step", "indices_stride"])
+@triton.jit(
+    do_not_specialize=["total", "segments", "first_step", "indices_stride"],
+    do_not_specialize_on_alignment=["indices_pointer", "cu_seqlens_pointer"],
+)
 def embed_tokens_kernel(
     images_pointer,
     weight_pointer,
@@ -126,22 +133,61 @@ def embed_tokens_kernel(
     tl.store(out_pointers, projected.to(out_pointer.dtype.element_ty), mask=live[:, None] & in_width[None, :])
 
 
-def tile_sizes(dtype: torch.dtype, dim: int, total: int) -> dict[str, int]:
+def fills_a_gpu(total: int, dim: int) -> bool:
+    """Whether so many rows are a tile of 128 x 128 for each of about 132 multiprocessors."""
+    return -(-total // 128) * -(-dim // 128) >= 132
+
+
+def tile_sizes(dtype: torch.dtype, dim: int, is_large: bool) -> dict[str, int]:
     """Tiles, warps and stages for :func:`embed_tokens_kernel`.
 
     Tiles of 128 x 128 halve the traffic of 64 x 64; three stages of them are 96 KiB, which GPUs with 99 KiB for a
-    program have too. A batch too small to fill a GPU of about 132 multiprocessors with them, or a width that they do
-    not divide, takes smaller ones. float32 has no tensor cores of its precision: smaller tiles in smaller steps.
+    program have too. A batch that does not fill a GPU with them, or a width that they do not divide, takes smaller
+    ones. float32 has no tensor cores of its precision: smaller tiles in smaller steps.
     """
     if dtype.itemsize > 2:
         # Spills nowhere, with Triton 3.6 and 3.9. Left to itself, the assembler takes 80 registers, to fit three
         # programs on a multiprocessor, and spills; two programs may have 128.
         tiles = {"BLOCK_ROWS": 64, "BLOCK_COLUMNS": 64, "BLOCK_PIXELS": 16}
         return tiles | {"num_warps": 8, "num_stages": 3, "maxnreg": 128}
-    if triton.cdiv(total, 128) * triton.cdiv(dim, 128) < 132:
+    if not is_large:
         return {"BLOCK_ROWS": 64, "BLOCK_COLUMNS": 64, "BLOCK_PIXELS": 64, "num_warps": 4, "num_stages": 4}
     columns = 128 if dim % 128 == 0 else 64
     return {"BLOCK_ROWS": 128, "BLOCK_COLUMNS": columns, "BLOCK_PIXELS": 64, "num_warps": 8, "num_stages": 3}
+
+
+@functools.lru_cache(maxsize=64)
+def plan(
+    device: torch.device,
+    dtype: torch.dtype,
+    dtypes: tuple[torch.dtype | bool, ...],
+    image_shape: tuple[int, ...],
+    image_stride: tuple[int, ...],
+    weight_shape: tuple[int, ...],
+    num_prefix_tokens: int,
+    is_large: bool,
+    precision: str,
+) -> tuple[Launcher, dict[str, int], tuple[Any, ...]]:
+    """Launcher, tiles and constants for images of one geometry.
+
+    Args:
+        dtype: of the images.
+        dtypes: of weight, bias, prefix and pos_embed; True where there is none.
+        is_large: whether the batch :func:`fills_a_gpu`.
+    """
+    dim, channels, patch_height, patch_width = weight_shape
+    tiles = tile_sizes(dtype, dim, is_large)
+    blocks = (tiles["BLOCK_ROWS"], tiles["BLOCK_COLUMNS"], tiles["BLOCK_PIXELS"])
+    is_last = channels_last(image_shape, image_stride)
+    sizes = (num_prefix_tokens, dim, image_shape[3] // patch_width)
+    constants = (*sizes, *image_stride, channels, patch_height, patch_width, is_last, precision, *blocks)
+    options = {name: value for name, value in tiles.items() if not name.startswith("BLOCK_")}
+    return Launcher(embed_tokens_kernel, device, (dtype, dtypes, constants), options), tiles, constants
+
+
+def channels_last(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Whether the channels of a pixel are neighbours, and so are the pixels of a row."""
+    return shape[1] > 1 and stride[1] == 1 and stride[3] == shape[1]
 
 
 def launch(
@@ -155,44 +201,32 @@ def launch(
     total: int,
 ) -> Tensor:
     """See :func:`ops.embed_tokens`."""
-    dim, channels, patch_height, patch_width = weight.shape
+    dim = weight.shape[0]
     out = images.new_empty(total, dim)
     if total == 0:
         return out
+    launcher, tiles, constants = plan(
+        images.device,
+        images.dtype,
+        (weight.dtype, bias is None or bias.dtype, prefix.dtype, pos_embed is None or pos_embed.dtype),
+        images.shape,
+        images.stride(),
+        weight.shape,
+        prefix.shape[0],
+        fills_a_gpu(total, dim),
+        "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
+    )
     # The product runs over a patch's pixels in the order in which they lie in memory; the weight has to follow.
-    channels_last = channels > 1 and images.stride(1) == 1 and images.stride(3) == channels
-    weight = weight.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    order = torch.channels_last if channels_last(images.shape, images.stride()) else torch.contiguous_format
+    weight = weight.contiguous(memory_format=order)
+    bias = None if bias is None else bias.contiguous()
+    pos_embed = None if pos_embed is None else pos_embed.contiguous()
+    prefix, cu_seqlens = prefix.contiguous(), cu_seqlens.contiguous()
     indices = indices if indices.stride(1) == 1 else indices.contiguous()
-    segments = len(indices)
-    tiles = tile_sizes(images.dtype, dim, total)
+    segments = indices.shape[0]
     # Launches a 1D grid: exactly the tiles of the packed rows and their columns, whatever images they come from.
-    grid = (triton.cdiv(total, tiles["BLOCK_ROWS"]) * triton.cdiv(dim, tiles["BLOCK_COLUMNS"]),)
-    with torch.cuda.device_of(images):
-        embed_tokens_kernel[grid](
-            images,
-            weight,
-            None if bias is None else bias.contiguous(),
-            prefix.contiguous(),
-            None if pos_embed is None else pos_embed.contiguous(),
-            indices,
-            cu_seqlens.contiguous(),
-            out,
-            total,
-            segments,
-            search_step(segments),
-            indices.stride(0),
-            num_prefix_tokens=prefix.shape[0],
-            dim=dim,
-            grid_columns=images.shape[3] // patch_width,
-            image_stride=images.stride(0),
-            channel_stride=images.stride(1),
-            row_stride=images.stride(2),
-            column_stride=images.stride(3),
-            CHANNELS=channels,
-            PATCH_HEIGHT=patch_height,
-            PATCH_WIDTH=patch_width,
-            CHANNELS_LAST=channels_last,
-            INPUT_PRECISION="tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
-            **tiles,
-        )
+    programs = -(-total // tiles["BLOCK_ROWS"]) * -(-dim // tiles["BLOCK_COLUMNS"])
+    tensors = (images, weight, bias, prefix, pos_embed, indices, cu_seqlens, out)
+    numbers = (total, segments, search_step(segments), indices.stride(0))
+    launcher((programs, 1, 1), (*tensors, *numbers, *constants), aligned(images, weight, bias, prefix, pos_embed))
     return out

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tinydrop_kernels.ops.kernels.direct import FUSED
 from tinydrop_kernels.ops.kernels.segments import locate_rows, search_step
 
 
@@ -95,5 +96,6 @@ def launch(tokens: Tensor, prefix: Tensor, indices: Tensor, cu_seqlens: Tensor, 
             BLOCK_ROWS=block_rows,
             BLOCK_COLUMNS=block_columns,
             num_warps=4,
+            **FUSED,
         )
     return out

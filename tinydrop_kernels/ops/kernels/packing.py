@@ -1,13 +1,20 @@
 """Where each image's segment begins in the packed batch, images of one level beside one another."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from tinydrop_kernels.ops.kernels.direct import Launcher
+
 
 # The batch changes from call to call and must not compile anew.
-@triton.jit(do_not_specialize=["batch", "num_levels", "num_prefix_tokens"])
+@triton.jit(
+    do_not_specialize=["batch", "num_levels", "num_prefix_tokens"],
+    do_not_specialize_on_alignment=["counts_pointer", "levels_pointer"],
+)
 def pack_kernel(
     counts_pointer,
     levels_pointer,
@@ -65,23 +72,18 @@ def pack_kernel(
     tl.store(sizes_pointer + 1, total)
 
 
+@functools.cache
+def launcher_on(device: torch.device) -> Launcher:
+    """There is one binary."""
+    return Launcher(pack_kernel, device, None, {})
+
+
 def launch(counts: Tensor, levels: Tensor, num_levels: int, num_prefix_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`ops.pack`: order, cu_seqlens and sizes."""
-    batch = len(counts)
-    order, cu_seqlens, sizes = (
-        counts.new_empty(size, dtype=torch.int32) for size in (batch, batch + 1, 2 + 2 * num_levels)
-    )
-    with torch.cuda.device_of(counts):
-        # Launches a single program; one tile holds every usual batch.
-        pack_kernel[(1,)](
-            counts.contiguous(),
-            levels.contiguous(),
-            order,
-            cu_seqlens,
-            sizes,
-            batch,
-            num_levels,
-            num_prefix_tokens,
-            BLOCK_SIZE=512,
-        )
+    batch = counts.shape[0]
+    order, cu_seqlens = counts.new_empty(batch), counts.new_empty(batch + 1)
+    sizes = counts.new_empty(2 + 2 * num_levels)
+    tensors = (counts.contiguous(), levels.contiguous(), order, cu_seqlens, sizes)
+    # Launches a single program; one tile holds every usual batch.
+    launcher_on(counts.device)((1, 1, 1), (*tensors, batch, num_levels, num_prefix_tokens, 512))
     return order, cu_seqlens, sizes

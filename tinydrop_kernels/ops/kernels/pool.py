@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tinydrop_kernels.ops.kernels.direct import FUSED
+
 
 @triton.jit(do_not_specialize=["skip"])
 def segment_pool_kernel(
@@ -85,5 +87,6 @@ def launch(tokens: Tensor, cu_seqlens: Tensor, mode: str, skip: int) -> Tensor:
             BLOCK_ROWS=32,
             BLOCK_COLUMNS=64,
             num_warps=4,
+            **FUSED,
         )
     return out

@@ -1,0 +1,135 @@
+"""Time on the host of a call before its launch, without a GPU: the launcher of Triton's kernels does nothing.
+
+    python bench/host.py [--calls 2000] [--json FILE]
+
+Everything else is what runs on a GPU: the dispatcher, the checks, the choice of an implementation, the tile, and what
+Triton does until it would hand the arguments to the driver. Tensors lie in memory and take the kernels all the same.
+Microseconds of process time on one thread: the least of several rounds, since whatever else runs only adds to them.
+"""
+
+import argparse
+import functools
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from static import AbsentGpu
+from torch import Tensor
+from triton.runtime import driver
+
+from tinydrop_kernels import ops
+from tinydrop_kernels.ops import registry
+
+ROUNDS = 7
+SIZES = (50, 50, 1, 0, 0, 0, 0, 50, 0, 0, 0, 0)  # what packing reads back of one image with 49 patches
+
+
+class IdleGpu(AbsentGpu):
+    """A GPU on which every launch ends at once. Only what is read back on the host is there then."""
+
+    utils = SimpleNamespace(
+        load_binary=lambda name, *others: (name, name, 32, 0, 1024),
+        get_device_properties=lambda device: {"max_shared_mem": 227 * 1024},
+        unload_module=lambda module: None,
+    )
+
+    def launcher_cls(self, src, metadata) -> Callable:
+        sizes, is_pack = torch.tensor(SIZES, dtype=torch.int32), src.fn.__name__ == "pack_kernel"
+
+        def launch(*arguments) -> None:
+            if is_pack:
+                arguments[13].copy_(sizes)  # the fifth behind nine of the launcher's own
+
+        return launch
+
+
+@functools.cache
+def kernels_first(operator: registry.Operator, *others) -> Sequence[registry.Implementation]:
+    """What is tried on a GPU, where the extension is not built."""
+    return [i for i in operator.implementations if i.name != "cuda"]
+
+
+def host_us(call: Callable, calls: int) -> float:
+    for _ in range(10):
+        call()
+    times = []
+    for _ in range(ROUNDS):
+        start = time.process_time()
+        for _ in range(calls):
+            call()
+        times.append(1e6 * (time.process_time() - start) / calls)
+    return min(times)
+
+
+def attention_calls() -> dict[str, Callable]:
+    """One layer's, of a ViT-L whose images keep a quarter."""
+    found = {}
+    for batch in (1, 64):
+        qkv = torch.zeros(50 * batch, 3, 16, 64, dtype=torch.bfloat16).unbind(1)
+        cu_seqlens = torch.arange(0, 50 * batch + 1, 50, dtype=torch.int32)
+        arguments = (*qkv, cu_seqlens, cu_seqlens, 50, 50, 0.125)
+        found[f"varlen_attention, batch {batch}"] = lambda arguments=arguments: ops.varlen_attention(*arguments)
+    return found
+
+
+def front_end_calls() -> dict[str, Callable]:
+    """From the guidance model's output to packed tokens, at batch 1, where the host decides."""
+    dtype, grids = torch.bfloat16, [(14, 14), (12, 12), (11, 11), (9, 9), (7, 7)]
+    logits, features = torch.zeros(1, 1000, dtype=dtype), torch.zeros(1, 49, 448, dtype=dtype)
+    class_weight, images = torch.zeros(1000, 448, dtype=dtype), torch.zeros(1, 3, 224, 224, dtype=dtype)
+    weight, bias = torch.zeros(1024, 3, 16, 16, dtype=dtype), torch.zeros(1024, dtype=dtype)
+    prefix, pos_embed = torch.zeros(1, 1024, dtype=dtype), torch.zeros(196, 1024, dtype=dtype)
+    law = ops.Law(0.8, 2.0, 0.25)
+    indices = torch.full((1, 196), -1, dtype=torch.int32)
+    counts, levels = torch.tensor([49], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    cu_seqlens = torch.tensor([0, 50], dtype=torch.int32)
+
+    def select() -> ops.Selection:
+        return ops.select_tokens(logits, features, class_weight, (7, 7), grids, law)
+
+    def pack() -> tuple:
+        return ops.pack(counts, levels, grids, 1)
+
+    def embed() -> Tensor:
+        return ops.embed_tokens(images, weight, bias, prefix, pos_embed, indices, cu_seqlens, 50)
+
+    def front_end() -> None:
+        select()
+        pack()
+        embed()
+
+    return {"select_tokens": select, "pack": pack, "embed_tokens": embed, "front end": front_end}
+
+
+@torch.inference_mode()
+def measured(calls: int) -> dict[str, float]:
+    """Microseconds of each call."""
+    driver.set_active(IdleGpu(90))
+    torch.set_num_threads(1)
+    with mock.patch.object(registry, "_preference", kernels_first):
+        return {name: host_us(call, calls) for name, call in (attention_calls() | front_end_calls()).items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--calls", type=int, default=2000)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    found = measured(args.calls)
+    print(f"torch {torch.__version__}, triton {triton.__version__}")
+    for name, us in found.items():
+        print(f"{name:32s}{us:6.1f} us")
+    if args.json:
+        args.json.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
