@@ -206,9 +206,9 @@ def _not_on_cuda(device_type: str) -> str | None:
 
 
 # No order among these has been measured on a GPU yet. Until it is, the extension comes first where it is built: by
-# counting instructions it needs fewer than Triton's kernel at every length (docs/kernels.md). Then Triton, which takes
-# every dtype, layout and bias; then torch's, which has tiles for long segments; padding, which computes what nobody
-# needs, comes last.
+# counting, it issues the fewest instructions for ragged batches and long segments (docs/decisions.md). Then Triton,
+# which takes every dtype, layout and bias; then torch's, which has tiles for long segments; padding, which computes
+# what nobody needs, comes last.
 _op = define(
     "varlen_attention(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
     "SymInt max_seqlen_q, SymInt max_seqlen_k, float? scale=None, Tensor? bias_table=None, Tensor? positions=None, "
