@@ -25,7 +25,7 @@ ROOMS = (
     ("ops.select", "ops.packing", "ops.embed", "ops.pool", "ops.attention"),
     ("ops",),
     ("policy", "flops", "answers", "images", "rowfile"),
-    ("cam", "checkpoints"),
+    ("cam", "checkpoints", "prepacking"),
     ("folding",),
     ("guidance",),
     ("families.base",),
