@@ -26,7 +26,7 @@ ROOMS = (
     ("ops",),
     ("policy", "identity", "flops", "answers", "images", "rowfile"),
     ("policyfile",),
-    ("cam", "checkpoints"),
+    ("cam", "checkpoints", "prepacking"),
     ("folding",),
     ("guidance",),
     ("families.base",),
