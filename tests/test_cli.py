@@ -21,6 +21,7 @@ from timm.models import save_for_hf
 import tinydrop_kernels as tdk
 from tinydrop_kernels import cli, options
 from tinydrop_kernels.checkpoints import load_model
+from tinydrop_kernels.ops import registry
 
 NAMES = ["ant", "bee", "cat", "dog", "eel"]
 
@@ -188,8 +189,16 @@ def test_info_tells_every_operator():
     assert "\ntriton " in result.output and "\nCUDA C++ extension " in result.output
 
 
-def test_info_says_what_is_wrong(monkeypatch):
-    monkeypatch.setenv("TINYDROP_BACKEND", "abacus")
+@pytest.fixture
+def environment(monkeypatch):
+    """To set variables in, as if the process had begun with them."""
+    registry._forced_by_environment.cache_clear()
+    yield monkeypatch
+    registry._forced_by_environment.cache_clear()
+
+
+def test_info_says_what_is_wrong(environment):
+    environment.setenv("TINYDROP_BACKEND", "abacus")
     result = run("info")
     assert result.exit_code == 1 and "TINYDROP_BACKEND: got 'abacus'" in result.output
 
@@ -202,9 +211,9 @@ def test_module_is_the_command(monkeypatch, capsys):
     assert capsys.readouterr().out == f"tinydrop, version {tdk.__version__}\n"
 
 
-def test_a_forced_backend_that_cannot_run_is_one_clear_line(checkpoints, photos, monkeypatch):
-    monkeypatch.setenv("TINYDROP_BACKEND", "triton")
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
+def test_a_forced_backend_that_cannot_run_is_one_clear_line(checkpoints, photos, environment):
+    environment.setenv("TINYDROP_BACKEND", "triton")
+    environment.setenv("TRITON_INTERPRET", "0")
     result = classify(checkpoints, photos)
     assert result.exit_code == 1 and "Traceback" not in result.output
     assert result.output.splitlines()[-1].startswith("Error: ") and "triton" in result.output

@@ -46,7 +46,7 @@ with torch.inference_mode(), mock.patch.object(registry, "_preference", kernels_
         call()
         direct_way, was_bound = of(call)
         assert direct_way and not was_bound, (name, was_bound)
-        with mock.patch.object(direct.Launcher, "_launch", lambda self, grid, arguments, are_aligned:
+        with mock.patch.object(direct.Launcher, "__call__", lambda self, grid, arguments, are_aligned=True:
                                self.kernel[grid](*arguments, **self.options)):
             tritons_way, was_bound = of(call)
         assert len(was_bound) == len(direct_way)

@@ -19,8 +19,10 @@ def nothing_forced(monkeypatch):
     """And nothing remembered of what a test pretends."""
     monkeypatch.delenv("TINYDROP_BACKEND", raising=False)
     registry._preference.cache_clear()
+    registry._forced_by_environment.cache_clear()
     yield
     registry._preference.cache_clear()
+    registry._forced_by_environment.cache_clear()
 
 
 def opcheck_cases():
@@ -110,6 +112,7 @@ def test_a_backend_is_forced_by_the_environment(monkeypatch):
     with use_backend("auto"):  # the context is nearer
         assert registry.forced_backend() == "auto"
     monkeypatch.setenv("TINYDROP_BACKEND", "cudnn")
+    registry._forced_by_environment.cache_clear()
     message = "^TINYDROP_BACKEND: got 'cudnn', expected one of auto, reference, triton, cuda, torch$"
     with pytest.raises(ValueError, match=message):
         ops.segment_pool(torch.randn(3, 2), cu_seqlens_of([3]), "mean")

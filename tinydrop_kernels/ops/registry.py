@@ -153,9 +153,10 @@ def define(schema: str, fake: Callable[..., Any], implementations: Sequence[Impl
 def use_backend(name: str) -> Iterator[None]:
     """Force a backend within the ``with`` block, in this thread or task: one of :data:`BACKENDS`.
 
-    It overrides the environment variable ``TINYDROP_BACKEND``, which does the same for a whole process. Operators that
-    have no implementation of that name (only attention has ``"cuda"``, the optional C++ extension, and ``"torch"``) run
-    as with ``"auto"``, and so do arguments that the forced one cannot take, float64 above all.
+    It overrides the environment variable ``TINYDROP_BACKEND``, which does the same for a whole process and is read at
+    the first call. Operators that have no implementation of that name (only attention has ``"cuda"``, the optional C++
+    extension, and ``"torch"``) run as with ``"auto"``, and so do arguments that the forced one cannot take, float64
+    above all.
 
     Raises:
         ValueError: ``name`` is no backend.
@@ -173,7 +174,12 @@ def forced_backend() -> str:
     Raises:
         ValueError: the environment variable names no backend.
     """
-    return _forced.get() or _checked(os.environ.get(VARIABLE, "auto"), VARIABLE)
+    return _forced.get() or _forced_by_environment()
+
+
+@functools.cache  # looking takes most of a microsecond, in every layer
+def _forced_by_environment() -> str:
+    return _checked(os.environ.get(VARIABLE, "auto"), VARIABLE)
 
 
 def _checked(name: str, origin: str) -> str:

@@ -40,7 +40,9 @@ class Launcher:
 
     def __call__(self, grid: tuple[int, int, int], arguments: tuple[Any, ...], are_aligned: bool = True) -> None:
         """All of the kernel's arguments, constants too, in its order; ``are_aligned`` as ``same`` says."""
-        if self.is_alone:
+        if self.is_alone and are_aligned and self.compiled is not None:  # nearly always
+            self.compiled[grid](*arguments)
+        elif self.is_alone:
             self._launch(grid, arguments, are_aligned)
         else:
             with torch.cuda.device(self.device):
