@@ -78,6 +78,25 @@ with torch.inference_mode(), mock.patch.object(registry, "_preference", kernels_
     call()
     found, was_bound = of(call)
     assert was_bound == ["varlen_attention_kernel"] and found[0][1] not in hashes
+
+    # What is no int32 is another binary too, or a compilation error; never the int32 one on other memory.
+    counts, pixels = torch.tensor([3, 2], dtype=torch.int32), torch.zeros(2, 3, 8, 8)
+    indices = torch.tensor([[0, 1, 2], [0, 3, -1]], dtype=torch.int32)
+    starts = torch.tensor([0, 4, 7], dtype=torch.int32)
+    weight, prefix = torch.zeros(8, 3, 4, 4), torch.zeros(1, 8)
+
+    def packing(levels):
+        return lambda: torch.ops.tinydrop.pack(counts, levels, 5, 1)
+
+    def embedding(indices):
+        return lambda: ops.embed_tokens(pixels, weight, None, prefix, None, indices, starts, 7)
+
+    for make, given in ((packing, torch.zeros(2, dtype=torch.int32)), (embedding, indices)):
+        found = []
+        for numbers in (given, given.long()):
+            make(numbers)()
+            found.append(of(make(numbers))[0][0][1])
+        assert found[0] != found[1], make
 print("right")
 """
 

@@ -67,9 +67,9 @@ def plan(
         heads,
         query_blocks,
         *(stride // unit for stride in strides),
-        *(table[1] if table else (0, 0)),
+        *((table[1][0], table[1][1] if heads > 1 else 0) if table else (0, 0)),  # that of one column may be any number
         *grid_size,
-        skip_keys,
+        min(skip_keys, max_seqlen_k),
         *constants,
     )
     grid = (segments * query_blocks * heads, 1, 1)  # for each segment each block of queries for each head

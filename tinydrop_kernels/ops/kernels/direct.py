@@ -3,6 +3,7 @@
 Triton's ``kernel[grid](...)`` finds out at every call what each argument would specialise a kernel on. Whoever launches
 knows: what is the same for two calls is the same binary. So the first call goes Triton's way, which compiles and
 returns the binary; later ones launch that as Triton's fused-softmax tutorial does, by ``compiled[grid](*arguments)``.
+What is set in Triton's knobs or added to its hooks before a launch after that bears on nothing.
 """
 
 from collections.abc import Hashable
@@ -14,7 +15,8 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 
 # A release whose launcher wants other arguments would read the wrong ones: each is looked at before it is listed here.
-IS_KNOWN = triton.__version__.split(".")[:2] in (["3", "6"], ["3", "8"], ["3", "9"])
+# AMD's specialises on more.
+IS_KNOWN = triton.__version__.split(".")[:2] in (["3", "6"], ["3", "8"], ["3", "9"]) and torch.version.hip is None
 # Multiply and add in one: what is left to Triton's default warns in 3.9, and will be off in 3.10.
 FUSED = {"enable_fp_fusion": True}
 _compiled: dict[Hashable, CompiledKernel] = {}

@@ -172,7 +172,7 @@ def plan(
 
     Args:
         dtype: of the images.
-        dtypes: of weight, bias, prefix and pos_embed; True where there is none.
+        dtypes: of weight, bias, prefix, pos_embed, indices and cu_seqlens; True where there is none.
         is_large: whether the batch :func:`fills_a_gpu`.
     """
     dim, channels, patch_height, patch_width = weight_shape
@@ -208,7 +208,14 @@ def launch(
     launcher, tiles, constants = plan(
         images.device,
         images.dtype,
-        (weight.dtype, bias is None or bias.dtype, prefix.dtype, pos_embed is None or pos_embed.dtype),
+        (
+            weight.dtype,
+            bias is None or bias.dtype,
+            prefix.dtype,
+            pos_embed is None or pos_embed.dtype,
+            indices.dtype,
+            cu_seqlens.dtype,
+        ),
         images.shape,
         images.stride(),
         weight.shape,
@@ -227,6 +234,7 @@ def launch(
     # Launches a 1D grid: exactly the tiles of the packed rows and their columns, whatever images they come from.
     programs = -(-total // tiles["BLOCK_ROWS"]) * -(-dim // tiles["BLOCK_COLUMNS"])
     tensors = (images, weight, bias, prefix, pos_embed, indices, cu_seqlens, out)
-    numbers = (total, segments, search_step(segments), indices.stride(0))
+    stride = indices.stride(0) if segments > 1 else 0  # that of a single row may be any number
+    numbers = (total, segments, search_step(segments), stride)
     launcher((programs, 1, 1), (*tensors, *numbers, *constants), aligned(images, weight, bias, prefix, pos_embed))
     return out

@@ -73,9 +73,9 @@ def pack_kernel(
 
 
 @functools.cache
-def launcher_on(device: torch.device) -> Launcher:
-    """There is one binary."""
-    return Launcher(pack_kernel, device, None, {"maxnreg": 128})  # left alone, the assembler takes 48 and spills
+def launcher_on(device: torch.device, dtypes: tuple[torch.dtype, torch.dtype]) -> Launcher:
+    """One binary for the dtypes of counts and levels."""
+    return Launcher(pack_kernel, device, dtypes, {"maxnreg": 128})  # left alone, the assembler takes 48 and spills
 
 
 def launch(counts: Tensor, levels: Tensor, num_levels: int, num_prefix_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,5 +85,7 @@ def launch(counts: Tensor, levels: Tensor, num_levels: int, num_prefix_tokens: i
     sizes = counts.new_empty(2 + 2 * num_levels)
     tensors = (counts.contiguous(), levels.contiguous(), order, cu_seqlens, sizes)
     # Launches a single program; one tile holds every usual batch.
-    launcher_on(counts.device)((1, 1, 1), (*tensors, batch, num_levels, num_prefix_tokens, 512))
+    launcher_on(counts.device, (counts.dtype, levels.dtype))(
+        (1, 1, 1), (*tensors, batch, num_levels, num_prefix_tokens, 512)
+    )
     return order, cu_seqlens, sizes
