@@ -146,11 +146,12 @@ def test_tiles(triton, dim, total, dtype, monkeypatch):
     """Every choice of tiles, over images that begin and end within them."""
     from tinydrop_kernels.ops.kernels import embed
 
-    tiles = embed.tile_sizes(dtype, dim, total)
+    is_large = embed.fills_a_gpu(total, dim)
+    tiles = embed.tile_sizes(dtype, dim, is_large)
     assert (tiles["BLOCK_ROWS"], tiles["BLOCK_COLUMNS"]) == (
         (64, 64) if total == 100 else (128, 64 if dim == 192 else 128)
     )
-    monkeypatch.setattr(embed, "tile_sizes", lambda *_: tiles)
+    monkeypatch.setattr(embed, "fills_a_gpu", lambda *_: is_large)
     images = torch.randn(9, 3, 10, 14, device=triton.device).to(dtype)
     check_embed(images, (5, 7), (2, 2), [35, 0, 35, 20, *[1] * 4, 35], dim=dim)
 
