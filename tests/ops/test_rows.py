@@ -151,17 +151,19 @@ def test_indices_with_columns_apart(backend):
 
 
 # Below and above the number of tiles that fills a GPU, and widths that 128 divides or not.
-@pytest.mark.parametrize("is_large", [False, True])
+@pytest.mark.parametrize("total", [100, 100_000])
 @pytest.mark.parametrize("dim", [192, 384])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_tiles(triton, dim, is_large, dtype, monkeypatch):
+def test_tiles(triton, dim, total, dtype, monkeypatch):
     """Every choice of tiles, over images that begin and end within them."""
     from tinydrop_kernels.ops.kernels import embed
 
+    is_large = embed.fills_a_gpu(total, dim)
     tiles = embed.tile_sizes(dtype, dim, is_large)
-    assert (tiles["BLOCK_ROWS"], tiles["BLOCK_COLUMNS"]) == ((128, 64 if dim == 192 else 128) if is_large else (64, 64))
-    embed.plan.cache_clear()
-    monkeypatch.setattr(embed, "tile_sizes", lambda *_: tiles)
+    assert (tiles["BLOCK_ROWS"], tiles["BLOCK_COLUMNS"]) == (
+        (64, 64) if total == 100 else (128, 64 if dim == 192 else 128)
+    )
+    monkeypatch.setattr(embed, "fills_a_gpu", lambda *_: is_large)
     images = torch.randn(9, 3, 10, 14, device=triton.device).to(dtype)
     check_embed(images, (5, 7), (2, 2), [35, 0, 35, 20, *[1] * 4, 35], dim=dim)
 
