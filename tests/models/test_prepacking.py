@@ -97,3 +97,12 @@ def test_a_patched_model(images):
     assert copy.deepcopy(model).blocks[0].mlp.fc1 not in _packed, "packed weights are nobody's to copy"
     tdk.unpatch(model)
     assert before == {name: set(vars(module)) for name, module in vit.named_modules()}
+
+
+def test_a_model_made_in_inference_mode_is_refused():
+    """It would silently run without packed weights."""
+    with torch.inference_mode():
+        vit = tiny_vit()
+    with pytest.raises(ValueError, match="^prepack: got a model made in inference mode"):
+        tdk.patch(vit, tiny_guidance(), DROP_HALF, prepack=True)
+    assert tdk.patch(vit, tiny_guidance(), DROP_HALF)
