@@ -65,6 +65,7 @@ def busy(processes: int) -> Iterator[None]:
             process.wait()
 
 
+@torch.inference_mode()
 def figures_of(
     patched: Any, dense: dict[str, Any], batch_size: int, rounds: int, clock: Callable[[], float]
 ) -> dict[str, Any]:
@@ -101,7 +102,6 @@ def figures_of(
     }
 
 
-@torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vit_base_patch16_224")

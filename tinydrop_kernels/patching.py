@@ -67,7 +67,8 @@ def patch(
         CheckpointError: the guidance model's weights cannot be loaded.
         GuidanceError: the guidance model has no classes or no feature map, or does not take the size.
         PolicyFileError: the policy's file cannot be read, or it is for another model or guidance.
-        ValueError, TypeError: an argument out of range; a model that is patched already; guidance with other classes.
+        ValueError, TypeError: an argument out of range; a model that is patched already; guidance with other classes;
+            prepacking of a model that has no stack of blocks, or was made in inference mode.
     """
     if isinstance(getattr(model, "tinydrop", None), TinyDrop):
         raise ValueError("model: it is patched already; change model.tinydrop.policy, or unpatch it first")
@@ -92,6 +93,10 @@ def patch(
         raise TypeError(f"guidance: got {type(guidance).__name__}, expected a timm name, a model or a Guidance")
     elif guidance is model:
         raise ValueError("guidance: got the model itself, expected another, smaller model")
+    if prepack and any(parameter.is_inference() for parameter in model.parameters()):
+        raise ValueError(
+            "prepack: got a model made in inference mode, whose weights' changes go unseen; make it outside"
+        )
     with torch.inference_mode(False):  # autograd refuses tensors made in inference mode
         if not isinstance(guidance, Guidance):
             guidance = Guidance(guidance, guidance_size)

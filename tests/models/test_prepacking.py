@@ -105,3 +105,12 @@ def test_stages_of_blocks_are_refused():
     with pytest.raises(ValueError, match="^prepack: got True for a SwinTransformer"):
         tdk.patch(swin, tiny_guidance(), prepack=True)
     assert "tinydrop" not in vars(swin)
+
+
+def test_a_model_made_in_inference_mode_is_refused():
+    """It would silently run without packed weights."""
+    with torch.inference_mode():
+        vit = tiny_vit()
+    with pytest.raises(ValueError, match="^prepack: got a model made in inference mode"):
+        tdk.patch(vit, tiny_guidance(), DROP_HALF, prepack=True)
+    assert tdk.patch(vit, tiny_guidance(), DROP_HALF)
