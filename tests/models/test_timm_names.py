@@ -1,5 +1,7 @@
 """docs/models.md against the timm that is installed, name by name."""
 
+import gc
+import os
 import re
 from pathlib import Path
 
@@ -12,13 +14,29 @@ REFUSED = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", PAGE, re.M))
 LISTED = set(re.findall(r"`([a-z]\w+)`", PAGE))
 
 
+@pytest.fixture(autouse=True)
+def poison_empty():
+    """None: behind it ``torch.device("meta")`` knows ``torch.empty`` no more, and models of 7B weights would be real."""
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    """Patched models are cycles, and these are large for their number of objects."""
+    yield
+    gc.collect()
+
+
 def test_the_page_is_of_this_timm():
     missing, gone = set(timm.list_models()) - LISTED, LISTED - set(timm.list_models())
     assert f"timm {timm.__version__} knows" in PAGE.replace("\n", " "), "run make models, and look at what it says"
     assert not missing and not gone
 
 
-@pytest.mark.parametrize("name", names())
+# All of them take minutes, and most differ in size alone: a few of each file, unless all are asked for.
+TRIED = names() if os.environ.get("TINYDROP_ALL_NAMES") else sorted({*names()[::6], *REFUSED})
+
+
+@pytest.mark.parametrize("name", TRIED)
 def test_supported_or_refused_as_the_page_says(name):
     found = outcome(name).partition("; supported")[0]
     assert found == REFUSED.get(name, SUPPORTED), "run make models, and look at what it says"
