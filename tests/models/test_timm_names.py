@@ -16,7 +16,7 @@ LISTED = set(re.findall(r"`([a-z]\w+)`", PAGE))
 
 @pytest.fixture(autouse=True)
 def poison_empty():
-    """None: behind it ``torch.device("meta")`` knows ``torch.empty`` no more, and models of 7B weights would be real."""
+    """None: behind it ``torch.device("meta")`` knows ``torch.empty`` no more, and 7B weights would be real."""
 
 
 @pytest.fixture(autouse=True)

@@ -120,8 +120,8 @@ def document(outcomes: dict[str, str]) -> str:
         *textwrap.wrap(
             f"Every name that timm {timm.__version__} knows, tried by `make models`: built small, with random weights, "
             "patched, and compared with timm's own answer, once with everything kept and once with every image at a "
-            "coarser grid. A test compares this page with the timm that is installed: the names, and of each file a few models, "
-            "or with TINYDROP_ALL_NAMES=1 all.",
+            "coarser grid. A test compares this page with the installed timm: the names, and of each file a few "
+            "models, or with TINYDROP_ALL_NAMES=1 all.",
             118,
         ),
         "",
