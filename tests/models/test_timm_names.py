@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 from timm_names import SUPPORTED, names, outcome
+from torch.utils._device import _device_constructors
 
 PAGE = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
 REFUSED = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", PAGE, re.M))
@@ -16,7 +17,13 @@ LISTED = set(re.findall(r"`([a-z]\w+)`", PAGE))
 
 @pytest.fixture(autouse=True)
 def poison_empty():
-    """None: behind it ``torch.device("meta")`` knows ``torch.empty`` no more, and 7B weights would be real."""
+    """None: ``torch.device("meta")`` knows a replaced ``torch.empty`` not, and 7B weights would be real.
+
+    What it knows is found out once, perhaps in a test where it was replaced.
+    """
+    _device_constructors.cache_clear()
+    yield
+    _device_constructors.cache_clear()
 
 
 @pytest.fixture(autouse=True)
