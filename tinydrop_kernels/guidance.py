@@ -117,11 +117,9 @@ class Guidance(nn.Module):
         self.eval()
 
     def at_size(self, input_size: tuple[int, int]) -> "Guidance":
-        """The same model, fed images of another size.
-
-        Raises:
-            GuidanceError: it does not take them.
-        """
+        """The same model, fed images of another size: itself at its own; GuidanceError where it does not take them."""
+        if input_size == self.input_size:
+            return self
         other = Guidance(self.model, input_size, self.mean, self.std, self.compiled)
         other.identity = self.identity
         return other

@@ -41,6 +41,11 @@ def num_prefix_tokens(model: TimmModule) -> int:
     return count
 
 
+def few_patches(model: TimmModule, grid: Grid) -> int:
+    """See :class:`base.Family`'s ``trial_patches``: where blocks take any number of them."""
+    return min(3, grid[0] * grid[1])
+
+
 def patch_size(model: TimmModule) -> tuple[int, int] | None:
     """See :class:`base.Family`."""
     if not embeds_kept_only(model):

@@ -21,6 +21,7 @@ check_images = embedding.check_images
 grid_size = embedding.grid_size
 num_prefix_tokens = embedding.num_prefix_tokens
 patch_size = embedding.patch_size
+trial_patches = embedding.few_patches
 dense_classify = pools.dense_classify
 flops = costs.packed_flops
 dense_flops = costs.dense_flops
@@ -69,11 +70,6 @@ def attend(
         query, key, value = attention.qkv(x).view(len(x), 3, attention.num_heads, attention.head_dim).unbind(1)
     turn = None if rope is None else partial(apply_rot_embed_cat, emb=rope, half=attention.rotate_half)
     return attend_projected(attention, x, query, key, value, attn_mask, attn_mask, turn)
-
-
-def trial_patches(model: TimmModule, grid: Grid) -> int:
-    """See :class:`base.Family`."""
-    return min(3, grid[0] * grid[1])
 
 
 def embed(model: TimmModule, images: Tensor, indices: Tensor, cu_seqlens: Tensor, total: int, grid: Grid) -> Tensor:

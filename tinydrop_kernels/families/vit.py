@@ -26,6 +26,7 @@ check_images = embedding.check_images
 grid_size = embedding.grid_size
 num_prefix_tokens = embedding.num_prefix_tokens
 patch_size = embedding.patch_size
+trial_patches = embedding.few_patches
 dense_classify = pools.dense_classify
 _METHODS = ("forward", "forward_features", "forward_head", "pool", "_pos_embed")
 _ATTENTIONS: dict[type, set[str]] = {
@@ -52,11 +53,6 @@ def unsupported_reason(model: TimmModule) -> str | None:
 def find_change(model: TimmModule) -> str | None:
     """See :class:`base.Family`."""
     return replaced(model, _METHODS[1:], attend) or unsupported_pool(model) or passed_over(model)
-
-
-def trial_patches(model: TimmModule, grid: Grid) -> int:
-    """See :class:`base.Family`."""
-    return min(3, grid[0] * grid[1])
 
 
 def embed(model: TimmModule, images: Tensor, indices: Tensor, cu_seqlens: Tensor, total: int, grid: Grid) -> Tensor:
