@@ -54,7 +54,17 @@ class FakePatched(torch.nn.Module):
         self.seen = []
         guidance = SimpleNamespace(model=SimpleNamespace(pretrained_cfg={"architecture": "tiny"}))
         self.tinydrop = SimpleNamespace(
-            dense=self.dense, report=self.report, last=None, policy=DropPolicy(), guidance=guidance
+            dense=self.dense,
+            report=self.report,
+            last=None,
+            policy=DropPolicy(),
+            guidance=guidance,
+            timed=False,
+            check=lambda images: None,
+            ask=lambda images: images,
+            decide=lambda images: images,
+            start=lambda images, plan: SimpleNamespace(images=images),
+            finish=lambda running: self(running.images),
         )
         self.eval()
 

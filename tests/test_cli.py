@@ -369,6 +369,14 @@ def test_summary_says_when_dropping_does_not_pay():
     assert "note" not in cli.summary(predictor, "cpu")
 
 
+def test_graphs_need_a_gpu(checkpoints, photos):
+    if torch.cuda.is_available():
+        assert "CUDA graphs" in classify(checkpoints, photos, "--graphs", "--device", "cuda").output
+    else:
+        result = classify(checkpoints, photos, "--graphs")
+        assert result.exit_code == 1 and "graphs: got a model on cpu, expected one on a GPU" in result.output
+
+
 def test_stages_are_told(checkpoints, photos):
     (line,) = [line for line in classify(checkpoints, photos, "--stages").output.splitlines() if "ms an image" in line]
     assert all(f" {stage} " in line for stage in ("guidance", "select", "pack", "blocks"))

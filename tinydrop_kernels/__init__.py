@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tinydrop_kernels.guidance import Guidance, GuidanceError
     from tinydrop_kernels.ops import Saliency
     from tinydrop_kernels.patching import patch, unpatch
+    from tinydrop_kernels.pipeline import Pipeline
     from tinydrop_kernels.policy import DropPolicy
     from tinydrop_kernels.policyfile import CalibratedPolicy, PolicyFileError
     from tinydrop_kernels.prediction import Prediction
@@ -33,6 +34,7 @@ __all__ = [
     "DropPolicy",
     "Guidance",
     "GuidanceError",
+    "Pipeline",
     "PolicyFileError",
     "Prediction",
     "Predictor",
@@ -53,6 +55,7 @@ _HOMES = {
     "DropPolicy": "policy",
     "Guidance": "guidance",
     "GuidanceError": "guidance",
+    "Pipeline": "pipeline",
     "PolicyFileError": "policyfile",
     "Prediction": "prediction",
     "Predictor": "predictor",

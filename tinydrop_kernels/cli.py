@@ -120,7 +120,9 @@ def out_of_memory(error: torch.OutOfMemoryError) -> click.ClickException:
 def machine(predictor: Predictor, options: dict[str, Any]) -> str:
     """Where and how the models ran."""
     dtype = str(next(predictor.model.parameters()).dtype).removeprefix("torch.")
-    return f"{options['device']}, {dtype}, batches of {options['batch_size']}"
+    graphs = predictor.model.tinydrop.graphs
+    replayed = "" if graphs is None else f", CUDA graphs of {graphs}"
+    return f"{options['device']}, {dtype}, batches of {options['batch_size']}{replayed}"
 
 
 def summary(predictor: Predictor, machine: str) -> str:

@@ -2,11 +2,9 @@
 
 import dataclasses
 import threading
-import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from timm.data import resolve_model_data_config
@@ -14,31 +12,24 @@ from torch import Tensor, nn
 
 from tinydrop_kernels import ops
 from tinydrop_kernels.answers import blended, in_doubt
+from tinydrop_kernels.callcheck import check_call, check_classes
 from tinydrop_kernels.compiling import for_any_size
-from tinydrop_kernels.families import Family, UnsupportedModelError, family_of
+from tinydrop_kernels.families import Family, family_of
 from tinydrop_kernels.families.grids import coarser_grids
 from tinydrop_kernels.features import features_in_place
 from tinydrop_kernels.flops import count_flops
+from tinydrop_kernels.graphs import MOST_IMAGES, MOST_ROWS, Graphs, has_graphs
 from tinydrop_kernels.guidance import Guidance, Guided
 from tinydrop_kernels.images import per_channel
 from tinydrop_kernels.ops import Packed, Part, Selection
+from tinydrop_kernels.ops.packing import Packing, lay_out, pack_alike
 from tinydrop_kernels.ops.tracing import eager, eager_outside
 from tinydrop_kernels.ops.types import Grid, TimmModule
+from tinydrop_kernels.plan import Asked, Plan, Running
 from tinydrop_kernels.policy import DropPolicy
 from tinydrop_kernels.report import Call, Report
-from tinydrop_kernels.target import embed_parts
-
-
-class Plan(NamedTuple):
-    """What is to be done with a batch: who exits, which grid and which patches the others have, and where they lie."""
-
-    policy: DropPolicy
-    guided: Guided
-    selection: Selection
-    levels: list[Grid]
-    packed: Packed
-    parts: list[Part]
-    seconds: dict[str, float]
+from tinydrop_kernels.target import embed_parts, replay_blocks
+from tinydrop_kernels.timing import timed_stage
 
 
 class TinyDrop:
@@ -51,17 +42,21 @@ class TinyDrop:
         guidance: the guidance model.
         policy: may be replaced between calls.
         compiled: run the blocks through ``torch.compile``.
+        graphs: the CUDA graphs that calls are replayed from, and how many were; None to do without.
         timed: measure the wall time of each stage of the next calls (synchronises the device at each).
     """
 
     set_attributes: list[tuple[nn.Module, str, object]]  # what patching has set on which module
 
-    def __init__(self, model: TimmModule, guidance: Guidance, policy: DropPolicy, compiled: bool = False):
+    def __init__(
+        self, model: TimmModule, guidance: Guidance, policy: DropPolicy, compiled: bool, graphs: Graphs | None
+    ):
         self._model = model
         self._family: Family = family_of(model)
         self.guidance = guidance
         self.policy = policy
         self.compiled = compiled
+        self.graphs = graphs
         self.timed = False
         self._of_thread = threading.local()
         config = resolve_model_data_config(model)
@@ -85,7 +80,7 @@ class TinyDrop:
     def policy(self, policy: DropPolicy) -> None:
         if not isinstance(policy, DropPolicy):
             raise TypeError(f"policy: got {type(policy).__name__}, expected a DropPolicy")
-        self._check_classes(policy)
+        check_classes(policy, self._model.num_classes, self.guidance.num_classes)
         self._policy = policy
 
     @property
@@ -125,9 +120,9 @@ class TinyDrop:
         logits: Tensor = self._model.forward_head(self._model.forward_features(images))
         return logits
 
-    def guide(self, images: Tensor) -> Guided:
-        """What the guidance model says of the images, which a plan is made from."""
-        guided: Guided = self.guidance(images, self._mean, self._std, self.policy.saliency)
+    def guide(self, images: Tensor, policy: DropPolicy | None = None) -> Guided:
+        """What the guidance model says of the images, which a plan is made from, by the model's policy or another."""
+        guided: Guided = self.guidance(images, self._mean, self._std, (policy or self.policy).saliency)
         return guided
 
     @eager_outside
@@ -153,36 +148,61 @@ class TinyDrop:
 
     @eager_outside
     def plan(self, images: Tensor, guided: Guided | None = None, policy: DropPolicy | None = None) -> Plan:
-        """Ask the guidance model, unless that was done, and decide. Reads back once, in :func:`ops.pack`.
+        """Ask the guidance model, unless that was done, and decide. Reads back once.
 
         Args:
             images: as for a call.
             guided: what :meth:`guide` said of them.
             policy: instead of the model's own.
         """
-        policy, model, guidance, seconds = policy or self.policy, self._model, self.guidance, dict[str, float]()
-        levels = self.levels(self._family.grid_size(model, images))
+        return self.decide(self.ask(images, guided, policy))
+
+    @eager_outside
+    def ask(self, images: Tensor, guided: Guided | None = None, policy: DropPolicy | None = None) -> Asked:
+        """The first half of :meth:`plan`, in which the host does not wait for a GPU."""
+        policy, seconds = policy or self.policy, dict[str, float]()
+        levels = self.levels(self._family.grid_size(self._model, images))
+        found = None
+        if self.graphs is not None and self._replays(images) and guided is None and len(images) <= MOST_IMAGES:
+            found = self.graphs.front.answer(
+                (images.shape, images.dtype, policy.law, policy.saliency, id(self.guidance)),
+                lambda static: self._front(static, None, policy, levels, {}),
+                lambda: (torch.zeros_like(images),),
+                lambda static: static.copy_(images),
+            )
+        logits, selection, packing = found or self._front(images, guided, policy, levels, seconds)
+        return Asked(policy, logits, selection, packing, seconds)
+
+    @eager_outside
+    def _front(
+        self, images: Tensor, guided: Guided | None, policy: DropPolicy, levels: list[Grid], seconds: dict[str, float]
+    ) -> tuple[Tensor, Selection, Packing]:
+        """Guidance, selection and packing; of the first its logits."""
         if guided is None:
             with self._stage(seconds, "guidance", images):
-                guided = self.guide(images)
+                guided = self.guide(images, policy)
         with self._stage(seconds, "select", images), torch.no_grad():
             if guided.saliency is not None:
                 selection = ops.select_from_saliency(guided.logits, guided.saliency, levels, policy.law)
             else:
                 assert guided.features is not None
+                weight, size = self.guidance.class_weight, self.guidance.feature_size
                 selection = ops.select_tokens(
-                    guided.logits,
-                    guided.features,
-                    guidance.class_weight,
-                    guidance.feature_size,
-                    levels,
-                    policy.law,
-                    policy.saliency,
+                    guided.logits, guided.features, weight, size, levels, policy.law, policy.saliency
                 )
         with self._stage(seconds, "pack", images):
-            prefix = self._family.num_prefix_tokens(model)
-            packed, parts = ops.pack(selection.counts, selection.levels, levels, prefix)
-        return Plan(policy, guided, selection, levels, packed, parts, seconds)
+            prefix = self._family.num_prefix_tokens(self._model)
+            return guided.logits, selection, lay_out(selection.counts, selection.levels, levels, prefix)
+
+    @eager_outside
+    def decide(self, asked: Asked) -> Plan:
+        """The second half of :meth:`plan`: reads back what the device has found."""
+        policy, logits, selection, packing, seconds = asked
+        if self.graphs is not None:
+            self.graphs.check(self._model)  # while the device is still at work
+        with self._stage(seconds, "pack", logits):
+            packed, parts = packing.read()
+        return Plan(policy, logits, selection, packing.grids, packed, parts, seconds)
 
     def levels(self, grid: Grid) -> list[Grid]:
         """The grids that an image of this dense one may have; itself alone where others make no sense to the model."""
@@ -191,16 +211,28 @@ class TinyDrop:
     @eager_outside
     def run(self, images: Tensor, plan: Plan) -> Tensor:
         """Send what the plan keeps through the target, and answer: ``(batch, classes)``."""
-        policy, seconds = plan.policy, plan.seconds
+        return self.finish(self.start(images, plan))
+
+    @eager_outside
+    def start(self, images: Tensor, plan: Plan) -> Running:
+        """The first half of :meth:`run`, in which the host does not wait for a GPU."""
+        logits = plan.guidance_logits
+        if not plan.parts:
+            return Running(images, plan, logits.new_empty(0, dtype=torch.long), logits[:0])
+        staying = torch.cat([part.images for part in plan.parts]).long()
+        reduced = self._through_target(images, plan.selection.indices, plan.packed, plan.parts, plan.seconds)
+        return Running(images, plan, staying, blended(reduced, logits[staying], plan.policy.blend))
+
+    @eager_outside
+    def finish(self, running: Running) -> Tensor:
+        """The second half of :meth:`run`: a second look where the policy wants one, which reads back again."""
+        images, plan, staying, answers = running
         second_look = torch.zeros_like(plan.selection.counts, dtype=torch.bool)
-        logits = plan.guided.logits
+        logits, bars = plan.guidance_logits, plan.policy.second_look
         if plan.parts:
-            staying = torch.cat([part.images for part in plan.parts]).long()
-            reduced = self._through_target(images, plan.selection.indices, plan.packed, plan.parts, seconds)
-            answers = blended(reduced, logits[staying], policy.blend)
-            if policy.second_look is not None:
-                with self._stage(seconds, "second look", images):
-                    answers, again = self._look_again(images, answers, staying, plan, policy.second_look)
+            if bars is not None:
+                with self._stage(plan.seconds, "second look", images):
+                    answers, again = self._look_again(images, answers, staying, plan, bars)
                 second_look[staying] = again
             has_exits = len(staying) < len(images)  # otherwise the guidance may know other classes
             logits = logits.to(answers.dtype) if has_exits else torch.empty_like(answers)
@@ -208,8 +240,10 @@ class TinyDrop:
         else:  # of the target's precision, as any other answer
             kind = images.device.type
             logits = logits.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else images.dtype)
-        read_backs = 1 + (bool(plan.parts) and policy.second_look is not None)
-        self._of_thread.last = Call(plan.selection, plan.levels, plan.guided.logits, second_look, seconds, read_backs)
+        read_backs = 1 + (bool(plan.parts) and bars is not None)
+        self._of_thread.last = Call(
+            plan.selection, plan.levels, plan.guidance_logits, second_look, plan.seconds, read_backs
+        )
         return logits
 
     @eager_outside
@@ -220,8 +254,12 @@ class TinyDrop:
         model, family = self._model, self._family
         with self._stage(seconds, "embed", images):
             tokens, packed = embed_parts(model, family, images, indices, packed, parts)
+        encode = for_any_size(family.encode) if self.compiled else family.encode
+        if self.graphs is not None and self._replays(images) and packed.total <= MOST_ROWS:
+            logits = replay_blocks(self.graphs, model, family, encode, tokens, packed, family.grid_size(model, images))
+            if logits is not None:
+                return logits
         with self._stage(seconds, "blocks", images):
-            encode = for_any_size(family.encode) if self.compiled else family.encode
             tokens, packed = encode(model, tokens, packed, parts)
         with self._stage(seconds, "head", images):
             return family.classify(model, tokens, packed)
@@ -231,67 +269,28 @@ class TinyDrop:
         self, images: Tensor, answers: Tensor, staying: Tensor, plan: Plan, bars: tuple[float, float]
     ) -> tuple[Tensor, Tensor]:
         """Replace doubtful answers by dense ones; also which they were, bool ``(segments,)``. One more read-back."""
-        guided, (rows, columns) = plan.guided.logits, plan.levels[0]
-        dense = rows * columns
+        guided, grid = plan.guidance_logits, plan.levels[0]
+        dense = grid[0] * grid[1]
         again = (plan.selection.counts[staying] < dense) & in_doubt(answers, guided[staying], bars)
         doubtful = again.nonzero()[:, 0]
         if len(doubtful) == 0:
             return answers, again
-        chosen, length = staying[doubtful], self._family.num_prefix_tokens(self._model) + dense
-        places = torch.arange(max(dense, len(chosen) + 1), dtype=torch.int32, device=images.device)
-        starts = places[: len(chosen) + 1] * length
-        packed = Packed(starts, length, len(chosen) * length)
-        part = Part(plan.levels[0], places[: len(chosen)], starts, packed.total)
-        everything = places[:dense].expand(len(chosen), -1)
-        logits = self._through_target(images[chosen], everything, packed, [part], {})
+        chosen = staying[doubtful]
+        prefix = self._family.num_prefix_tokens(self._model)
+        everything, packed, parts = pack_alike(len(chosen), dense, grid, prefix, images.device)
+        logits = self._through_target(images[chosen], everything, packed, parts, {})
         return answers.index_copy(0, doubtful, blended(logits, guided[chosen], plan.policy.blend)), again
 
     @eager
     def check(self, images: Tensor) -> None:
         """Raise before any work is done where the images, or what has become of the model, do not fit."""
-        weight = next(self._model.parameters())
-        if not isinstance(images, Tensor):
-            raise TypeError(f"images: got {type(images).__name__}, expected a Tensor")
-        if images.ndim != 4:
-            raise ValueError(f"images: got {images.ndim} dimensions, expected (batch, channels, height, width)")
-        if images.shape[1] != self._model.in_chans:
-            raise ValueError(f"images: got {images.shape[1]} channels, expected {self._model.in_chans}")
-        if images.device != weight.device:
-            raise ValueError(f"images: got them on {images.device}, expected the model's {weight.device}")
-        if weight.is_meta:
-            raise ValueError("model: it is on the meta device and has no weights")
-        castable = images.is_floating_point() and torch.is_autocast_enabled(images.device.type)
-        if images.dtype != weight.dtype and not castable:
-            raise TypeError(f"images: got {images.dtype}, expected the model's {weight.dtype}")
-        changed = self._family.find_change(self._model)
-        if changed:
-            raise UnsupportedModelError(f"model: since it was patched, {changed}; unpatch it, and patch it again")
-        self._family.check_images(self._model, images)
-        self._check_classes(self.policy)
+        check_call(self._model, self._family, images)
+        check_classes(self.policy, self._model.num_classes, self.guidance.num_classes)
 
-    def _check_classes(self, policy: DropPolicy) -> None:
-        target, guidance = self._model.num_classes, self.guidance.num_classes
-        if not policy.mixes_answers:
-            return
-        if target != guidance:
-            raise ValueError(
-                f"guidance: it knows {guidance} classes and the model {target}, so its answers cannot stand for the "
-                "model's; expected a guidance of the same classes, or a policy with tau=None, blend=0, second_look=None"
-            )
-        if target == 1:
-            raise ValueError(
-                "policy: the confidence of a single class is always 1, so every image would exit; expected tau=None, "
-                "blend=0, second_look=None for a model of one class"
-            )
+    def _replays(self, images: Tensor) -> bool:
+        """Whether graphs could take the call: they hold no gradients, nothing that autocast keeps, and no stages."""
+        kind = images.device.type
+        return has_graphs(kind) and not (self.timed or torch.is_grad_enabled() or torch.is_autocast_enabled(kind))
 
     def _stage(self, seconds: dict[str, float], name: str, images: Tensor) -> AbstractContextManager[None]:
-        return _timed_stage(seconds, name, images.device) if self.timed else nullcontext()
-
-
-@contextmanager
-def _timed_stage(seconds: dict[str, float], name: str, device: torch.device) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    seconds[name] = time.perf_counter() - start
+        return timed_stage(seconds, name, images.device) if self.timed else nullcontext()

@@ -117,6 +117,9 @@ OPTIONS = (
         help="'auto' is bfloat16 where the device computes in it, else float32.",
     ),
     click.option("--compile", is_flag=True, help="Compile the models: the first batches take minutes."),
+    click.option(
+        "--graphs", is_flag=True, help="On a GPU: CUDA graphs, so that small batches do not wait for the host."
+    ),
     click.option("--prepack", is_flag=True, help="On CPU: faster, for the memory of the model's weights once more."),
     click.option("--workers", type=click.IntRange(min=0), default=0, help="Processes that load images."),
     click.option("--stages", is_flag=True, help="Time every stage; a GPU waits at each, so all is a little slower."),
@@ -143,6 +146,7 @@ def make_predictor(
     device: str,
     dtype: str,
     compile: bool,
+    graphs: bool,
     prepack: bool,
     workers: int,
     stages: bool,
@@ -165,7 +169,8 @@ def make_predictor(
         small = load_model(guidance, "guidance")  # before the large one: nobody should wait for it to hear of a mistake
         vit = load_model(model, **options).to(usable(device), DTYPES.get(dtype) or fast_dtype(device))
         check_classifier(vit)  # patch() would speak of the guidance
-        patch(vit, small, law, guidance_size=guidance_size, compile=compile, prepack=prepack).tinydrop.timed = stages
+        ways = {"compile": compile, "graphs": graphs, "prepack": prepack}
+        patch(vit, small, law, guidance_size=guidance_size, **ways).tinydrop.timed = stages
         return Predictor(
             vit,
             batch_size=batch_size,

@@ -20,6 +20,7 @@ from torch.jit import is_tracing  # type: ignore[attr-defined]
 from tinydrop_kernels.checkpoints import load_model
 from tinydrop_kernels.engine import TinyDrop
 from tinydrop_kernels.families import Family, UnsupportedModelError, family_of, find_mismatch
+from tinydrop_kernels.graphs import Graphs, has_graphs
 from tinydrop_kernels.guidance import DEFAULT_GUIDANCE, Guidance
 from tinydrop_kernels.identity import identity_of
 from tinydrop_kernels.ops.types import TimmModule
@@ -36,6 +37,7 @@ def patch(
     guidance_size: int | tuple[int, int] | None = None,
     compile: bool = False,
     prepack: bool = False,
+    graphs: bool = False,
 ) -> TimmModule:
     """Make a timm model drop tokens, in place.
 
@@ -57,6 +59,9 @@ def patch(
         prepack: on CPU, keep the weights of the blocks' linear layers in oneDNN's own layout too: faster, the more so
             the fewer tokens there are, for as much memory again. A change of weights through ``.data`` is not seen.
             Compiled blocks do without.
+        graphs: on a GPU, without gradients and autocast, replay guidance, selection and packing, and the target's
+            blocks and head, from CUDA graphs: small batches do not wait for the host (:mod:`tinydrop_kernels.graphs`).
+            The first two calls of a kind take longer; ``str(model.tinydrop.graphs)`` tells how many were replayed.
 
     Returns:
         The model.
@@ -68,7 +73,8 @@ def patch(
         GuidanceError: the guidance model has no classes or no feature map, or does not take the size.
         PolicyFileError: the policy's file cannot be read, or it is for another model or guidance.
         ValueError, TypeError: an argument out of range; a model that is patched already; guidance with other classes;
-            prepacking of a model that has no stack of blocks, or was made in inference mode.
+            prepacking of a model that has no stack of blocks, or was made in inference mode; graphs of a model that is
+            not on a GPU.
     """
     if isinstance(getattr(model, "tinydrop", None), TinyDrop):
         raise ValueError("model: it is patched already; change model.tinydrop.policy, or unpatch it first")
@@ -97,6 +103,9 @@ def patch(
         raise ValueError(
             "prepack: got a model made in inference mode, whose weights' changes go unseen; make it outside"
         )
+    device = next(model.parameters()).device
+    if graphs and not has_graphs(device.type):
+        raise ValueError(f"graphs: got a model on {device}, expected one on a GPU that has CUDA graphs; move it first")
     with torch.inference_mode(False):  # autograd refuses tensors made in inference mode
         if not isinstance(guidance, Guidance):
             guidance = Guidance(guidance, guidance_size)
@@ -110,7 +119,7 @@ def patch(
     if guidance.in_chans != model.in_chans:
         raise ValueError(f"guidance: it sees {guidance.in_chans} channels and the model {model.in_chans}")
     guidance.compiled = guidance.compiled or compile
-    tinydrop = TinyDrop(model, guidance.eval(), policy, compile)
+    tinydrop = TinyDrop(model, guidance.eval(), policy, compile, Graphs() if graphs else None)
     _follow(model, guidance)
     tinydrop.set_attributes = [
         (model, "tinydrop", tinydrop),
@@ -196,6 +205,8 @@ def _forward(model: TimmModule, x: Tensor, *masks: object, **named_masks: object
 def _apply(model: TimmModule, fn: object, recurse: bool = True) -> TimmModule:
     type(model)._apply(model, fn, recurse)
     _follow(model, model.tinydrop.guidance)
+    if model.tinydrop.graphs is not None:
+        model.tinydrop.graphs.clear()
     return model
 
 

@@ -1,7 +1,9 @@
 """Images in, rows out: what the command line, the demo, benchmarks and data pipelines share."""
 
 import os
+import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -16,9 +18,10 @@ from tqdm import tqdm
 from tinydrop_kernels.checkpoints import class_names
 from tinydrop_kernels.images import MODES, ImageSource, image_transform, load_image
 from tinydrop_kernels.ops.types import TimmModule
+from tinydrop_kernels.pipeline import Answered, Pipeline
 from tinydrop_kernels.prediction import Candidate, Prediction, Seen, predictions
 from tinydrop_kernels.report import Report
-from tinydrop_kernels.timing import check_eval, check_patched, timed
+from tinydrop_kernels.timing import check_eval, check_patched, timed, wait_for
 
 
 class Predictor:
@@ -106,6 +109,7 @@ class Predictor:
         return [rows.get(index) for index in range(len(images))]
 
     def _batches(self, inputs: Iterable[ImageSource], workers: int) -> Iterator[Seen]:
+        weight = next(self.model.parameters())
         # The sampler draws the inputs themselves, not their numbers: so they may be a stream.
         loader = DataLoader(
             self._images,
@@ -113,16 +117,21 @@ class Predictor:
             sampler=enumerate(inputs),
             num_workers=workers,
             collate_fn=_collate,
+            pin_memory=weight.is_cuda,
         )
         total = len(inputs) if isinstance(inputs, Sized) else None
         with tqdm(total=total, unit="image", disable=None if self.progress else True) as bar:
-            for batch in loader:
-                for name, reason in batch.unreadable:
-                    self.unreadable.append((name, reason))
-                    self.on_unreadable(name, reason)
-                if batch.images is not None:
-                    yield self._classify(batch.images, batch.indices, batch.names)
-                bar.update(len(batch.names) + len(batch.unreadable))
+            yield from self._classified(self._readable(loader, bar))
+
+    def _readable(self, loader: Iterable["_Batch"], bar: tqdm) -> Iterator["_Batch"]:
+        """The batches that have images; of others it is told what could not be read."""
+        for batch in loader:
+            for name, reason in batch.unreadable:
+                self.unreadable.append((name, reason))
+                self.on_unreadable(name, reason)
+            if batch.images is not None:
+                yield batch
+            bar.update(len(batch.names) + len(batch.unreadable))
 
     def classify(self, images: Tensor, names: Sequence[str] | None = None) -> Seen:
         """A batch ``(batch, channels, height, width)`` that is normalised for the model already.
@@ -138,33 +147,57 @@ class Predictor:
         names = [f"#{i}" for i in range(len(images))] if names is None else list(names)
         if len(names) != len(images):
             raise ValueError(f"names: got {len(names)}, expected {len(images)}, one for each image")
-        return self._classify(images, list(range(len(images))), names)
+        (seen,) = self._classified([_Batch(images, list(range(len(images))), names, [])])
+        return seen
+
+    def _classified(self, batches: Iterable["_Batch"]) -> Iterator[Seen]:
+        check_eval(self.model)
+        tinydrop, begun = self.model.tinydrop, deque[tuple[_Batch, float]]()
+
+        def images() -> Iterator[Tensor]:
+            for batch in batches:
+                assert batch.images is not None
+                if self.report is None and not begun:
+                    self._warm_up(batch.images)
+                begun.append((batch, time.perf_counter()))
+                yield batch.images
+
+        # What is timed must have the device to itself.
+        pipeline = Pipeline(self.model, overlap=False if self.compare_dense or tinydrop.timed else None)
+        last_end = 0.0
+        for answered in pipeline(images()):
+            batch, start = begun.popleft()
+            wait_for(answered.logits)
+            end = time.perf_counter()
+            yield self._seen(batch, answered, seconds=end - max(start, last_end))
+            last_end = end
 
     @torch.inference_mode()
-    def _classify(self, images: Tensor, indices: list[int], names: list[str]) -> Seen:
-        model = self.model
-        check_eval(model)
-        weight = next(model.parameters())
+    def _warm_up(self, images: Tensor) -> None:
+        weight = next(self.model.parameters())
         images = images.to(weight.device, weight.dtype)
-        if self.report is None:
-            model(images)
-            if self.compare_dense:
-                model.tinydrop.dense(images)
-        logits, seconds = timed(model, images)
-        call = model.tinydrop.last
-        report = replace(model.tinydrop.report(), wall_seconds=seconds)
+        self.model(images)
+        if self.compare_dense:
+            self.model.tinydrop.dense(images)
+        wait_for(images)
+
+    @torch.inference_mode()
+    def _seen(self, batch: "_Batch", answered: Answered, seconds: float) -> Seen:
+        images, logits, call = answered
+        tinydrop = self.model.tinydrop
+        report = replace(tinydrop.report(), wall_seconds=seconds)
         dense: Sequence[Candidate | None] = [None] * len(images)
         guidance = dense
         if call.guidance_logits.shape[1] == logits.shape[1]:
             guidance = self._first(call.guidance_logits)
         if self.compare_dense:
-            dense_logits, seconds = timed(model.tinydrop.dense, images)
-            report = replace(report, dense_seconds=seconds)
+            dense_logits, dense_seconds = timed(tinydrop.dense, images)
+            report = replace(report, dense_seconds=dense_seconds)
             dense = self._first(dense_logits)
             self.agreeing += int((dense_logits.argmax(1) == logits.argmax(1)).sum())
         self.report = report if self.report is None else self.report + report
         candidates = self._candidates(logits, self.top)
-        return Seen(images, call, list(predictions(indices, names, call, candidates, guidance, dense)))
+        return Seen(images, call, list(predictions(batch.indices, batch.names, call, candidates, guidance, dense)))
 
     def _first(self, logits: Tensor) -> list[Candidate]:
         return [first for first, *_ in self._candidates(logits, 1)]

@@ -1,14 +1,18 @@
-"""From images to the packed tokens that enter the target's blocks, each image at its own grid."""
+"""From images to packed tokens, each image at its own grid; and from tokens to logits by a CUDA graph."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from tinydrop_kernels import ops
+from tinydrop_kernels.buckets import Bucket
 from tinydrop_kernels.families import Family
 from tinydrop_kernels.families.grids import resized_images
+from tinydrop_kernels.graphs import Graphs
 from tinydrop_kernels.ops import Packed, Part
 from tinydrop_kernels.ops.tracing import eager
-from tinydrop_kernels.ops.types import TimmModule
+from tinydrop_kernels.ops.types import Grid, TimmModule
 
 
 @eager  # one launch a grid; compiled, every mix of grids would be a graph of its own
@@ -43,3 +47,41 @@ def embed_parts(
     if positions:
         packed = packed._replace(positions=torch.cat(positions))
     return tokens[0] if len(tokens) == 1 else torch.cat(tokens), packed
+
+
+def replay_blocks(
+    graphs: Graphs,
+    model: TimmModule,
+    family: Family,
+    encode: Callable[..., tuple[Tensor, Packed]],
+    tokens: Tensor,
+    packed: Packed,
+    dense: Grid,
+) -> Tensor | None:
+    """Logits ``(segments, classes)`` from a graph, or None where there is none for such a batch.
+
+    There is none for a family that asks where each token is, as its layout is more than ``cu_seqlens``.
+
+    Args:
+        graphs: the model's.
+        model, family: the target.
+        encode: the family's, compiled or not.
+        tokens, packed: from :func:`embed_parts`.
+        dense: rows and columns of the dense grid.
+    """
+    if family.READS_POSITIONS:
+        return None
+    prefix = family.num_prefix_tokens(model)
+    bucket = Bucket.of(packed, prefix, prefix + dense[0] * dense[1])
+
+    def stage(tokens: Tensor, cu_seqlens: Tensor, fillings: Tensor) -> Tensor:
+        read = encode(model, tokens, Packed(cu_seqlens, bucket.max_seqlen, bucket.rows), [])
+        return family.classify(model, *read)
+
+    logits: Tensor | None = graphs.blocks.answer(
+        (bucket, tokens.dtype, encode),
+        stage,
+        lambda: bucket.make(tokens),
+        lambda *inputs: bucket.fill(inputs, tokens, packed.cu_seqlens),
+    )
+    return None if logits is None else logits[: len(packed.cu_seqlens) - 1]

@@ -2,7 +2,8 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TypeVar
 
@@ -15,6 +16,12 @@ from tinydrop_kernels.report import Report
 T = TypeVar("T")
 
 
+def wait_for(tensor: Tensor) -> None:
+    """Wait until the current stream of a tensor's device has done all that it was told to."""
+    if tensor.device.type != "cpu":
+        torch.accelerator.current_stream(tensor.device).synchronize()
+
+
 def timed(call: Callable[[Tensor], T], images: Tensor) -> tuple[T, float]:
     """What a call with the images returns, and the seconds it took, their device's work included."""
     _synchronize(images)
@@ -22,6 +29,16 @@ def timed(call: Callable[[Tensor], T], images: Tensor) -> tuple[T, float]:
     answer = call(images)
     _synchronize(images)
     return answer, time.perf_counter() - start
+
+
+@contextmanager
+def timed_stage(seconds: dict[str, float], name: str, device: torch.device) -> Iterator[None]:
+    """Add the seconds of what is done within to those of its name; on a GPU until it has done it."""
+    start = time.perf_counter()
+    yield
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 @torch.inference_mode()

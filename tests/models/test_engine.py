@@ -25,7 +25,7 @@ def test_blend_is_a_mixture_of_probabilities(model):
     images = varied_images(16, 64)
     target = model(images)
     exited = model.tinydrop.last.exited
-    guided = model.tinydrop.plan(images).guided.logits
+    guided = model.tinydrop.plan(images).guidance_logits
     model.tinydrop.policy = tdk.DropPolicy(**REDUCED, blend=0.3, second_look=None)
     out = model(images)
     assert 0 < exited.sum() < 16
@@ -39,7 +39,7 @@ def test_second_look_is_dense_where_the_first_is_in_doubt(model):
     images = varied_images(24, 64)
     first, dense = model(images), model.tinydrop.dense(images)
     exited = model.tinydrop.last.exited
-    guided = model.tinydrop.plan(images).guided.logits
+    guided = model.tinydrop.plan(images).guidance_logits
     confidence, predicted = first.softmax(1).max(1)
     agrees = predicted == guided.argmax(1)
     bars = confidence[~exited & agrees].median().item(), confidence[~exited].quantile(0.7).item()
@@ -76,7 +76,7 @@ def test_the_order_of_the_batch_is_kept(model):
         assert b in part.images.tolist()
         single = plan._replace(
             selection=type(plan.selection)(*(t[b : b + 1] for t in plan.selection)),
-            guided=plan.guided._replace(logits=plan.guided.logits[b : b + 1]),
+            guidance_logits=plan.guidance_logits[b : b + 1],
         )
         packed, parts = tdk.ops.pack(single.selection.counts, single.selection.levels, plan.levels, 1)
         alone = model.tinydrop.run(images[b : b + 1], single._replace(packed=packed, parts=parts))

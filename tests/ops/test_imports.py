@@ -19,6 +19,7 @@ FACE = "tinydrop_kernels"  # the package's own __init__, which is lazy and may n
 # The lowest first; a module belongs where it is found first, and may import what is in lower rooms.
 ROOMS = (
     ("version", "compiling", "precision", "ops.types", "ops.tracing", "_C"),
+    ("graphs",),
     ("ops.kernels", "ops.kernels.*"),
     ("ops.registry", "ops.saliency", "ops.cuda_extension"),
     ("ops.gather", "ops.attention_reference"),
@@ -35,9 +36,11 @@ ROOMS = (
     ("families.costs", "families.swin_checks", "families.swin_costs"),
     ("families.*",),
     ("families",),
-    ("report", "target", "features"),
+    ("buckets", "plan"),
+    ("report", "target", "features", "callcheck"),
+    ("timing",),
     ("engine",),
-    ("patching", "prediction", "timing"),
+    ("patching", "prediction", "pipeline"),
     ("predictor", "visualize"),
     ("calibration.table", "calibration.bounds"),
     ("calibration.sweep", "calibration.collection"),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tinydrop_kernels import ops
+from tinydrop_kernels.ops.packing import pack_alike
 from tinydrop_kernels.ops.types import Grid, Packed, Part, TimmModule
 
 
@@ -135,11 +136,8 @@ def _everything(
     family: Family, model: TimmModule, images: int, patches: int, grid: Grid
 ) -> tuple[Tensor, Packed, list[Part]]:
     """Indices and layout of images that all keep the first patches of the grid."""
-    device = next(model.parameters()).device
     prefix = family.num_prefix_tokens(model)
-    counts = torch.full((images,), patches, dtype=torch.int32, device=device)
-    packed, parts = ops.pack(counts, torch.zeros_like(counts), [grid], prefix)
-    indices = torch.arange(patches, dtype=torch.int32, device=device).expand(images, -1)
+    indices, packed, parts = pack_alike(images, patches, grid, prefix, next(model.parameters()).device)
     positions = ops.patch_positions(indices, packed.cu_seqlens, packed.total, prefix)
     return indices, packed._replace(positions=positions), parts
 

@@ -1,7 +1,7 @@
 """The layout of a ragged batch, and the one read back from the device."""
 
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,36 @@ from tinydrop_kernels.ops.tracing import eager
 from tinydrop_kernels.ops.types import Grid, Packed, Part
 
 
-@eager  # it ends a graph anyway, and what is read back would be taken for constants
+class Packing(NamedTuple):
+    """A batch laid out on its device, of which the host knows nothing before :meth:`read`."""
+
+    order: Tensor  # int32 (batch,): the images by level, those that exited last
+    cu_seqlens: Tensor  # int32 (batch + 1,): where the segment of each begins, in that order, and the total
+    sizes: Tensor  # int32 (2 * grids + 2,): longest segment, total, images of each grid, rows of each
+    grids: list[Grid]
+
+    @eager  # it ends a graph anyway, and what is read back would be taken for constants
+    def read(self) -> tuple[Packed, list[Part]]:
+        """What :func:`pack` returns. Waits for the device, or for the current stream of a GPU."""
+        max_seqlen, total, *by_level = self.sizes.tolist()
+        images, rows = by_level[: len(self.grids)], by_level[len(self.grids) :]
+        starts = list(accumulate(images, initial=0))
+        parts, first_row = [], 0
+        for level, (start, end) in enumerate(pairwise(starts)):
+            if end > start:
+                own_starts = self.cu_seqlens[start : end + 1]
+                own_starts = own_starts - first_row if first_row else own_starts
+                parts.append(Part(self.grids[level], self.order[start:end], own_starts, rows[level]))
+                first_row += rows[level]
+        return Packed(self.cu_seqlens[: starts[-1] + 1], max_seqlen, total), parts
+
+
+def lay_out(counts: Tensor, levels: Tensor, grids: list[Grid], num_prefix_tokens: int) -> Packing:
+    """:func:`pack` without the read-back: on a GPU the host does not wait."""
+    order, cu_seqlens, sizes = _op(counts, levels, len(grids), num_prefix_tokens)
+    return Packing(order, cu_seqlens, sizes, grids)
+
+
 def pack(counts: Tensor, levels: Tensor, grids: list[Grid], num_prefix_tokens: int) -> tuple[Packed, list[Part]]:
     """Lay the kept tokens of a batch behind one another, images of one grid beside one another.
 
@@ -28,17 +57,22 @@ def pack(counts: Tensor, levels: Tensor, grids: list[Grid], num_prefix_tokens: i
     Returns:
         The layout, and its parts, one for each grid in use, in the order in which their rows are packed.
     """
-    order, cu_seqlens, sizes = _op(counts, levels, len(grids), num_prefix_tokens)
-    max_seqlen, total, *by_level = sizes.tolist()
-    images, rows = by_level[: len(grids)], by_level[len(grids) :]
-    starts = list(accumulate(images, initial=0))
-    parts, first_row = [], 0
-    for level, (start, end) in enumerate(pairwise(starts)):
-        if end > start:
-            own_starts = cu_seqlens[start : end + 1] - first_row if first_row else cu_seqlens[: end + 1]
-            parts.append(Part(grids[level], order[start:end], own_starts, rows[level]))
-            first_row += rows[level]
-    return Packed(cu_seqlens[: starts[-1] + 1], max_seqlen, total), parts
+    return lay_out(counts, levels, grids, num_prefix_tokens).read()
+
+
+def pack_alike(
+    images: int, patches: int, grid: Grid, num_prefix_tokens: int, device: torch.device
+) -> tuple[Tensor, Packed, list[Part]]:
+    """:func:`pack` of images that all keep the first patches of one grid, which needs no read-back.
+
+    Returns:
+        The indices of those patches, int32 ``(images, patches)``, the layout, and its one part.
+    """
+    length = num_prefix_tokens + patches
+    places = torch.arange(max(patches, images + 1), dtype=torch.int32, device=device)
+    cu_seqlens = places[: images + 1] * length
+    packed = Packed(cu_seqlens, length, images * length)
+    return places[:patches].expand(images, -1), packed, [Part(grid, places[:images], cu_seqlens, packed.total)]
 
 
 def patch_positions(indices: Tensor, cu_seqlens: Tensor, total: int, num_prefix_tokens: int) -> Tensor:

@@ -1,0 +1,176 @@
+"""CUDA graphs: what a patched model does on the device, recorded once for each kind of call, then replayed.
+
+At small batches the host takes longer to launch a ViT's kernels than a GPU to run them. A graph launches all of them at
+once, but at fixed addresses, in fixed sizes and without a read-back. So there are two stages, on either side of the one
+read-back of a batch: guidance, selection and packing, recorded by the shape of the images; and blocks and head, by a
+bucket of rows (:mod:`tinydrop_kernels.buckets`).
+
+A kind of call that is met for the first time runs without a graph, the second time it is recorded, which takes as long
+as a few calls. Of each stage so many graphs are kept, the least recently used goes first; the graphs of a stage share
+their memory, so that they take little more than the largest of them.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from tinydrop_kernels.ops.tracing import eager
+
+DEVICES = ("cuda",)
+MOST_GRAPHS = 16  # of a stage
+MOST_IMAGES = 64  # beyond these sizes launching takes the host less time than the work takes the device: reckoned from
+MOST_ROWS = 8192  # launches and FLOPs, not measured
+
+Stage = Callable[..., Any]  # from the tensors it works on to tensors, in tuples as it likes
+
+
+class Recording(NamedTuple):
+    """A stage that is ready to be replayed on whatever lies in its inputs; ``outputs`` are overwritten each time."""
+
+    inputs: tuple[Tensor, ...]
+    outputs: Any
+    replay: Callable[[], None]
+
+
+class Graphs:
+    """The graphs of a patched model, as ``model.tinydrop.graphs``. A copy of it, and what is pickled, is empty."""
+
+    def __init__(self) -> None:
+        self.front = StageGraphs()
+        self.blocks = StageGraphs()
+        self._watched: _Watched | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Graphs, ()
+
+    def __str__(self) -> str:
+        return f"guidance, selection and packing: {self.front}; blocks and head: {self.blocks}"
+
+    def clear(self) -> None:
+        """Forget all graphs and give their memory back."""
+        self.front.clear()
+        self.blocks.clear()
+
+    def check(self, model: nn.Module) -> None:
+        """Forget the graphs if weights, modules or hooks of the model are others than at the last call.
+
+        A graph reads weights where they were and runs no hook. Weights that were changed in place are where they were.
+        """
+        if self._watched is None or self._watched.state != self._watched.now():
+            if self._watched is not None:
+                self.clear()
+            self._watched = _Watched(list(model.modules()))
+
+
+class StageGraphs:
+    """The graphs of one stage. Many threads may call it, on streams of their own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._found: OrderedDict[Hashable, Recording | None] = OrderedDict()
+        self._pool: Any = None
+        self._stream: Any = None
+        self.recorded = self.replayed = self.not_replayed = 0
+
+    def __str__(self) -> str:
+        return f"{self.recorded} recorded, {self.replayed} calls replayed, {self.not_replayed} not"
+
+    def clear(self) -> None:
+        """Forget them."""
+        with self._lock:
+            self._found.clear()
+            self._pool = None
+
+    @eager
+    def answer(
+        self, kind: Hashable, stage: Stage, make: Callable[[], tuple[Tensor, ...]], fill: Callable[..., None]
+    ) -> Any:
+        """What ``stage(*inputs)`` answers, in new tensors; None where it is for the caller to run it.
+
+        Args:
+            kind: of calls of which one graph serves all.
+            stage: must work on its inputs alone, and always alike.
+            make: makes its inputs, of values that it can work on.
+            fill: writes this call's inputs over those.
+
+        Raises:
+            RuntimeError: the stage cannot be recorded.
+        """
+        with self._lock:
+            is_new, recording = kind not in self._found, self._found.get(kind)
+            self._found[kind] = recording
+            self._found.move_to_end(kind)
+            if is_new:
+                if len(self._found) > MOST_GRAPHS:
+                    self._found.popitem(last=False)
+                self.not_replayed += 1
+                return None
+            if recording is None:
+                recording = self._found[kind] = self._recorded(stage, make)
+            self._wait_for_other_streams(recording.inputs[0].device)
+            fill(*recording.inputs)
+            recording.replay()
+            self.replayed += 1
+            return pytree.tree_map_only(Tensor, Tensor.clone, recording.outputs)
+
+    def _recorded(self, stage: Stage, make: Callable[[], tuple[Tensor, ...]]) -> Recording:
+        with torch.inference_mode(False), torch.no_grad():  # what inference mode makes, it alone can write to
+            inputs = make()
+            try:
+                self._pool, recording = record(stage, inputs, self._pool)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                raise RuntimeError(f"graphs: no CUDA graph can hold this model; patch it without: {error}") from error
+        self.recorded += 1
+        return recording
+
+    def _wait_for_other_streams(self, device: torch.device) -> None:
+        """Two must not work on the same tensors at once."""
+        if device.type == "cuda":
+            stream = torch.cuda.current_stream(device)
+            if self._stream is not None and stream != self._stream:
+                stream.wait_stream(self._stream)
+            self._stream = stream
+
+
+def has_graphs(device_type: str) -> bool:
+    """Whether there are graphs for such a device."""
+    return device_type in DEVICES
+
+
+def record(stage: Stage, inputs: tuple[Tensor, ...], pool: Any) -> tuple[Any, Recording]:
+    """Run a stage to warm it up, then record it; memory comes from the pool, a new one where there is none yet."""
+    with torch.cuda.device(inputs[0].device):
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):  # what is compiled, tuned or allocated once is so before it is recorded
+            stage(*inputs)
+        torch.cuda.current_stream().wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        pool = torch.cuda.graph_pool_handle() if pool is None else pool
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other threads work on
+            outputs = stage(*inputs)
+    return pool, Recording(inputs, outputs, graph.replay)
+
+
+class _Watched:
+    """What a graph of a model would not see change: which modules are in which, where their weights are, and hooks."""
+
+    def __init__(self, modules: list[nn.Module]):
+        self._children = [module._modules for module in modules if module._modules]
+        self._tensors = [named for module in modules for named in (module._parameters, module._buffers) if named]
+        self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self.state = self.now()
+
+    def now(self) -> tuple[Any, ...]:
+        children = list(chain.from_iterable(named.values() for named in self._children))
+        tensors = chain.from_iterable(named.values() for named in self._tensors)
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        return children, pointers, [list(hooks) for hooks in self._hooks if hooks]
