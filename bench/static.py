@@ -1,6 +1,6 @@
 """What the compiler made of every kernel in every configuration shipped, for GPUs that need not be here.
 
-    python bench/static.py [--json FILE] [--table FILE] [--summary FILE [--beside JSON]]
+    python bench/static.py [--every N] [--json FILE] [--table FILE] [--summary FILE [--beside JSON]]
 
 Each operator's own Triton implementation is called on CPU tensors of typical shapes, with launches turned into
 compilations, so that what is inspected is exactly what would run: the same tiles, warps and argument specialisations.
@@ -22,6 +22,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -237,12 +238,14 @@ def calls() -> Iterator[tuple[str, str, tuple]]:
     yield "pack", "", (counts, torch.zeros_like(counts), len(LEVELS), 1)
 
 
-def inspect(capabilities=CAPABILITIES, only: str = "") -> list[dict]:
-    """Facts of every distinct binary."""
+def inspect(capabilities=CAPABILITIES, only: str = "", every: int = 1) -> list[dict]:
+    """Facts of every distinct binary, or of one of so many calls of each operator."""
     rows, seen = [], set()
     for capability in capabilities:
+        met: Counter = Counter()
         for operator, shape, arguments in calls():
-            if only not in operator:
+            met[operator] += 1
+            if only not in operator or (met[operator] - 1) % every:
                 continue
             kernel = next(i for i in ops.OPERATORS[operator].implementations if i.name == "triton")
             with compiling_for(capability) as compiled:
@@ -310,13 +313,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capabilities", type=int, nargs="+", default=CAPABILITIES)
     parser.add_argument("--only", default="", help="operators whose name holds this")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="of each operator one call in N")
     parser.add_argument("--json", type=Path, help="write every binary's figures")
     parser.add_argument("--table", type=Path, help="write them as a table")
     parser.add_argument("--summary", type=Path, help="write a line for each kernel and capability")
     parser.add_argument("--beside", type=Path, metavar="JSON", help="another Triton's figures, for the summary")
     args = parser.parse_args()
     beside = json.loads(args.beside.read_text()) if args.beside else []
-    rows = inspect(args.capabilities, args.only)
+    rows = inspect(args.capabilities, args.only, args.every)
     if args.json:
         args.json.write_text(json.dumps(rows))
     if args.table:

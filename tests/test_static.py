@@ -1,4 +1,6 @@
-"""Every configuration shipped, compiled for GPUs that are not here: no spills, and tensor cores where they belong.
+"""What is shipped, compiled for GPUs that are not here: no spills, and tensor cores where they belong.
+
+Every configuration for sm_90, and one in three for the others: all of them where TINYDROP_ALL_BINARIES is set.
 
 In processes of its own, because Triton decides when it is imported whether kernels are interpreted or compiled. With
 the installed Triton, and with the oldest that is supported where it lies beside (bench/static.py says how to get it).
@@ -31,7 +33,8 @@ def binaries(tmp_path_factory):
         if TRITONS[version]:
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, (TRITONS[version], environment.get("PYTHONPATH"))))
         file = folder / f"{version} {capability}.json"
-        command = [sys.executable, STATIC, "--capabilities", str(capability), "--json", file]
+        every = "1" if capability == 90 or os.environ.get("TINYDROP_ALL_BINARIES") else "3"
+        command = [sys.executable, STATIC, "--capabilities", str(capability), "--every", every, "--json", file]
         return file, subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
