@@ -2,8 +2,8 @@
 
 Triton's ``kernel[grid](...)`` finds out at every call what each argument would specialise a kernel on. Whoever launches
 knows: what is the same for two calls is the same binary. So the first call goes Triton's way, which compiles and
-returns the binary; later ones launch that as Triton's fused-softmax tutorial does, by ``compiled[grid](*arguments)``.
-What is set in Triton's knobs or added to its hooks before a launch after that bears on nothing.
+returns the binary; later ones do with it what ``compiled[grid](*arguments)`` does, as Triton's fused-softmax tutorial has
+it, but for looking at Triton's knobs and hooks: what is set there after the first launch bears on nothing.
 """
 
 from collections.abc import Hashable
@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
+from triton.runtime import driver
 
 # A release whose launcher wants other arguments would read the wrong ones: each is looked at before it is listed here.
 # AMD's specialises on more.
@@ -42,17 +43,18 @@ class Launcher:
 
     def __call__(self, grid: tuple[int, int, int], arguments: tuple[Any, ...], are_aligned: bool = True) -> None:
         """All of the kernel's arguments, constants too, in its order; ``are_aligned`` as ``same`` says."""
-        if self.is_alone and are_aligned and self.compiled is not None:  # nearly always
-            self.compiled[grid](*arguments)
-        elif self.is_alone:
+        if self.is_alone:
             self._launch(grid, arguments, are_aligned)
         else:
             with torch.cuda.device(self.device):
                 self._launch(grid, arguments, are_aligned)
 
     def _launch(self, grid: tuple[int, int, int], arguments: tuple[Any, ...], are_aligned: bool) -> None:
-        if are_aligned and self.compiled is not None:
-            self.compiled[grid](*arguments)
+        compiled = self.compiled
+        if are_aligned and compiled is not None:  # nearly always
+            gpu = driver.active
+            stream = gpu.get_current_stream(gpu.get_current_device())
+            compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
             return
         compiled = self.kernel[grid](*arguments, **self.options)  # None in the interpreter
         if are_aligned and IS_KNOWN and isinstance(compiled, CompiledKernel):
