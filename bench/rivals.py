@@ -3,7 +3,7 @@
 import copy
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from measure import CUDA, DEVICE
-from mixes import DISTINCT, SpreadConfidences, cost, dense_cost, policy_of
+from mixes import DISTINCT, SpreadConfidences, cost, dense_cost, policy_of, spread
 from padded import PaddedDropping
 from tome import TokenMerging, total_for
 from torch import Tensor
@@ -140,11 +140,13 @@ class Case:
         def flops() -> int:
             return model.tinydrop.report().flops
 
-        return Way(name, model, self.batches, self.batch, turn_to, flops, captures=mode == "graphed")
+        alone = spread(1, DISTINCT)[:, 0].tolist() if self.batch == 1 else []
+        exits = [policy.tau is not None and confidence > policy.tau for confidence in alone]
+        return Way(name, model, self.batches, self.batch, turn_to, flops, exits, captures=mode == "graphed")
 
     def _padded(self, name: str, mode: str) -> Way:
         way = self._through(name, mode, self.policy)
-        return Way(name, PaddedDropping(self.subject.dense, way.call), self.batches, self.batch, way.turn_to)
+        return replace(way, call=PaddedDropping(self.subject.dense, way.call), flops=None)
 
     def _tome(self, name: str, mode: str) -> Way:
         dense = self.subject.dense

@@ -31,6 +31,7 @@ class Way:
     images: int  # of a batch
     turn_to: Callable[[int], None] = nothing  # before each call, untimed, with the batch's number
     flops: Callable[[], int] | None = None  # of the call before; None: they are counted while it runs
+    exits: Sequence[bool] = ()  # of the batches of a round, where one is one image
     captures: bool = False  # whether its memory is taken when it is first called, in a CUDA graph
     round_flops: int = 0
     round_seconds: list[float] = field(default_factory=list)
@@ -187,10 +188,12 @@ def figures(way: Way, dense: Sequence[Way], dense_round_flops: int) -> dict[str,
         dense: the ways whose fastest it is held against.
         dense_round_flops: of a round, dense.
     """
+    exits = [waited for turn, waited in enumerate(way.waited) if way.exits and way.exits[turn % len(way.exits)]]
     found: dict[str, Any] = {
         "images_per_s": way.images * len(way.batches) / statistics.median(way.round_seconds),
         "p50_ms": 1e3 * statistics.median(way.waited),
         "p99_ms": 1e3 * sorted(way.waited)[int(0.99 * len(way.waited))],
+        "exit_ms": 1e3 * statistics.median(exits) if exits else None,
         "calls": len(way.waited),
         "flops_ratio": dense_round_flops / way.round_flops,
         "gb": None if way.peak_bytes is None else way.peak_bytes / 1e9,
