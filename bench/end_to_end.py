@@ -40,12 +40,12 @@ from tinydrop_kernels.precision import fast_dtype
 
 MODELS = ("vit_base_patch16_224", "vit_large_patch16_224", "deit3_large_patch16_224", "vit_large_patch14_dinov2")
 DEFAULTS = {"models": MODELS if CUDA else MODELS[:1], "batches": (1, 8, 64, 256) if CUDA else (1, 8, 32)}
-DEFAULTS |= {"mixes": tuple(EXITS_ABOVE), "ways": WAYS, "rounds": 30 if CUDA else 5}
+DEFAULTS |= {"mixes": tuple(EXITS_ABOVE), "ways": WAYS, "rounds": 10 if CUDA else 5}
 SETTING = {"options": {"num_classes": 1000}, "guidance": "efficientformer_l1", "guidance_size": None}
 # Seconds, and figures that mean nothing. The guidance is as large, beside the model, as for the others.
 SMOKE = {"models": ("vit_tiny_patch16_224",), "batches": (1, 8), "mixes": tuple(EXITS_ABOVE), "rounds": 2}
 SMOKE |= {"ways": tuple(way for way in WAYS if not way.endswith("compiled"))}
-SMOKE_SETTING = {"options": {"num_classes": 10, "depth": 6}, "guidance": "test_byobnet", "guidance_size": 224}
+SMOKE_SETTING = {"options": {"num_classes": 10, "depth": 6}, "guidance": "test_byobnet", "guidance_size": 256}
 
 
 def measured(subject: Subject, batch: int, percent: int, args: argparse.Namespace, clock: Any, is_late: Any) -> Any:

@@ -189,7 +189,7 @@ models() { # JSON DEADLINE ARGUMENTS...
         { failed=1; echo "$json: FAILED" >>"$results/gpu_bench.txt"; }
 }
 few=()
-whole=(--models vit_large_patch16_224 --mixes 20 50 --batches 1 256 8 64) # those that bars are of come first
+whole=(--models vit_large_patch16_224 --mixes 20 50 --batches 1 256 8 64 --rounds 8) # those that bars are of come first
 ((rehearsed)) && few=(-k "b1-14x14-keep0.5") whole=(--smoke --mixes 20)
 models gpu_models.json 270 --ways dense ours exits tome padded resolution --profile dense ours
 models gpu_models_graphed.json 330 --ways dense dense-graphed ours ours-graphed

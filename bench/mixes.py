@@ -58,8 +58,8 @@ def cost(model: Any, guidance_flops: int, policy: DropPolicy) -> int:
     """FLOPs of a mix's ``DISTINCT`` images, guidance counted, as a report counts them."""
     family, grids = family_of(model), coarser_grids(model.patch_embed.grid_size)
     counts, levels = ops.apply_law(spread(DISTINCT, DISTINCT)[0], grids, policy.law)
-    of_grids = (family.flops(model, counts[levels == level].tolist(), grid) for level, grid in enumerate(grids))
-    return sum(of_grids) + DISTINCT * guidance_flops
+    by_grid = ((grid, counts[levels == level].tolist()) for level, grid in enumerate(grids))
+    return sum(family.flops(model, own, grid) for grid, own in by_grid if any(own)) + DISTINCT * guidance_flops
 
 
 def dense_cost(model: Any) -> int:
@@ -84,12 +84,15 @@ def policy_of(model: Any, guidance_flops: int, percent: int) -> DropPolicy:
         # No second look: random weights are never sure, and all images would go through dense after all.
         return DropPolicy(EXITS_ABOVE[percent], 2.0**log_gamma, 0.05, coarsen=0.6, blend=0.2, second_look=None)
 
-    aim, low, high = percent / 100 * dense_cost(model), -10.0, 10.0
-    for _ in range(30):  # the more gamma, the more is spent
+    def error(policy: DropPolicy) -> float:
+        return cost(model, guidance_flops, policy) / dense - percent / 100
+
+    dense, low, high = dense_cost(model), -10.0, 10.0
+    for _ in range(16):  # the more gamma, the more is spent
         middle = (low + high) / 2
-        low, high = (middle, high) if cost(model, guidance_flops, with_gamma(middle)) < aim else (low, middle)
-    nearest = min(map(with_gamma, (low, high)), key=lambda policy: abs(cost(model, guidance_flops, policy) - aim))
-    found = cost(model, guidance_flops, nearest) / dense_cost(model)
-    if found > percent / 100 + TOLERANCE or (percent < 100 and found < percent / 100 - TOLERANCE):
-        raise ValueError(f"percent: got {percent}, and the nearest mix has {100 * found:.1f} % of dense FLOPs")
+        low, high = (middle, high) if error(with_gamma(middle)) < 0 else (low, middle)
+    nearest = min(map(with_gamma, (low, high)), key=lambda policy: abs(error(policy)))
+    off = error(nearest)
+    if off > TOLERANCE or (off < -TOLERANCE and percent < 100):
+        raise ValueError(f"percent: got {percent}, and the nearest mix has {percent + 100 * off:.1f} % of dense FLOPs")
     return nearest

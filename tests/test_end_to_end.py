@@ -51,7 +51,7 @@ class TestTokenMerging:
         images = varied_images(3)
         assert close(tome.TokenMerging(model, 0)(images), model(images))
 
-    @pytest.mark.parametrize("total", [0, 1, 7, 12])
+    @pytest.mark.parametrize("total", [0, 1, 7, 10])
     @torch.inference_mode()
     def test_tokens_and_flops(self, model, total):
         merging, images = tome.TokenMerging(model, total), varied_images(2)
@@ -68,7 +68,7 @@ class TestTokenMerging:
         assert tome.merged_by_layer(196, 12, 12 * 8) == [8] * 12  # the paper's r = 8
 
     def test_the_nearest_in_flops_is_taken(self, model):
-        assert [tome.total_for(model, tome.flops(model, total) + 1) for total in (0, 5, 11)] == [0, 5, 11]
+        assert [tome.total_for(model, tome.flops(model, total) + 1) for total in (0, 5, 10)] == [0, 5, 10]
 
     def test_the_most_similar_are_merged_and_means_are_kept(self):
         """Against the paper's steps one by one, in float64."""
@@ -122,16 +122,15 @@ class TestPaddedDropping:
 
 
 class TestMixes:
-    @pytest.mark.parametrize("name", end_to_end.MODELS)
-    @pytest.mark.parametrize("percent", mixes.EXITS_ABOVE)
-    def test_hit_their_share(self, name, percent):
-        with torch.device("meta"):
-            model = timm.create_model(name, num_classes=1000)
+    @pytest.mark.parametrize("name", end_to_end.MODELS[:: len(end_to_end.MODELS) - 1])  # the smallest and the largest
+    def test_hit_their_share(self, name):
+        model = timm.create_model(name, num_classes=1000, device="meta")
         guidance = 2_582_569_472  # EfficientFormer-L1's
-        share = mixes.cost(model, guidance, mixes.policy_of(model, guidance, percent)) / mixes.dense_cost(model)
-        assert share <= percent / 100 + 0.02
-        # Where everything is kept the last block is cheaper than dense's.
-        assert share >= percent / 100 - (0.04 if percent == 100 else 0.02)
+        for percent in mixes.EXITS_ABOVE:
+            share = mixes.cost(model, guidance, mixes.policy_of(model, guidance, percent)) / mixes.dense_cost(model)
+            assert share <= percent / 100 + 0.02
+            # Where everything is kept the last block is cheaper than dense's.
+            assert share >= percent / 100 - (0.04 if percent == 100 else 0.02)
 
     @pytest.mark.parametrize("percent", mixes.EXITS_ABOVE)
     @torch.inference_mode()
@@ -176,19 +175,24 @@ class TestWays:
         assert answers[0].shape == (8, 10) if name == "onnx" else answers.shape == (8, 10)
         if name == "onnx":
             assert close(torch.from_numpy(answers[0]), subject.dense(way.batches[0]))
-        elif name.startswith(("ours", "exits")):  # the counter does not know our attention
+        elif name == "ours-prepacked":  # the counter knows neither oneDNN's linear layers
+            assert case.subject.patched("prepacked")[0].tinydrop.report().flops == way.round_flops
+        elif name in ("ours", "exits"):  # nor our attention
             assert 0.8 < counter.get_total_flops() / way.round_flops <= 1
         else:
             assert counter.get_total_flops() == way.round_flops
         equal = {"dense": 8 * case.dense_flops} | dict.fromkeys(("tome", "resolution"), 8 * case.image_flops)
         if name in equal:
-            assert way.round_flops == pytest.approx(equal[name], rel=0.05)
+            assert way.round_flops == pytest.approx(equal[name], rel=0.1)  # of 14 x 14 patches, sides are far apart
 
+    @torch.inference_mode()
     def test_exits_alone_pay_for_what_stays(self, subject):
-        ours, exits = (rivals.Case(subject, 8, 20).way(name) for name in ("ours", "exits"))
-        for way in (ours, exits):
-            way.attempt(turns.warm_up)
-        assert exits.round_flops > 0.5 * subject.dense.num_classes and exits.round_flops > 2 * ours.round_flops
+        case = rivals.Case(subject, 8, 20)
+        way = case.way("exits")
+        way.attempt(turns.warm_up)
+        assert way.round_flops == mixes.cost(subject.dense, subject.guidance_flops, tdk.DropPolicy.cascade(0.5))
+        # Half of the images exit, and the target's last block is cheaper than dense's.
+        assert 0.4 < (way.round_flops / 8 - subject.guidance_flops) / case.dense_flops < 0.5
         with pytest.raises(rivals.NotMeasured, match="no image exits"):
             rivals.Case(subject, 8, 100).way("exits")
 
