@@ -185,20 +185,24 @@ models() { # JSON DEADLINE ARGUMENTS...
         return
     fi
     timeout $((deadline + 25 - SECONDS)) "$python" bench/end_to_end.py --json "$results/$json" \
-        --deadline $((deadline - SECONDS)) "${whole[@]}" "$@" >>"$results/gpu_bench.txt" 2>&1 ||
+        --deadline $((deadline - SECONDS)) "$@" >>"$results/gpu_bench.txt" 2>&1 ||
         { failed=1; echo "$json: FAILED" >>"$results/gpu_bench.txt"; }
 }
-few=()
-whole=(--models vit_large_patch16_224 --mixes 20 50 --batches 1 256 8 64 --rounds 8) # those that bars are of come first
-((rehearsed)) && few=(-k "b1-14x14-keep0.5") whole=(--smoke --mixes 20)
-models gpu_models.json 270 --ways dense ours exits tome padded resolution --profile dense ours
-models gpu_models_graphed.json 330 --ways dense dense-graphed ours ours-graphed
+few=() large=(--models vit_large_patch16_224 --mixes 20 50 --batches 1 256 8 64 --rounds 8)
+eager=(dense ours exits tome padded resolution) graphed=(dense-graphed ours-graphed)
+if ((rehearsed)); then # all in one process, which a CPU takes long to start
+    few=(-k "b1-14x14-keep0.5")
+    models gpu_models.json 330 --smoke --mixes 20 --rounds 1 --ways "${eager[@]}" "${graphed[@]}" --profile dense ours
+else # each in a process of its own, lest a crash cost what was measured before
+    models gpu_models.json 290 "${large[@]}" --ways "${eager[@]}" --profile dense ours
+    models gpu_models_graphed.json 330 "${large[@]}" --ways dense ours "${graphed[@]}"
+fi
 bench gpu.json 410 bench --ignore bench/test_varlen_attention.py --compiled none "${few[@]}"
 bench gpu_attention.json 480 bench/test_varlen_attention.py "${few[@]}"
 if ((rehearsed)); then # compiling takes a CPU minutes
     few=(-k "b1-14x14-keep0.5 and segment_pool")
 else
-    models gpu_models_compiled.json 505 --ways dense dense-compiled ours ours-compiled
+    models gpu_models_compiled.json 505 "${large[@]}" --ways dense dense-compiled ours ours-compiled
 fi
 bench gpu_compiled.json 540 bench --ignore bench/test_varlen_attention.py --compiled alone "${few[@]}"
 
