@@ -50,7 +50,7 @@ class Subject:
         with torch.device(DEVICE), torch.inference_mode(False):  # random weights take a CPU seconds
             self.dense = timm.create_model(name, **options).eval().requires_grad_(False).to(dtype)
             guide = timm.create_model(guidance, num_classes=self.dense.num_classes)
-            self.guidance = tdk.Guidance(guide, guidance_size)
+        self.guidance = tdk.Guidance(guide, guidance_size)
         self.guidance_flops = count_flops(self.guidance.model, (3, *self.guidance.input_size))
         self._kept: dict[Any, Any] = {}
 
