@@ -3,7 +3,7 @@ PYTHON ?= python3
 DATA ?= ../shared/data
 BIN := .venv/bin
 
-.PHONY: demo test lint accuracy calibration models bench speedup static clean
+.PHONY: demo test lint accuracy calibration models bench speedup end-to-end static clean
 
 demo: .venv/demo
 	$(BIN)/python demo/run.py
@@ -41,6 +41,12 @@ bench: .venv/test
 speedup: .venv/test
 	$(BIN)/python bench/cpu_speedup.py --batch-sizes 1 8 32 --json bench/results/cpu_vit_b16.json
 	$(BIN)/python bench/cpu_speedup.py --policy mixed --bar 0.8 --json bench/results/cpu_vit_b16_mixed.json
+
+# A stock ViT-B/16 and what a user would pick instead: dense, compiled, merged, padded, smaller, in ONNX Runtime.
+END_TO_END := bench/results/end_to_end_cpu
+end-to-end: .venv/test .venv/bench
+	$(BIN)/python bench/end_to_end.py --json $(END_TO_END).json
+	$(BIN)/python bench/end_to_end.py --show $(END_TO_END).json --plot $(END_TO_END).png > $(END_TO_END).md
 
 # What the compiler makes of every kernel, with the installed Triton and the oldest that is supported; no GPU needed.
 # The summary is kept in git, the full tables beside it are not.

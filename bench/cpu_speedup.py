@@ -26,6 +26,7 @@ from typing import Any
 
 import timm
 import torch
+from mixes import SpreadConfidences
 
 import tinydrop_kernels as tdk
 from tinydrop_kernels.precision import fast_dtype
@@ -34,23 +35,6 @@ ROUND = 32  # images of a round, in as many batches as that takes
 # Half of the images exit, the others have grids of every level with drops on top. No second look: random weights are
 # never sure, so that all images would go through dense after all.
 MIXED = tdk.DropPolicy(0.5, 1.0, 0.25, coarsen=0.6, blend=0.2, second_look=None)
-
-
-def spread_confidences(model: Any, batches: int) -> None:
-    """Have the guidance answer with the confidences 0.5 / n, 1.5 / n, ... over so many batches, then again."""
-    turn = 0
-
-    def spread(guidance: Any, arguments: Any, guided: Any) -> Any:
-        nonlocal turn
-        images, classes = guided.logits.shape
-        # Each batch has some of all, not the next few.
-        confidence = (torch.arange(images) * batches + turn % batches + 0.5) / (images * batches)
-        turn += 1
-        logits = torch.zeros_like(guided.logits)
-        logits[:, 0] = torch.log(confidence.clamp(min=1 / classes) * (classes - 1) / (1 - confidence))
-        return guided._replace(logits=logits)
-
-    model.tinydrop.guidance.register_forward_hook(spread)
 
 
 @contextmanager
@@ -67,7 +51,12 @@ def busy(processes: int) -> Iterator[None]:
 
 @torch.inference_mode()
 def figures_of(
-    patched: Any, dense: dict[str, Any], batch_size: int, rounds: int, clock: Callable[[], float]
+    patched: Any,
+    dense: dict[str, Any],
+    batch_size: int,
+    rounds: int,
+    clock: Callable[[], float],
+    confidences: SpreadConfidences | None,
 ) -> dict[str, Any]:
     """Medians over the rounds, in each of which all take turns batch by batch; the rival is the faster dense one."""
     weight = next(patched.parameters())
@@ -77,7 +66,9 @@ def figures_of(
     reports = []
     for turn in range(rounds + 1):  # the first warms up
         taken = dict.fromkeys(models, 0.0)
-        for images in batches:
+        for number, images in enumerate(batches):
+            if confidences is not None:
+                confidences.turn_to(number)
             for name, model in models.items():
                 start = clock()
                 model(images)
@@ -155,11 +146,10 @@ def main() -> None:
         patched.tinydrop.timed = True
         plain = timm.create_model(args.model).eval().to(dtype)
         dense = {"dense": plain} | ({"dense_compiled": torch.compile(plain)} if args.compile else {})
-        if args.policy == "mixed":
-            spread_confidences(patched, max(1, ROUND // batch_size))
+        confidences = SpreadConfidences(patched, ROUND) if args.policy == "mixed" else None
         clock = time.process_time if args.process_time else time.perf_counter
         with busy(args.busy):
-            found.append(setting | figures_of(patched, dense, batch_size, args.rounds, clock))
+            found.append(setting | figures_of(patched, dense, batch_size, args.rounds, clock, confidences))
         for name, figure in found[-1].items():
             print(f"{name:28s}{figure}")
         print(flush=True)

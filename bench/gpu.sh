@@ -14,11 +14,12 @@
 # The operators do without timm; where timm >= 1.0.31 can be imported, whole models are tested and timed too. The CUDA
 # extension is built here unless it lies in the package already; without nvcc it is left out. compute-sanitizer looks over
 # attention where it is installed. PYTHON names the interpreter (default: python3).
-# What is measured comes in this order, each part up to a deadline of its own: models eager and in graphs, operators,
-# attention, then what is compiled. Batch 1 comes first in each.
-# Writes gpu_tests.txt, gpu_bench.txt, gpu_models.json, gpu_models_compiled.json, gpu_attention.json, gpu.json,
-# gpu_compiled.json and gpu.md, of which the last is printed in the end. Exits with 1 if a kernel is wrong or a benchmark
-# fails. --rehearse takes every step on a machine without a GPU, on a few small cases: its figures mean nothing.
+# What is measured comes in this order, each part up to a deadline of its own: whole models eager, then in graphs
+# (bench/end_to_end.py, ViT-L/16 alone), operators, attention, then what is compiled. Batch 1 comes first in each.
+# Writes gpu_tests.txt, gpu_bench.txt, gpu_models.json, gpu_models_graphed.json, gpu_models_compiled.json,
+# gpu_attention.json, gpu.json, gpu_compiled.json and gpu.md, of which the last is printed in the end. Exits with 1 if a
+# kernel is wrong or a benchmark fails. --rehearse takes every step on a machine without a GPU, on a few small cases: its
+# figures mean nothing.
 set -uo pipefail
 
 usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"; }
@@ -50,7 +51,8 @@ fi
 imports() { "$python" -c "import $1" 2>/dev/null; }
 imports pytest_benchmark || fail "pytest and pytest-benchmark are needed (--help says how)"
 
-rm -f "$results"/gpu{_tests.txt,_bench.txt,_models.json,_models_compiled.json,_attention.json,.json,_compiled.json,.md}
+rm -f "$results"/gpu{_tests.txt,_bench.txt,_attention.json,.json,_compiled.json,.md}
+rm -f "$results"/gpu_models{,_graphed,_compiled}.json
 failed=0
 
 versions() {
@@ -182,19 +184,25 @@ models() { # JSON DEADLINE ARGUMENTS...
         echo "$json: NOT MEASURED, there is no timm >= 1.0.31 that can be imported" >>"$results/gpu_tests.txt"
         return
     fi
-    timeout $((deadline + 25 - SECONDS)) "$python" bench/models.py --json "$results/$json" \
+    timeout $((deadline + 25 - SECONDS)) "$python" bench/end_to_end.py --json "$results/$json" \
         --deadline $((deadline - SECONDS)) "$@" >>"$results/gpu_bench.txt" 2>&1 ||
         { failed=1; echo "$json: FAILED" >>"$results/gpu_bench.txt"; }
 }
-few=()
-((rehearsed)) && few=(-k "b1-14x14-keep0.5")
-models gpu_models.json 330 --modes eager graphed --profile
+few=() large=(--models vit_large_patch16_224 --mixes 20 50 --batches 1 256 8 64 --rounds 8)
+eager=(dense ours exits tome padded resolution) graphed=(dense-graphed ours-graphed)
+if ((rehearsed)); then # all in one process, which a CPU takes long to start
+    few=(-k "b1-14x14-keep0.5")
+    models gpu_models.json 330 --smoke --mixes 20 --rounds 1 --ways "${eager[@]}" "${graphed[@]}" --profile dense ours
+else # each in a process of its own, lest a crash cost what was measured before
+    models gpu_models.json 290 "${large[@]}" --ways "${eager[@]}" --profile dense ours
+    models gpu_models_graphed.json 330 "${large[@]}" --ways dense ours "${graphed[@]}"
+fi
 bench gpu.json 410 bench --ignore bench/test_varlen_attention.py --compiled none "${few[@]}"
 bench gpu_attention.json 480 bench/test_varlen_attention.py "${few[@]}"
 if ((rehearsed)); then # compiling takes a CPU minutes
     few=(-k "b1-14x14-keep0.5 and segment_pool")
 else
-    models gpu_models_compiled.json 505 --modes compiled
+    models gpu_models_compiled.json 505 "${large[@]}" --ways dense dense-compiled ours ours-compiled
 fi
 bench gpu_compiled.json 540 bench --ignore bench/test_varlen_attention.py --compiled alone "${few[@]}"
 
@@ -202,13 +210,13 @@ measured=() models=()
 for json in "$results"/gpu{_attention,,_compiled}.json; do
     [[ -s $json ]] && measured+=("$json")
 done
-for json in "$results"/gpu_models{,_compiled}.json; do
+for json in "$results"/gpu_models{,_graphed,_compiled}.json; do
     [[ -s $json ]] && models+=("$json")
 done
 {
     echo "$versions"
     echo
-    ((${#models[@]})) && { "$python" bench/models.py --show "${models[@]}" || failed=1; }
+    ((${#models[@]})) && { "$python" bench/end_to_end.py --show "${models[@]}" || failed=1; }
     echo
     ((${#measured[@]})) && { "$python" bench/table.py "${measured[@]}" || failed=1; }
     echo

@@ -2,8 +2,8 @@
 
 Triton's ``kernel[grid](...)`` finds out at every call what each argument would specialise a kernel on. Whoever launches
 knows: what is the same for two calls is the same binary. So the first call goes Triton's way, which compiles and
-returns the binary; later ones do with it what ``compiled[grid](*arguments)`` does, as Triton's fused-softmax tutorial has
-it, but for looking at Triton's knobs and hooks: what is set there after the first launch bears on nothing.
+returns the binary; later ones do with it what ``compiled[grid](*arguments)`` of Triton's fused-softmax tutorial does,
+but for looking at knobs and hooks: what is set there after the first launch bears on nothing.
 """
 
 from collections.abc import Hashable
