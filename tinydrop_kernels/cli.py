@@ -122,7 +122,8 @@ def machine(predictor: Predictor, options: dict[str, Any]) -> str:
     dtype = str(next(predictor.model.parameters()).dtype).removeprefix("torch.")
     graphs = predictor.model.tinydrop.graphs
     replayed = "" if graphs is None else f", CUDA graphs of {graphs}"
-    return f"{options['device']}, {dtype}, batches of {options['batch_size']}{replayed}"
+    beside = "loading beside them" if predictor.overlaps else "models only"
+    return f"{options['device']}, {dtype}, batches of {options['batch_size']}, {beside}{replayed}"
 
 
 def summary(predictor: Predictor, machine: str) -> str:
@@ -137,7 +138,7 @@ def summary(predictor: Predictor, machine: str) -> str:
         f"mean keep    {keep} (of the patches of images that stayed)",
         f"FLOPs saved  {report.flops_saved:.1%} (guidance counted); "
         f"exits alone {1 - report.cascade_flops / report.dense_flops:.1%}",
-        f"images/s     {report.images / report.wall_seconds:.1f} ({machine}; models only: guidance, selection, "
+        f"images/s     {report.images / report.wall_seconds:.1f} ({machine}; guidance, selection, "
         f"packing and {report.read_backs} read-backs in {report.calls} batches counted)",
     ]
     if report.second_looks:

@@ -34,6 +34,9 @@ class Pipeline:
         model: patched, in eval mode.
         overlap: whether they overlap; by default where the device has streams.
 
+    Attributes:
+        overlaps: whether they do.
+
     Raises:
         ValueError: the model is not patched.
     """
@@ -42,8 +45,8 @@ class Pipeline:
         check_patched(model)
         self._model = model
         device = next(model.parameters()).device
-        self._overlap = device.type == "cuda" if overlap is None else overlap
-        self._stream = torch.cuda.Stream(device) if self._overlap and device.type == "cuda" else None
+        self.overlaps = device.type == "cuda" if overlap is None else overlap
+        self._stream = torch.cuda.Stream(device) if self.overlaps and device.type == "cuda" else None
 
     @torch.inference_mode()
     def __call__(self, batches: Iterable[Tensor]) -> Iterator[Answered]:
@@ -73,7 +76,7 @@ class Pipeline:
                 plan = tinydrop.decide(asked)
             self._hand_over(images, plan)
             running = tinydrop.start(images, plan)
-            if not self._overlap:
+            if not self.overlaps:
                 yield self._finished(running)
                 running = None
         if running is not None:

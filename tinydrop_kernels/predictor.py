@@ -40,7 +40,9 @@ class Predictor:
 
     Attributes:
         report: sum of the reports of all batches, with the time that the patched model took and, if it was asked, the
-            dense one, both without the loading of images; None before the first.
+            dense one, both without the loading of images unless they overlap; None before the first.
+        overlaps: whether a batch was loaded and guided beside the target's work on another (:mod:`pipeline`), as on a
+            GPU where nothing is timed by itself; then the time is that of all together.
         agreeing: images of which both models had the same first class.
         unreadable: name and reason of each image that could not be read.
 
@@ -75,6 +77,7 @@ class Predictor:
         self.names = class_names(model)
         self.report: Report | None = None
         self.agreeing = 0
+        self.overlaps = False
         self.unreadable: list[tuple[str, str]] = []
         self._images = _Images(image_transform(model), getattr(model, "in_chans", 3))
 
@@ -164,6 +167,7 @@ class Predictor:
 
         # What is timed must have the device to itself.
         pipeline = Pipeline(self.model, overlap=False if self.compare_dense or tinydrop.timed else None)
+        self.overlaps = pipeline.overlaps
         last_end = 0.0
         for answered in pipeline(images()):
             batch, start = begun.popleft()
