@@ -60,6 +60,7 @@ class FakePatched(torch.nn.Module):
             policy=DropPolicy(),
             guidance=guidance,
             timed=False,
+            graphs=None,
             check=lambda images: None,
             ask=lambda images: images,
             decide=lambda images: images,

@@ -3,7 +3,7 @@
 import dataclasses
 import threading
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -18,17 +18,18 @@ from tinydrop_kernels.families import Family, family_of
 from tinydrop_kernels.families.grids import coarser_grids
 from tinydrop_kernels.features import features_in_place
 from tinydrop_kernels.flops import count_flops
-from tinydrop_kernels.graphs import MOST_IMAGES, MOST_ROWS, Graphs, has_graphs
+from tinydrop_kernels.graphs import MOST_IMAGES, Graphs, has_graphs
 from tinydrop_kernels.guidance import Guidance, Guided
 from tinydrop_kernels.images import per_channel
 from tinydrop_kernels.ops import Packed, Part, Selection
 from tinydrop_kernels.ops.packing import Packing, lay_out, pack_alike
+from tinydrop_kernels.ops.registry import forced_backend
 from tinydrop_kernels.ops.tracing import eager, eager_outside
 from tinydrop_kernels.ops.types import Grid, TimmModule
 from tinydrop_kernels.plan import Asked, Plan, Running
 from tinydrop_kernels.policy import DropPolicy
 from tinydrop_kernels.report import Call, Report
-from tinydrop_kernels.target import embed_parts, replay_blocks
+from tinydrop_kernels.target import embed_parts, through_target
 from tinydrop_kernels.timing import timed_stage
 
 
@@ -163,13 +164,8 @@ class TinyDrop:
         policy, seconds = policy or self.policy, dict[str, float]()
         levels = self.levels(self._family.grid_size(self._model, images))
         found = None
-        if self.graphs is not None and self._replays(images) and guided is None and len(images) <= MOST_IMAGES:
-            found = self.graphs.front.answer(
-                (images.shape, images.dtype, policy.law, policy.saliency, id(self.guidance)),
-                lambda static: self._front(static, None, policy, levels, {}),
-                lambda: (torch.zeros_like(images),),
-                lambda static: static.copy_(images),
-            )
+        if guided is None and len(images) <= MOST_IMAGES and self._replays(images):
+            found = self._replay_front(images, policy, levels)
         logits, selection, packing = found or self._front(images, guided, policy, levels, seconds)
         return Asked(policy, logits, selection, packing, seconds)
 
@@ -194,12 +190,26 @@ class TinyDrop:
             prefix = self._family.num_prefix_tokens(self._model)
             return guided.logits, selection, lay_out(selection.counts, selection.levels, levels, prefix)
 
+    def _replay_front(
+        self, images: Tensor, policy: DropPolicy, levels: list[Grid]
+    ) -> tuple[Tensor, Selection, Packing] | None:
+        guidance, prefix = self.guidance, self._family.num_prefix_tokens(self._model)
+        if self.graphs is None or guidance._forward_hooks or guidance._forward_pre_hooks:
+            return None
+        self.graphs.front.check(guidance.model)
+        return self.graphs.front.answer(  # type: ignore[no-any-return]
+            (images.shape, images.dtype, policy.law, policy.saliency, guidance, tuple(levels), prefix),
+            lambda static: self._front(static, None, policy, levels, {}),
+            lambda: (torch.zeros_like(images),),
+            lambda static: static.copy_(images),
+        )
+
     @eager_outside
     def decide(self, asked: Asked) -> Plan:
         """The second half of :meth:`plan`: reads back what the device has found."""
         policy, logits, selection, packing, seconds = asked
         if self.graphs is not None:
-            self.graphs.check(self._model)  # while the device is still at work
+            self.graphs.blocks.check(self._model)  # while the device is still at work
         with self._stage(seconds, "pack", logits):
             packed, parts = packing.read()
         return Plan(policy, logits, selection, packing.grids, packed, parts, seconds)
@@ -240,10 +250,8 @@ class TinyDrop:
         else:  # of the target's precision, as any other answer
             kind = images.device.type
             logits = logits.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else images.dtype)
-        read_backs = 1 + (bool(plan.parts) and bars is not None)
-        self._of_thread.last = Call(
-            plan.selection, plan.levels, plan.guidance_logits, second_look, plan.seconds, read_backs
-        )
+        happened = (plan.selection, plan.levels, plan.guidance_logits, second_look, plan.seconds)
+        self._of_thread.last = Call(*happened, read_backs=1 + (bool(plan.parts) and bars is not None))
         return logits
 
     @eager_outside
@@ -252,17 +260,10 @@ class TinyDrop:
     ) -> Tensor:
         """The target's logits for the images of the parts, one after the other: ``(segments, classes)``."""
         model, family = self._model, self._family
-        with self._stage(seconds, "embed", images):
-            tokens, packed = embed_parts(model, family, images, indices, packed, parts)
         encode = for_any_size(family.encode) if self.compiled else family.encode
-        if self.graphs is not None and self._replays(images) and packed.total <= MOST_ROWS:
-            logits = replay_blocks(self.graphs, model, family, encode, tokens, packed, family.grid_size(model, images))
-            if logits is not None:
-                return logits
-        with self._stage(seconds, "blocks", images):
-            tokens, packed = encode(model, tokens, packed, parts)
-        with self._stage(seconds, "head", images):
-            return family.classify(model, tokens, packed)
+        graphs = self.graphs.blocks if self.graphs is not None and self._replays(images) else None
+        stage = partial(self._stage, seconds, images=images)
+        return through_target(model, family, images, indices, packed, parts, encode, graphs, stage)
 
     @eager_outside
     def _look_again(
@@ -288,9 +289,11 @@ class TinyDrop:
         check_classes(self.policy, self._model.num_classes, self.guidance.num_classes)
 
     def _replays(self, images: Tensor) -> bool:
-        """Whether graphs could take the call: they hold no gradients, nothing that autocast keeps, and no stages."""
+        """Whether graphs could take the call: they hold no gradients, no autocast, no stages; references read back."""
         kind = images.device.type
-        return has_graphs(kind) and not (self.timed or torch.is_grad_enabled() or torch.is_autocast_enabled(kind))
+        is_reference = images.dtype == torch.float64 or forced_backend() == "reference"
+        asks_for_more = self.timed or torch.is_grad_enabled() or torch.is_autocast_enabled(kind)
+        return self.graphs is not None and has_graphs(kind) and not (is_reference or asks_for_more)
 
     def _stage(self, seconds: dict[str, float], name: str, images: Tensor) -> AbstractContextManager[None]:
         return timed_stage(seconds, name, images.device) if self.timed else nullcontext()

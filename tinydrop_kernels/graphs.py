@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from tinydrop_kernels.ops.registry import forced_backend
 from tinydrop_kernels.ops.tracing import eager
 
 DEVICES = ("cuda",)
@@ -28,6 +29,7 @@ MOST_IMAGES = 64  # beyond these sizes launching takes the host less time than t
 MOST_ROWS = 8192  # launches and FLOPs, not measured
 
 Stage = Callable[..., Any]  # from the tensors it works on to tensors, in tuples as it likes
+_one_at_a_time = threading.Lock()  # in a process one graph can be recorded at once
 
 
 class Recording(NamedTuple):
@@ -44,7 +46,6 @@ class Graphs:
     def __init__(self) -> None:
         self.front = StageGraphs()
         self.blocks = StageGraphs()
-        self._watched: _Watched | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Graphs, ()
@@ -57,16 +58,6 @@ class Graphs:
         self.front.clear()
         self.blocks.clear()
 
-    def check(self, model: nn.Module) -> None:
-        """Forget the graphs if weights, modules or hooks of the model are others than at the last call.
-
-        A graph reads weights where they were and runs no hook. Weights that were changed in place are where they were.
-        """
-        if self._watched is None or self._watched.state != self._watched.now():
-            if self._watched is not None:
-                self.clear()
-            self._watched = _Watched(list(model.modules()))
-
 
 class StageGraphs:
     """The graphs of one stage. Many threads may call it, on streams of their own."""
@@ -74,8 +65,9 @@ class StageGraphs:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._found: OrderedDict[Hashable, Recording | None] = OrderedDict()
-        self._pool: Any = None
-        self._stream: Any = None
+        self._watched: _Watched | None = None
+        self._recorder: Any = None
+        self._stream: Any = None  # of the last replay
         self.recorded = self.replayed = self.not_replayed = 0
 
     def __str__(self) -> str:
@@ -85,13 +77,27 @@ class StageGraphs:
         """Forget them."""
         with self._lock:
             self._found.clear()
-            self._pool = None
+            self._recorder = None
+
+    def check(self, model: nn.Module) -> None:
+        """Forget what was recorded of the model, which the stage runs, where it is no longer as it was then.
+
+        A graph reads weights where they were, and runs nothing in Python. So none is kept when a module, a weight or a
+        mode was exchanged, and none is replayed while modules within the model have hooks. What was changed in place is
+        where it was.
+        """
+        if self._watched is None or self._watched.state != self._watched.now():
+            if self._watched is not None:
+                self.clear()
+            self._watched = _Watched(list(model.modules()))
 
     @eager
     def answer(
         self, kind: Hashable, stage: Stage, make: Callable[[], tuple[Tensor, ...]], fill: Callable[..., None]
     ) -> Any:
         """What ``stage(*inputs)`` answers, in new tensors; None where it is for the caller to run it.
+
+        Behind :meth:`check`.
 
         Args:
             kind: of calls of which one graph serves all.
@@ -102,7 +108,11 @@ class StageGraphs:
         Raises:
             RuntimeError: the stage cannot be recorded.
         """
+        kind = (kind, forced_backend(), torch.is_inference_mode_enabled())
         with self._lock:
+            if self._watched is None or self._watched.has_hooks():
+                self.not_replayed += 1
+                return None
             is_new, recording = kind not in self._found, self._found.get(kind)
             self._found[kind] = recording
             self._found.move_to_end(kind)
@@ -112,32 +122,36 @@ class StageGraphs:
                 self.not_replayed += 1
                 return None
             if recording is None:
-                recording = self._found[kind] = self._recorded(stage, make)
-            self._wait_for_other_streams(recording.inputs[0].device)
+                recording = self._found[kind] = self._recorded(stage, make())
+            self._wait_for_other_streams(recording)
             fill(*recording.inputs)
             recording.replay()
             self.replayed += 1
             return pytree.tree_map_only(Tensor, Tensor.clone, recording.outputs)
 
-    def _recorded(self, stage: Stage, make: Callable[[], tuple[Tensor, ...]]) -> Recording:
-        with torch.inference_mode(False), torch.no_grad():  # what inference mode makes, it alone can write to
-            inputs = make()
-            try:
-                self._pool, recording = record(stage, inputs, self._pool)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:
-                raise RuntimeError(f"graphs: no CUDA graph can hold this model; patch it without: {error}") from error
+    def _recorded(self, stage: Stage, inputs: tuple[Tensor, ...]) -> Recording:
+        try:
+            with _one_at_a_time:
+                if self._recorder is None:
+                    self._recorder = Recorder(inputs[0].device)
+                recording: Recording = self._recorder.record(stage, inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise RuntimeError(f"graphs: no CUDA graph can hold this model; patch it without: {error}") from error
         self.recorded += 1
         return recording
 
-    def _wait_for_other_streams(self, device: torch.device) -> None:
+    def _wait_for_other_streams(self, recording: Recording) -> None:
         """Two must not work on the same tensors at once."""
+        device = recording.inputs[0].device
         if device.type == "cuda":
             stream = torch.cuda.current_stream(device)
             if self._stream is not None and stream != self._stream:
                 stream.wait_stream(self._stream)
             self._stream = stream
+            for tensor in recording.inputs:
+                tensor.record_stream(stream)
 
 
 def has_graphs(device_type: str) -> bool:
@@ -145,32 +159,55 @@ def has_graphs(device_type: str) -> bool:
     return device_type in DEVICES
 
 
-def record(stage: Stage, inputs: tuple[Tensor, ...], pool: Any) -> tuple[Any, Recording]:
-    """Run a stage to warm it up, then record it; memory comes from the pool, a new one where there is none yet."""
-    with torch.cuda.device(inputs[0].device):
-        beside = torch.cuda.Stream()
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):  # what is compiled, tuned or allocated once is so before it is recorded
-            stage(*inputs)
-        torch.cuda.current_stream().wait_stream(beside)
+class Recorder:
+    """Records on a GPU. All graphs of one take their memory from the same pool: they must not be replayed at once."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        with torch.cuda.device(device):
+            self._pool = torch.cuda.graph_pool_handle()
+            # Not the one that torch shares between all graphs and devices; and another for what is not recorded.
+            self._stream, self._beside = torch.cuda.Stream(), torch.cuda.Stream()
+
+    def record(self, stage: Stage, inputs: tuple[Tensor, ...]) -> Recording:
+        """Run a stage, so that what is compiled, tuned or allocated once is so before; then record it."""
         graph = torch.cuda.CUDAGraph()
-        pool = torch.cuda.graph_pool_handle() if pool is None else pool
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other threads work on
-            outputs = stage(*inputs)
-    return pool, Recording(inputs, outputs, graph.replay)
+        with torch.cuda.device(self._device):
+            self._beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._beside):
+                stage(*inputs)
+            torch.cuda.current_stream().wait_stream(self._beside)
+            # A workspace of cuBLAS that outlives a recording is its pool's, and would serve another stream's work too.
+            torch._C._cuda_clearCublasWorkspaces()
+            try:
+                with (
+                    torch.cuda.stream(self._stream),  # torch does not go back to the caller's where recording fails
+                    torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"),
+                ):
+                    outputs = stage(*inputs)
+            finally:
+                torch._C._cuda_clearCublasWorkspaces()
+        return Recording(inputs, outputs, graph.replay)
 
 
 class _Watched:
-    """What a graph of a model would not see change: which modules are in which, where their weights are, and hooks."""
+    """What a graph of a model would not see change."""
 
     def __init__(self, modules: list[nn.Module]):
+        self._attributes = [vars(module) for module in modules]
         self._children = [module._modules for module in modules if module._modules]
         self._tensors = [named for module in modules for named in (module._parameters, module._buffers) if named]
-        self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        within = modules[1:]  # a stage calls parts of the model, not the model
+        self._hooks = [hooks for module in within for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self.state = self.now()
+
+    def has_hooks(self) -> bool:
+        return any(self._hooks)
 
     def now(self) -> tuple[Any, ...]:
         children = list(chain.from_iterable(named.values() for named in self._children))
         tensors = chain.from_iterable(named.values() for named in self._tensors)
         pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-        return children, pointers, [list(hooks) for hooks in self._hooks if hooks]
+        modes = [named["training"] for named in self._attributes]
+        forwards = [named["forward"] for named in self._attributes if "forward" in named]
+        return children, pointers, modes, forwards

@@ -23,6 +23,7 @@ from tinydrop_kernels.families import Family, UnsupportedModelError, family_of, 
 from tinydrop_kernels.graphs import Graphs, has_graphs
 from tinydrop_kernels.guidance import DEFAULT_GUIDANCE, Guidance
 from tinydrop_kernels.identity import identity_of
+from tinydrop_kernels.ops.registry import HAS_TRITON
 from tinydrop_kernels.ops.types import TimmModule
 from tinydrop_kernels.policy import DropPolicy
 from tinydrop_kernels.policyfile import CalibratedPolicy
@@ -74,7 +75,7 @@ def patch(
         PolicyFileError: the policy's file cannot be read, or it is for another model or guidance.
         ValueError, TypeError: an argument out of range; a model that is patched already; guidance with other classes;
             prepacking of a model that has no stack of blocks, or was made in inference mode; graphs of a model that is
-            not on a GPU.
+            not on a GPU, or without Triton.
     """
     if isinstance(getattr(model, "tinydrop", None), TinyDrop):
         raise ValueError("model: it is patched already; change model.tinydrop.policy, or unpatch it first")
@@ -106,6 +107,8 @@ def patch(
     device = next(model.parameters()).device
     if graphs and not has_graphs(device.type):
         raise ValueError(f"graphs: got a model on {device}, expected one on a GPU that has CUDA graphs; move it first")
+    if graphs and not HAS_TRITON:
+        raise ValueError("graphs: Triton is not installed, without which every layer reads back; install it")
     with torch.inference_mode(False):  # autograd refuses tensors made in inference mode
         if not isinstance(guidance, Guidance):
             guidance = Guidance(guidance, guidance_size)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from tinydrop_kernels.ops.types import TimmModule
-from tinydrop_kernels.plan import Plan, Running
+from tinydrop_kernels.plan import Asked, Running
 from tinydrop_kernels.report import Call
 from tinydrop_kernels.timing import check_eval, check_patched
 
@@ -58,45 +58,55 @@ class Pipeline:
 
         Raises:
             RuntimeError: the model is in training mode.
-            ValueError, TypeError: images that the model does not take, or a batch of none.
+            ValueError, TypeError: images that the model does not take, or a batch of none; behind the answers to all
+                batches before.
         """
         check_eval(self._model)
-        tinydrop, running = self._model.tinydrop, None
-        for batch in batches:
-            if len(batch) == 0:
-                raise ValueError("batches: got one of no images, expected at least one")
-            with self._aside(batch):
-                weight = next(self._model.parameters())
-                images = batch.to(weight.device, non_blocking=True).to(weight.dtype)
-                tinydrop.check(images)
-                asked = tinydrop.ask(images)
-            if running is not None:  # its second look waits for the target: by now the next guidance is at work
+        running: Running | None = None
+        if self._stream is not None:  # weights may be on their way to the device, or to another dtype
+            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        try:
+            for batch in batches:
+                images, asked = self._asked(batch)
+                if running is not None:  # its second look waits for the target: by now the next guidance is at work
+                    ended, running = running, None
+                    yield self._finished(ended)
+                running = self._started(images, asked)
+                if not self.overlaps:
+                    ended, running = running, None
+                    yield self._finished(ended)
+        except Exception:  # of the batch behind
+            if running is not None:
                 yield self._finished(running)
-            with self._aside(None):
-                plan = tinydrop.decide(asked)
-            self._hand_over(images, plan)
-            running = tinydrop.start(images, plan)
-            if not self.overlaps:
-                yield self._finished(running)
-                running = None
+            raise
         if running is not None:
             yield self._finished(running)
+
+    def _asked(self, batch: Tensor) -> tuple[Tensor, Asked]:
+        if len(batch) == 0:
+            raise ValueError("batches: got one of no images, expected at least one")
+        if self._stream is not None and batch.is_cuda:
+            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+            batch.record_stream(self._stream)
+        with self._aside():
+            weight = next(self._model.parameters())
+            images = batch.to(weight.device, non_blocking=True).to(weight.dtype)
+            self._model.tinydrop.check(images)
+            return images, self._model.tinydrop.ask(images)
+
+    def _started(self, images: Tensor, asked: Asked) -> Running:
+        with self._aside():
+            plan = self._model.tinydrop.decide(asked)
+        if self._stream is not None:
+            reader = torch.cuda.current_stream(self._stream.device)
+            reader.wait_stream(self._stream)
+            pytree.tree_map_only(Tensor, lambda tensor: tensor.record_stream(reader), (images, plan))
+        running: Running = self._model.tinydrop.start(images, plan)
+        return running
 
     def _finished(self, running: Running) -> Answered:
         logits = self._model.tinydrop.finish(running)
         return Answered(running.images, logits, self._model.tinydrop.last)
 
-    def _aside(self, batch: Tensor | None) -> AbstractContextManager[Any]:
-        """On the stream of the guidance; a batch that is on the device must have become ready there first."""
-        if self._stream is None:
-            return nullcontext()
-        if batch is not None and batch.is_cuda:
-            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-            batch.record_stream(self._stream)
-        return torch.cuda.stream(self._stream)
-
-    def _hand_over(self, images: Tensor, plan: Plan) -> None:
-        """Have their memory live until the target has read it; that it is written, the read-back has waited for."""
-        if self._stream is not None:
-            reader = torch.cuda.current_stream(self._stream.device)
-            pytree.tree_map_only(Tensor, lambda tensor: tensor.record_stream(reader), (images, plan))
+    def _aside(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)

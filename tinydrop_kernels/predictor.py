@@ -21,7 +21,7 @@ from tinydrop_kernels.ops.types import TimmModule
 from tinydrop_kernels.pipeline import Answered, Pipeline
 from tinydrop_kernels.prediction import Candidate, Prediction, Seen, predictions
 from tinydrop_kernels.report import Report
-from tinydrop_kernels.timing import check_eval, check_patched, timed, wait_for
+from tinydrop_kernels.timing import check_eval, check_patched, timed, wait_for, warm_up_calls
 
 
 class Predictor:
@@ -150,10 +150,10 @@ class Predictor:
         names = [f"#{i}" for i in range(len(images))] if names is None else list(names)
         if len(names) != len(images):
             raise ValueError(f"names: got {len(names)}, expected {len(images)}, one for each image")
-        (seen,) = self._classified([_Batch(images, list(range(len(images))), names, [])])
+        (seen,) = self._classified([_Batch(images, list(range(len(images))), names, [])], overlap=False)
         return seen
 
-    def _classified(self, batches: Iterable["_Batch"]) -> Iterator[Seen]:
+    def _classified(self, batches: Iterable["_Batch"], overlap: bool | None = None) -> Iterator[Seen]:
         check_eval(self.model)
         tinydrop, begun = self.model.tinydrop, deque[tuple[_Batch, float]]()
 
@@ -166,7 +166,7 @@ class Predictor:
                 yield batch.images
 
         # What is timed must have the device to itself.
-        pipeline = Pipeline(self.model, overlap=False if self.compare_dense or tinydrop.timed else None)
+        pipeline = Pipeline(self.model, overlap=False if self.compare_dense or tinydrop.timed else overlap)
         self.overlaps = pipeline.overlaps
         last_end = 0.0
         for answered in pipeline(images()):
@@ -180,7 +180,8 @@ class Predictor:
     def _warm_up(self, images: Tensor) -> None:
         weight = next(self.model.parameters())
         images = images.to(weight.device, weight.dtype)
-        self.model(images)
+        for _ in range(warm_up_calls(self.model)):
+            self.model(images)
         if self.compare_dense:
             self.model.tinydrop.dense(images)
         wait_for(images)

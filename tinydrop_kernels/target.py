@@ -1,6 +1,7 @@
-"""From images to packed tokens, each image at its own grid; and from tokens to logits by a CUDA graph."""
+"""The target at work: from images to packed tokens, each image at its own grid, and from these to logits."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -9,9 +10,9 @@ from tinydrop_kernels import ops
 from tinydrop_kernels.buckets import Bucket
 from tinydrop_kernels.families import Family
 from tinydrop_kernels.families.grids import resized_images
-from tinydrop_kernels.graphs import Graphs
+from tinydrop_kernels.graphs import MOST_ROWS, StageGraphs
 from tinydrop_kernels.ops import Packed, Part
-from tinydrop_kernels.ops.tracing import eager
+from tinydrop_kernels.ops.tracing import eager, eager_outside
 from tinydrop_kernels.ops.types import Grid, TimmModule
 
 
@@ -49,8 +50,42 @@ def embed_parts(
     return tokens[0] if len(tokens) == 1 else torch.cat(tokens), packed
 
 
-def replay_blocks(
-    graphs: Graphs,
+@eager_outside
+def through_target(
+    model: TimmModule,
+    family: Family,
+    images: Tensor,
+    indices: Tensor,
+    packed: Packed,
+    parts: list[Part],
+    encode: Callable[..., tuple[Tensor, Packed]],
+    graphs: StageGraphs | None,
+    stage: Callable[[str], AbstractContextManager[None]],
+) -> Tensor:
+    """Logits ``(segments, classes)``, part by part.
+
+    Args:
+        model, family, images, indices, packed, parts: as for :func:`embed_parts`.
+        encode: the family's, compiled or not.
+        graphs: of blocks and head, where they may be replayed.
+        stage: times what is done in it under its name.
+    """
+    with stage("embed"):
+        tokens, packed = embed_parts(model, family, images, indices, packed, parts)
+    # Of a family that asks where each token is, the layout is more than cu_seqlens.
+    if graphs is not None and not family.READS_POSITIONS and packed.total <= MOST_ROWS:
+        logits = _replayed(graphs, model, family, encode, tokens, packed, family.grid_size(model, images))
+        if logits is not None:
+            return logits
+    with stage("blocks"):
+        tokens, packed = encode(model, tokens, packed, parts)
+    with stage("head"):
+        return family.classify(model, tokens, packed)
+
+
+@eager_outside
+def _replayed(
+    graphs: StageGraphs,
     model: TimmModule,
     family: Family,
     encode: Callable[..., tuple[Tensor, Packed]],
@@ -58,29 +93,17 @@ def replay_blocks(
     packed: Packed,
     dense: Grid,
 ) -> Tensor | None:
-    """Logits ``(segments, classes)`` from a graph, or None where there is none for such a batch.
-
-    There is none for a family that asks where each token is, as its layout is more than ``cu_seqlens``.
-
-    Args:
-        graphs: the model's.
-        model, family: the target.
-        encode: the family's, compiled or not.
-        tokens, packed: from :func:`embed_parts`.
-        dense: rows and columns of the dense grid.
-    """
-    if family.READS_POSITIONS:
-        return None
+    """The logits from a graph, or None where there is none for such a batch."""
     prefix = family.num_prefix_tokens(model)
     bucket = Bucket.of(packed, prefix, prefix + dense[0] * dense[1])
 
-    def stage(tokens: Tensor, cu_seqlens: Tensor, fillings: Tensor) -> Tensor:
+    def blocks(tokens: Tensor, cu_seqlens: Tensor, fillings: Tensor) -> Tensor:
         read = encode(model, tokens, Packed(cu_seqlens, bucket.max_seqlen, bucket.rows), [])
         return family.classify(model, *read)
 
-    logits: Tensor | None = graphs.blocks.answer(
+    logits: Tensor | None = graphs.answer(
         (bucket, tokens.dtype, encode),
-        stage,
+        blocks,
         lambda: bucket.make(tokens),
         lambda *inputs: bucket.fill(inputs, tokens, packed.cu_seqlens),
     )

@@ -16,6 +16,11 @@ from tinydrop_kernels.report import Report
 T = TypeVar("T")
 
 
+def warm_up_calls(model: TimmModule) -> int:
+    """After how many calls with a batch a patched model has done what it does once: of two graphs are recorded."""
+    return 1 if model.tinydrop.graphs is None else 2
+
+
 def wait_for(tensor: Tensor) -> None:
     """Wait until the current stream of a tensor's device has done all that it was told to."""
     if tensor.device.type != "cpu":
@@ -45,8 +50,8 @@ def timed_stage(seconds: dict[str, float], name: str, device: torch.device) -> I
 def compare_with_dense(model: TimmModule, images: Tensor, rounds: int = 5) -> Report:
     """Measure what patching earns on a batch: ``str`` of the report says in words where it does not pay.
 
-    After one round of each that is not counted, the patched and the dense model take turns; medians count. A last round
-    of the patched model, timed stage by stage, tells where its time goes.
+    After one round of each that is not counted, or two with CUDA graphs, the patched and the dense model take turns;
+    medians count. A last round of the patched model, timed stage by stage, tells where its time goes.
 
     Args:
         model: patched, in eval mode. Its policy is the one that is judged.
@@ -68,9 +73,9 @@ def compare_with_dense(model: TimmModule, images: Tensor, rounds: int = 5) -> Re
     if rounds < 1:
         raise ValueError(f"rounds: got {rounds}, expected a number >= 1")
     tinydrop, spent = model.tinydrop, []
-    for _ in range(rounds + 1):
+    for _ in range(warm_up_calls(model) + rounds):
         spent.append([timed(call, images)[1] for call in (model, tinydrop.dense)])
-    wall, dense = (statistics.median(times) for times in zip(*spent[1:], strict=True))
+    wall, dense = (statistics.median(times) for times in zip(*spent[-rounds:], strict=True))
     was_timed, tinydrop.timed = tinydrop.timed, True
     try:
         model(images)

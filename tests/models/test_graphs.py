@@ -11,7 +11,7 @@ from helpers import tiny_guidance, tiny_vit, varied_images
 from torch.utils import _pytree as pytree
 
 import tinydrop_kernels as tdk
-from tinydrop_kernels import graphs
+from tinydrop_kernels import graphs, ops
 from tinydrop_kernels.buckets import Bucket
 from tinydrop_kernels.graphs import Recording
 from tinydrop_kernels.ops import Packed
@@ -20,36 +20,46 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MIXED = tdk.DropPolicy(0.6, 1.0, 0.1, 0.5, blend=0.2, second_look=None)
 
 
-def run_again(stage, inputs, pool):
-    """In the place of ``graphs.record``: what a CUDA graph does, on any device."""
-    outputs = stage(*inputs)
+class Again:
+    """In the place of ``graphs.Recorder``: does on any device what a CUDA graph does, by running the stage again."""
 
-    def replay():
-        for old, new in zip(pytree.tree_leaves(outputs), pytree.tree_leaves(stage(*inputs)), strict=True):
-            if isinstance(old, torch.Tensor):
-                old.copy_(new)
+    def __init__(self, device):
+        pass
 
-    return pool, Recording(inputs, outputs, replay)
+    def record(self, stage, inputs):
+        outputs = stage(*inputs)
+
+        def replay():
+            for old, new in zip(pytree.tree_leaves(outputs), pytree.tree_leaves(stage(*inputs)), strict=True):
+                if isinstance(old, torch.Tensor):
+                    old.copy_(new)
+
+        return Recording(inputs, outputs, replay)
 
 
 @pytest.fixture(autouse=True)
 def replaying(monkeypatch):
     if DEVICE == "cpu":
-        monkeypatch.setattr(graphs, "record", run_again)
+        monkeypatch.setattr(graphs, "Recorder", Again)
         monkeypatch.setattr(graphs, "DEVICES", ("cpu", "cuda"))
 
 
 def patched(policy=MIXED, **options):
     model = tdk.patch(tiny_vit(**options).to(DEVICE), tiny_guidance(), policy, graphs=True)
-    model.tinydrop.guidance.register_forward_hook(as_sure_as_bright)
+    make_as_sure_as_bright(model.tinydrop.guidance)
     return model
 
 
-def as_sure_as_bright(guidance, arguments, guided):
+def make_as_sure_as_bright(guidance):
     """Confidences of all kinds, an image's own whatever the batch."""
-    logits = torch.zeros_like(guided.logits)
-    logits[:, 0] = 3 * arguments[0].mean(dim=(1, 2, 3)).sigmoid()
-    return guided._replace(logits=logits)
+
+    def forward(images, *others):
+        guided = tdk.Guidance.forward(guidance, images, *others)
+        logits = torch.zeros_like(guided.logits)
+        logits[:, 0] = 3 * images.mean(dim=(1, 2, 3)).sigmoid()
+        return guided._replace(logits=logits)
+
+    guidance.forward = forward
 
 
 def images_of(number):
@@ -118,9 +128,16 @@ def test_another_policy_guidance_or_size_is_another_kind():
     for _ in range(3):
         assert_same(model, images)
     model.tinydrop.guidance = tdk.Guidance(tiny_guidance(sharpness=1.0)).to(DEVICE)
+    make_as_sure_as_bright(model.tinydrop.guidance)
     for _ in range(3):
         assert_same(model, images)
     assert model.tinydrop.graphs.front.recorded == 3
+
+
+def patched_for_good(model):
+    """A guidance that pickles and copies, unlike the one with a function of its own."""
+    del model.tinydrop.guidance.forward
+    return model
 
 
 CHANGES = {
@@ -128,10 +145,10 @@ CHANGES = {
     "parameter": lambda model: setattr(
         model.blocks[0].attn.proj, "weight", torch.nn.Parameter(model.blocks[0].attn.proj.weight * 2)
     ),
-    "in place": lambda model: model.blocks[0].mlp.fc1.weight.mul_(2),
     "module": lambda model: setattr(model.blocks[1].mlp, "act", torch.nn.Tanh()),
-    "hook": lambda model: model.blocks[0].mlp.register_forward_hook(lambda module, args, out: 2 * out),
+    "forward": lambda model: setattr(model.blocks[1].mlp, "forward", lambda x: 2 * x),
     "loaded": lambda model: model.load_state_dict({k: 2 * v for k, v in model.state_dict().items()}, assign=True),
+    "mode": lambda model: model.blocks[0].mlp.drop1.train(),
     "dtype and back": lambda model: model.double().float(),
 }
 
@@ -139,16 +156,74 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @torch.no_grad()
 def test_what_becomes_of_the_model_is_seen(change):
-    model = patched()
+    """Its graphs are recorded anew: here a replay would notice by itself, a CUDA graph would not."""
+    model = patched(tdk.DropPolicy.fixed(0.5))
     images = images_of(4)
     for _ in range(3):
-        before = model(images)
-    assert model.tinydrop.graphs.blocks.replayed
+        model(images)
+    assert model.tinydrop.graphs.blocks.recorded == 1
     change(model)
     for _ in range(3):
         assert_same(model, images)
-    if change is not CHANGES["dtype and back"]:
-        assert not torch.allclose(model(images), before, atol=1e-3)
+    assert model.tinydrop.graphs.blocks.recorded == 2
+    assert model.tinydrop.graphs.front.recorded == (2 if change is CHANGES["dtype and back"] else 1)
+
+
+@torch.no_grad()
+def test_what_is_changed_in_place_needs_no_other_graph():
+    model = patched(tdk.DropPolicy.fixed(0.5))
+    images = images_of(4)
+    for _ in range(3):
+        before = model(images)
+    model.blocks[0].mlp.fc1.weight.mul_(2)
+    assert_same(model, images)
+    assert model.tinydrop.graphs.blocks.recorded == 1 and not torch.allclose(model(images), before, atol=1e-3)
+
+
+@torch.no_grad()
+def test_what_becomes_of_the_guidance_is_seen():
+    model = patched()
+    images = images_of(4)
+    for _ in range(3):
+        model(images)
+    for parameter in model.tinydrop.guidance.model.parameters():
+        parameter.data = parameter * 2
+    for _ in range(3):
+        assert_same(model, images)
+    assert model.tinydrop.graphs.front.recorded == 2 and model.tinydrop.graphs.blocks.recorded == 1
+
+
+@torch.inference_mode()
+def test_hooks_are_run_at_every_call():
+    """And where they are gone again, graphs are back."""
+    model, images, seen = patched(tdk.DropPolicy.fixed(0.5)), images_of(4), []
+    for _ in range(3):
+        model(images)
+    front, blocks = model.tinydrop.graphs.front, model.tinydrop.graphs.blocks
+    replayed = front.replayed, blocks.replayed
+    handles = [
+        model.blocks[0].mlp.register_forward_hook(lambda *_: seen.append("mlp")),
+        model.tinydrop.guidance.register_forward_hook(lambda *_: seen.append("guidance")),
+    ]
+    for _ in range(3):
+        model(images)
+    assert seen == ["guidance", "mlp"] * 3 and (front.replayed, blocks.replayed) == replayed
+    for handle in handles:
+        handle.remove()
+    model(images)
+    assert (front.replayed, blocks.replayed) == (replayed[0] + 1, replayed[1] + 1)
+
+
+@torch.inference_mode()
+def test_another_backend_is_another_kind():
+    model, images = patched(), images_of(2)
+    for _ in range(3):
+        model(images)
+    front = model.tinydrop.graphs.front
+    with ops.use_backend("reference"):  # it reads back, which no graph can hold
+        for _ in range(3):
+            model(images)
+    assert (front.recorded, front.replayed, front.not_replayed) == (1, 2, 1)
 
 
 @torch.inference_mode()
@@ -167,7 +242,7 @@ def test_memory_is_bounded(monkeypatch):
 @torch.inference_mode()
 def test_large_batches_go_without(monkeypatch):
     monkeypatch.setattr("tinydrop_kernels.engine.MOST_IMAGES", 3)
-    monkeypatch.setattr("tinydrop_kernels.engine.MOST_ROWS", 3)
+    monkeypatch.setattr("tinydrop_kernels.target.MOST_ROWS", 3)
     model = patched()
     for _ in range(3):
         model(images_of(4))
@@ -191,7 +266,7 @@ def test_gradients_autocast_and_timing_go_without():
 
 @torch.inference_mode()
 def test_copies_and_pickles_begin_anew():
-    model = patched()
+    model = patched_for_good(patched())
     images = images_of(3)
     for _ in range(3):
         answer = model(images)
@@ -237,7 +312,7 @@ def test_what_cannot_be_recorded_is_told(monkeypatch):
     def fail(*arguments):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(graphs, "record", fail)
+    monkeypatch.setattr(graphs, "Recorder", fail)
     with pytest.raises(RuntimeError, match="^graphs: no CUDA graph can hold this model; patch it without: operation"):
         model(images)
 

@@ -59,6 +59,29 @@ def test_images_are_cast_and_no_graph_is_kept():
     assert answered.images.dtype == answered.logits.dtype == torch.bfloat16 and not answered.logits.requires_grad
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("bad", ["batch", "loader"])
+def test_what_comes_before_an_error_is_answered(overlap, bad):
+    def batches():
+        yield varied_images(2)
+        yield varied_images(3)
+        if bad == "loader":
+            raise OSError("the disk is gone")
+        yield varied_images(2)[:, :1]
+
+    answered = []
+    with pytest.raises((OSError, ValueError), match=r"^(the disk|images: got 1 channels)"):
+        for _, logits, _ in tdk.Pipeline(patched(), overlap)(batches()):
+            answered.append(len(logits))
+    assert answered == [2, 3]
+
+
+def test_a_pipeline_may_be_left_early():
+    pipeline = tdk.Pipeline(patched(), overlap=True)
+    answered = next(iter(pipeline(varied_images(2) for _ in range(4))))
+    assert len(answered.logits) == 2 and len(list(pipeline([varied_images(3)]))) == 1
+
+
 def test_bad_batches():
     model = patched()
     with pytest.raises(ValueError, match="^batches: got one of no images"):

@@ -19,13 +19,12 @@ FACE = "tinydrop_kernels"  # the package's own __init__, which is lazy and may n
 # The lowest first; a module belongs where it is found first, and may import what is in lower rooms.
 ROOMS = (
     ("version", "compiling", "precision", "ops.types", "ops.tracing", "_C"),
-    ("graphs",),
     ("ops.kernels", "ops.kernels.*"),
     ("ops.registry", "ops.saliency", "ops.cuda_extension"),
     ("ops.gather", "ops.attention_reference"),
     ("ops.select", "ops.packing", "ops.embed", "ops.pool", "ops.attention"),
     ("ops",),
-    ("policy", "identity", "flops", "answers", "images", "rowfile"),
+    ("policy", "identity", "flops", "answers", "images", "rowfile", "graphs"),
     ("policyfile",),
     ("cam", "checkpoints", "prepacking"),
     ("folding",),
