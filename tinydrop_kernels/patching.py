@@ -22,10 +22,10 @@ from tinydrop_kernels.engine import TinyDrop
 from tinydrop_kernels.families import Family, UnsupportedModelError, family_of, find_mismatch
 from tinydrop_kernels.guidance import DEFAULT_GUIDANCE, Guidance
 from tinydrop_kernels.identity import identity_of
+from tinydrop_kernels.onednn import linears, run_linear, run_packed
 from tinydrop_kernels.ops.types import TimmModule
 from tinydrop_kernels.policy import DropPolicy
 from tinydrop_kernels.policyfile import CalibratedPolicy
-from tinydrop_kernels.prepacking import packable, packed_linear
 
 
 def patch(
@@ -119,7 +119,7 @@ def patch(
         (model, "extra_repr", partial(_extra_repr, model)),
         (model, "_replicate_for_data_parallel", _refuse_data_parallel),
         *((attention, "forward", partial(family.attend, attention)) for attention in family.attentions(model)),
-        *((linear, "forward", partial(packed_linear, linear)) for linear in (packable(model) if prepack else [])),
+        *((linear, "forward", partial(run_packed if prepack else run_linear, linear)) for linear in linears(model)),
     ]
     try:
         for module, name, value in tinydrop.set_attributes:
