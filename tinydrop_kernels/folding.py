@@ -58,16 +58,18 @@ def _pairs(
     model: TimmModule, images: Tensor, is_first: Callable[[nn.Module], bool], is_second: Callable[[nn.Module], bool]
 ) -> list[tuple[Any, Any]]:
     """Each first module whose output goes to a second as it is, both called once and without hooks."""
-    outputs: dict[int, tuple[nn.Module, Tensor]] = {}  # the tensor too, or its number would be given to another
+    outputs: dict[int, tuple[nn.Module, Tensor, int]] = {}  # the tensor too, or its number would be given to another
     pairs: list[tuple[nn.Module, nn.Module]] = []
     calls, handles = dict[nn.Module, int](), []
 
     def called(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
         calls[module] = calls.get(module, 0) + 1
         if is_first(module):
-            outputs[id(output)] = module, output
+            outputs[id(output)] = module, output, output._version
         elif id(arguments[0]) in outputs:
-            pairs.append((outputs[id(arguments[0])][0], module))
+            first, tensor, version = outputs[id(arguments[0])]
+            if tensor._version == version:  # else something was added in place
+                pairs.append((first, module))
 
     for module in model.modules():
         plain = not (module._forward_hooks or module._forward_pre_hooks)

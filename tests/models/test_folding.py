@@ -77,6 +77,15 @@ class Shared(Pair):
         return self.norm(self.other(self.norm(self.conv(images))))
 
 
+class AddedInPlace(Pair):
+    """So little that the trial on noise would not see it, as a residual behind a small layer scale."""
+
+    def forward_features(self, images):
+        x = self.conv(images)
+        x += 1e-4
+        return self.norm(x)
+
+
 class OwnFuse(Pair):
     """Means something else by fuse."""
 
@@ -138,11 +147,12 @@ def test_gelu_is_the_layers_before_it(second, stays):
         (Pair, True),
         (Twice, False),
         (Shared, False),
+        (AddedInPlace, False),
         (OwnFuse, False),
         (lambda: doubled(Pair()), False),
         (lambda: by_batch(Pair()), False),
     ],
-    ids=["pair", "used twice", "shared norm", "another fuse", "hook", "statistics of the batch"],
+    ids=["pair", "used twice", "shared norm", "added in place", "another fuse", "hook", "statistics of the batch"],
 )
 def test_what_is_not_a_norm_behind_its_convolution_is_not_folded(make, is_folded):
     model = with_random_weights(make())
