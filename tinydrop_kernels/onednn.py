@@ -4,7 +4,6 @@ Where asked for with packed weights, laid out as oneDNN reads them once and not 
 are linear layers too, and GELU is applied to what a layer gives before it is written.
 """
 
-import weakref
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,29 +11,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from tinydrop_kernels.ops.registry import wants_gradient
+from tinydrop_kernels.ops.registry import LIBRARY, wants_gradient
 from tinydrop_kernels.ops.types import TimmModule
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
 
 class _Packed(NamedTuple):
-    weight: "weakref.ref[Tensor]"
     address: int
     version: int
-    packed: Any  # opaque: it neither copies nor pickles, so it is kept apart from the module
+    packed: Any  # opaque: it neither copies nor pickles, so it is kept apart from the weight
 
 
-_packed: "weakref.WeakKeyDictionary[nn.Module, _Packed]" = weakref.WeakKeyDictionary()
+_packed = WeakTensorKeyDictionary()  # of each weight
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear``, by oneDNN where it can be."""
-    if not _takes(x, weight, bias):
-        return F.linear(x, weight, bias)
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return out
+    return _product(x, weight, bias, "none", False) if _takes(x, weight, bias) else F.linear(x, weight, bias)
 
 
 def run_linear(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -54,13 +50,14 @@ def run_packed(layer: nn.Linear | nn.Conv2d, x: Tensor, activation: str = "none"
         activation: ``"gelu"`` applies the exact one.
     """
     convolves = isinstance(layer, nn.Conv2d)
-    packs = _takes(x, layer.weight, layer.bias) and not layer.weight.is_inference()  # whose changes are not counted
-    if not packs or (convolves and not x.is_contiguous(memory_format=torch.channels_last)):
+    if not _takes(x, layer.weight, layer.bias) or (
+        convolves and not x.is_contiguous(memory_format=torch.channels_last)
+    ):
         forward: Any = type(layer).forward
         out: Tensor = forward(layer, x)
         return F.gelu(out) if activation == "gelu" else out
     rows = x.permute(0, 2, 3, 1) if convolves else x
-    out = torch.ops.mkldnn._linear_pointwise(rows, _weight_of(layer), layer.bias, activation, [], "none")
+    out = _product(rows, layer.weight, layer.bias, activation, True)
     return out.permute(0, 3, 1, 2) if convolves else out
 
 
@@ -91,26 +88,42 @@ def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and weight.layout == torch.strided
         and x.numel() > 0
         and HAS_ONEDNN
-        and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and not wants_gradient(x, weight, bias)
     )
 
 
-def _weight_of(layer: nn.Linear | nn.Conv2d) -> Any:
-    weight, known = layer.weight, _packed.get(layer)
-    if (
-        known is None
-        or known.weight() is not weight
-        or (known.address, known.version) != (weight.data_ptr(), weight._version)
-    ):
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, packs: bool) -> Tensor:
+    # compiled, by an operator of our own: inductor takes oneDNN's for weights that never change alone
+    run = torch.ops.tinydrop.onednn_linear if torch.compiler.is_compiling() else _by_onednn
+    out: Tensor = run(x, weight, bias, activation, packs)
+    return out
+
+
+def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, packs: bool) -> Tensor:
+    packs = packs and not weight.is_inference()  # whose changes are not counted
+    laid_out = _packed_weight(weight) if packs else weight.flatten(1)
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, laid_out, bias, activation, [], "none")
+    return out
+
+
+def _packed_weight(weight: Tensor) -> Any:
+    known: _Packed | None = _packed.get(weight)
+    if known is None or (known.address, known.version) != (weight.data_ptr(), weight._version):
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().flatten(1), None)
-        known = _Packed(weakref.ref(weight), weight.data_ptr(), weight._version, packed)
-        _packed[layer] = known
+        known = _Packed(weight.data_ptr(), weight._version, packed)
+        _packed[weight] = known
     return known.packed
 
 
 if HAS_ONEDNN:
+    LIBRARY.define("onednn_linear(Tensor x, Tensor weight, Tensor? bias, str activation, bool packs) -> Tensor")
+    LIBRARY.impl("onednn_linear", _by_onednn, "CPU")
+    torch.library.register_fake(
+        "tinydrop::onednn_linear",
+        lambda x, weight, bias, activation, packs: x.new_empty(*x.shape[:-1], weight.shape[0]),
+        lib=LIBRARY,
+    )
 
     @register_flop_formula(torch.ops.mkldnn._linear_pointwise, get_raw=True)
     def _flops(x: Tensor, *others: Any, out_val: Tensor) -> int:

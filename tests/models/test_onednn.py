@@ -37,11 +37,11 @@ def test_agrees_with_torch_and_packs_once(dtype, bias, monkeypatch):
     linear = nn.Linear(24, 40, bias).to(dtype)
     for rows in (50, 1, 7, 200):
         check(linear, torch.randn(rows, 24).to(dtype))
-        known = _packed[linear]
+        known = _packed[linear.weight]
     check(linear, torch.randn(2, 3, 24).to(dtype))
     check(linear, torch.randn(24, 50).to(dtype).T)
     check(linear, torch.randn(9, 48).to(dtype)[:, ::2])
-    assert _packed[linear] is known
+    assert _packed[linear.weight] is known
 
 
 @needs_onednn
@@ -73,14 +73,14 @@ def test_pointwise_convolutions_and_gelu(dtype, activation):
         with torch.no_grad():
             assert run_packed(conv, images, activation).is_contiguous(memory_format=torch.channels_last)
     check(linear, torch.randn(50, 24).to(dtype), activation)
-    assert conv in _packed and linear in _packed
+    assert conv.weight in _packed and linear.weight in _packed
     with torch.no_grad():
         conv.weight.mul_(2)
     check(conv, images, activation)
     other = nn.Conv2d(24, 40, 1).to(dtype)
     check(other, torch.randn(3, 24, 5, 7).to(dtype), activation)
     check(other.double(), torch.randn(3, 24, 5, 7).double(), activation)
-    assert other not in _packed, "what is not channels-last, or float64, is torch's"
+    assert other.weight not in _packed, "what is not channels-last, or float64, is torch's"
 
 
 @pytest.mark.parametrize("options", [{"stride": 2}, {"padding": 1}, {"groups": 2}], ids=str)
@@ -102,7 +102,7 @@ def test_flops_are_counted_as_torch_counts_its_own():
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         run_packed(linear, x)
         run_linear(linear, x)
-    assert linear in _packed and counter.get_total_flops() == 2 * (2 * 2 * 50 * 24 * 40)
+    assert linear.weight in _packed and counter.get_total_flops() == 2 * (2 * 2 * 50 * 24 * 40)
 
 
 def test_weights_that_are_more_than_their_numbers_are_left_to_torch():
@@ -124,7 +124,7 @@ def test_every_patched_model_runs_by_onednn(images, monkeypatch):
     model = tdk.patch(tiny_vit(), tiny_guidance(), DROP_HALF)
     with torch.inference_mode():
         expected = model(images)
-        assert model.blocks[0].mlp.fc1 not in _packed
+        assert model.blocks[0].mlp.fc1.weight not in _packed
         monkeypatch.setattr(onednn, "HAS_ONEDNN", False)
         torch.testing.assert_close(model(images), expected)
         monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *_: pytest.fail("called"))
@@ -138,7 +138,7 @@ def test_every_patched_model_runs_by_onednn(images, monkeypatch):
 def test_other_precisions_are_left_to_torch(dtype):
     linear = nn.Linear(24, 40).to(dtype)
     check(linear, torch.randn(50, 24).to(dtype))
-    assert linear not in _packed
+    assert linear.weight not in _packed
 
 
 def test_what_else_is_left_to_torch():
@@ -151,7 +151,7 @@ def test_what_else_is_left_to_torch():
     with torch.inference_mode():
         made = nn.Linear(24, 40)
         check(made, x)
-    assert linear not in _packed and made not in _packed
+    assert linear.weight not in _packed and made.weight not in _packed
 
 
 @needs_onednn
@@ -168,13 +168,13 @@ def test_a_patched_model(images):
         expected = wanted(images)
         for other in (model, *others):
             torch.testing.assert_close(other(images), expected)
-            assert other.blocks[0].mlp.fc1 in _packed
+            assert other.blocks[0].mlp.fc1.weight in _packed
         assert model.tinydrop.report().flops == wanted.tinydrop.report().flops
         with ThreadPoolExecutor(4) as threads:
             for answer in threads.map(model, [images] * 16):
                 torch.testing.assert_close(answer, expected)
     torch.save(model, file)
-    assert copy.deepcopy(model).blocks[0].mlp.fc1 not in _packed, "packed weights are nobody's to copy"
+    assert copy.deepcopy(model).blocks[0].mlp.fc1.weight not in _packed, "packed weights are nobody's to copy"
     tdk.unpatch(model)
     assert before == {name: set(vars(module)) for name, module in vit.named_modules()}
 
@@ -188,7 +188,7 @@ def test_stages_of_blocks():
     model = tdk.patch(swin, guidance, DROP_HALF, prepack=True)
     with torch.inference_mode():
         torch.testing.assert_close(model(images), wanted(images))
-    assert all(layer in _packed for layer in model.layers.modules() if type(layer) is nn.Linear)
+    assert all(layer.weight in _packed for layer in model.layers.modules() if type(layer) is nn.Linear)
 
 
 def test_a_model_made_in_inference_mode_is_refused():
