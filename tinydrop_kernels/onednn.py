@@ -1,7 +1,7 @@
 """Linear layers on CPU by oneDNN: its float32 is faster than MKL's, which torch takes (docs/decisions.md).
 
-Where asked for with packed weights, laid out as oneDNN reads them once and not at every call. Then 1 x 1 convolutions
-are linear layers too, and GELU is applied to what a layer gives before it is written.
+Weights can be packed: laid out as oneDNN reads them, once and not at every call. Then 1 x 1 convolutions are linear
+layers too, and GELU is applied to what a layer gives before it is written.
 """
 
 from functools import partial
@@ -82,7 +82,8 @@ def linears(model: TimmModule) -> list[nn.Linear]:
 
 def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
-        x.device.type == "cpu" == weight.device.type
+        x.is_cpu
+        and weight.is_cpu
         and x.dtype == weight.dtype in (torch.float32, torch.bfloat16)
         and type(weight) in (Tensor, nn.Parameter)  # no subclass, which may mean anything by a product
         and weight.layout == torch.strided

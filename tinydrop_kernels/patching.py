@@ -56,7 +56,6 @@ def patch(
             tokens. The first batch of several images and the first of one then take a minute or more each.
         prepack: on CPU, keep the weights of the blocks' linear layers in oneDNN's own layout too: faster, the more so
             the fewer tokens there are, for as much memory again. A change of weights through ``.data`` is not seen.
-            Compiled blocks do without.
 
     Returns:
         The model.
@@ -68,7 +67,7 @@ def patch(
         GuidanceError: the guidance model has no classes or no feature map, or does not take the size.
         PolicyFileError: the policy's file cannot be read, or it is for another model or guidance.
         ValueError, TypeError: an argument out of range; a model that is patched already; guidance with other classes;
-            prepacking of a model that has no stack of blocks, or was made in inference mode.
+            prepacking of a model that was made in inference mode.
     """
     if isinstance(getattr(model, "tinydrop", None), TinyDrop):
         raise ValueError("model: it is patched already; change model.tinydrop.policy, or unpatch it first")
