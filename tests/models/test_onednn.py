@@ -2,6 +2,7 @@
 
 import copy
 import io
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -94,6 +95,22 @@ def test_no_other_convolution():
 
     assert not onednn.is_pointwise(nn.Conv2d(4, 4, 3, padding="same"))
     assert not onednn.is_pointwise(Scaled(4, 4, 1))
+
+
+@needs_onednn
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor has no C++ compiler here")
+def test_compiled_it_packs_too_and_sees_changed_weights():
+    torch._dynamo.reset()
+    linear = nn.Linear(24, 40)
+    compiled = torch.compile(run_packed, fullgraph=True, dynamic=True)
+    for rows in (50, 7):
+        x = torch.randn(rows, 24)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(linear, x, "gelu"), nn.functional.gelu(linear(x)))
+            known = _packed[linear.weight]
+            linear.weight.mul_(2)
+            torch.testing.assert_close(compiled(linear, x, "gelu"), nn.functional.gelu(linear(x)))
+            assert _packed[linear.weight] is not known
 
 
 @needs_onednn
