@@ -15,7 +15,7 @@ SUITE = Path(__file__).parents[1] / "bench" / "gpu.sh"
 
 def suite(*arguments, **variables):
     command = [shutil.which("bash") or pytest.skip("there is no bash"), SUITE, *arguments]
-    # pytest-benchmark takes itself for one of many processes where pytest-xdist's variables are about, and times nothing.
+    # where pytest-xdist's variables are about, pytest-benchmark takes itself for one of many processes and times nothing
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST_")}
     environment = inherited | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"} | variables
     return subprocess.run(command, env=environment, capture_output=True, text=True)
