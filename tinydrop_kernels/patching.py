@@ -23,11 +23,11 @@ from tinydrop_kernels.families import Family, UnsupportedModelError, family_of, 
 from tinydrop_kernels.graphs import Graphs, has_graphs
 from tinydrop_kernels.guidance import DEFAULT_GUIDANCE, Guidance
 from tinydrop_kernels.identity import identity_of
+from tinydrop_kernels.onednn import linears, run_linear, run_packed
 from tinydrop_kernels.ops.registry import HAS_TRITON
 from tinydrop_kernels.ops.types import TimmModule
 from tinydrop_kernels.policy import DropPolicy
 from tinydrop_kernels.policyfile import CalibratedPolicy
-from tinydrop_kernels.prepacking import packable, packed_linear
 
 
 def patch(
@@ -57,9 +57,8 @@ def patch(
             width. Less costs less and sees less: what that does to accuracy hangs on the images.
         compile: run the guidance model and the target's blocks through ``torch.compile``, for any number of images and
             tokens. The first batch of several images and the first of one then take a minute or more each.
-        prepack: on CPU, keep the weights of the blocks' linear layers in oneDNN's own layout too: faster, the more so
+        prepack: of a model on CPU, keep the weights of the blocks' linear layers in oneDNN's own layout too: faster, the more so
             the fewer tokens there are, for as much memory again. A change of weights through ``.data`` is not seen.
-            Compiled blocks do without.
         graphs: on a GPU, without gradients and autocast, replay guidance, selection and packing, and the target's
             blocks and head, from CUDA graphs: small batches do not wait for the host (:mod:`tinydrop_kernels.graphs`).
             The first two calls of a kind take longer; ``str(model.tinydrop.graphs)`` tells how many were replayed.
@@ -74,8 +73,8 @@ def patch(
         GuidanceError: the guidance model has no classes or no feature map, or does not take the size.
         PolicyFileError: the policy's file cannot be read, or it is for another model or guidance.
         ValueError, TypeError: an argument out of range; a model that is patched already; guidance with other classes;
-            prepacking of a model that has no stack of blocks, or was made in inference mode; graphs of a model that is
-            not on a GPU, or without Triton.
+            prepacking of a model that was made in inference mode; graphs of a model that is not on a GPU, or without
+            Triton.
     """
     if isinstance(getattr(model, "tinydrop", None), TinyDrop):
         raise ValueError("model: it is patched already; change model.tinydrop.policy, or unpatch it first")
@@ -124,6 +123,7 @@ def patch(
     guidance.compiled = guidance.compiled or compile
     tinydrop = TinyDrop(model, guidance.eval(), policy, compile, Graphs() if graphs else None)
     _follow(model, guidance)
+    run = run_packed if prepack else run_linear
     tinydrop.set_attributes = [
         (model, "tinydrop", tinydrop),
         (model, "forward", partial(_forward, model)),
@@ -131,7 +131,7 @@ def patch(
         (model, "extra_repr", partial(_extra_repr, model)),
         (model, "_replicate_for_data_parallel", _refuse_data_parallel),
         *((attention, "forward", partial(family.attend, attention)) for attention in family.attentions(model)),
-        *((linear, "forward", partial(packed_linear, linear)) for linear in (packable(model) if prepack else [])),
+        *((linear, "forward", partial(run, linear)) for linear in (linears(model) if device.type == "cpu" else [])),
     ]
     try:
         for module, name, value in tinydrop.set_attributes:

@@ -1,5 +1,8 @@
 """BatchNorm folded into convolutions: the same answers, or nothing is folded."""
 
+import copy
+import pickle
+
 import pytest
 import timm
 import torch
@@ -8,6 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tinydrop_kernels.folding import folded
+from tinydrop_kernels.onednn import _packed
 
 
 def norms(model):
@@ -73,6 +77,15 @@ class Shared(Pair):
         return self.norm(self.other(self.norm(self.conv(images))))
 
 
+class AddedInPlace(Pair):
+    """So little that the trial on noise would not see it, as a residual behind a small layer scale."""
+
+    def forward_features(self, images):
+        x = self.conv(images)
+        x += 1e-4
+        return self.norm(x)
+
+
 class OwnFuse(Pair):
     """Means something else by fuse."""
 
@@ -91,17 +104,55 @@ def by_batch(model):
     return model
 
 
+class WithGelu(nn.Module):
+    """A convolution and a linear layer with a GELU each, the second perhaps of another kind."""
+
+    def __init__(self, second):
+        super().__init__()
+        self.conv, self.first = nn.Conv2d(3, 8, 1), nn.GELU()
+        self.fc, self.second, self.last = nn.Linear(8, 4), second, nn.Linear(4, 5)
+
+    def forward_features(self, images):
+        return self.second(self.fc(self.first(self.conv(images)).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+
+    def forward_head(self, features):
+        return self.last(features.mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("second", "stays"), [(nn.GELU(), False), (nn.GELU("tanh"), True), (nn.ReLU(), True)], ids=["gelu", "tanh", "relu"]
+)
+def test_gelu_is_the_layers_before_it(second, stays):
+    model = with_random_weights(WithGelu(second))
+    images = torch.randn(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    small = folded(model, images)
+    assert type(small.first) is nn.Identity and (type(small.second) is not nn.Identity) == stays
+    again = folded(copy.deepcopy(small), images)
+    with torch.no_grad():
+        wanted = model.forward_features(images)
+        for other in (small, again, copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
+            torch.testing.assert_close(other.forward_features(images), wanted, atol=1e-5, rtol=1e-5)
+            assert other.conv.weight in _packed
+        for dtype in (torch.bfloat16, torch.float64):
+            out = small.to(dtype).forward_features(images.to(dtype))
+            torch.testing.assert_close(out.float(), wanted, atol=3e-2, rtol=3e-2)
+    features = torch.randn(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    small.forward_features(features).sum().backward()
+    assert features.grad is not None, "gradients go through torch's own"
+
+
 @pytest.mark.parametrize(
     ("make", "is_folded"),
     [
         (Pair, True),
         (Twice, False),
         (Shared, False),
+        (AddedInPlace, False),
         (OwnFuse, False),
         (lambda: doubled(Pair()), False),
         (lambda: by_batch(Pair()), False),
     ],
-    ids=["pair", "used twice", "shared norm", "another fuse", "hook", "statistics of the batch"],
+    ids=["pair", "used twice", "shared norm", "added in place", "another fuse", "hook", "statistics of the batch"],
 )
 def test_what_is_not_a_norm_behind_its_convolution_is_not_folded(make, is_folded):
     model = with_random_weights(make())

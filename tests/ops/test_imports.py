@@ -26,7 +26,7 @@ ROOMS = (
     ("ops",),
     ("policy", "identity", "flops", "answers", "images", "rowfile", "graphs"),
     ("policyfile",),
-    ("cam", "checkpoints", "prepacking"),
+    ("cam", "checkpoints", "onednn"),
     ("folding",),
     ("guidance",),
     ("families.base",),

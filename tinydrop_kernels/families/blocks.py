@@ -9,11 +9,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from tinydrop_kernels import ops
+from tinydrop_kernels.onednn import is_own, linear
 from tinydrop_kernels.ops.types import Packed, TimmModule
 
 
@@ -42,7 +42,7 @@ def project_fused(attention: TimmModule, x: Tensor) -> tuple[Tensor, ...]:
         if attention.qkv_bias_separate or type(attention.qkv) is not nn.Linear:
             projected = attention.qkv(x) + bias
         else:
-            projected = F.linear(x, attention.qkv.weight, bias)
+            projected = linear(x, attention.qkv.weight, bias)
     heads: tuple[Tensor, ...] = projected.view(len(x), 3, attention.num_heads, -1).unbind(1)
     return heads
 
@@ -58,9 +58,9 @@ def attentions(model: TimmModule) -> list[nn.Module]:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module is more than its class's forward."""
+    """Whether calling the module is more than its class's forward, however a linear layer is computed."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in vars(module)
+    return any(hooks) or ("forward" in vars(module) and not is_own(vars(module)["forward"]))
 
 
 def reads_prefix_alone(block: TimmModule) -> bool:
@@ -87,8 +87,8 @@ def run_last_block(block: TimmModule, tokens: Tensor, packed: Packed, num_prefix
     normed = block.norm1(tokens)
     x, read = tokens[rows.flatten()], normed[rows.flatten()]
     weight, bias, dim = attention.qkv.weight, attention.qkv.bias, attention.attn_dim
-    query = F.linear(read, weight[:dim], None if bias is None else bias[:dim])
-    both = F.linear(normed, weight[dim:], None if bias is None else bias[dim:])
+    query = linear(read, weight[:dim], None if bias is None else bias[:dim])
+    both = linear(normed, weight[dim:], None if bias is None else bias[dim:])
     query = query.view(-1, attention.num_heads, attention.head_dim)
     key, value = both.view(-1, 2, attention.num_heads, attention.head_dim).unbind(1)
     x = x + block.drop_path1(block.ls1(attend_projected(attention, read, query, key, value, prefix, packed)))

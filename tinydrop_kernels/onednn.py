@@ -1,0 +1,132 @@
+"""Linear layers on CPU by oneDNN: its float32 is faster than MKL's, which torch takes (docs/decisions.md).
+
+Weights can be packed: laid out as oneDNN reads them, once and not at every call. Then 1 x 1 convolutions are linear
+layers too, and GELU is applied to what a layer gives before it is written.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from tinydrop_kernels.ops.registry import LIBRARY, wants_gradient
+from tinydrop_kernels.ops.types import TimmModule
+
+HAS_ONEDNN = torch.backends.mkldnn.is_available()
+
+
+class _Packed(NamedTuple):
+    address: int
+    version: int
+    packed: Any  # opaque: it neither copies nor pickles, so it is kept apart from the weight
+
+
+_packed = WeakTensorKeyDictionary()  # of each weight
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear``, by oneDNN where it can be."""
+    return _product(x, weight, bias, "none", False) if _takes(x, weight, bias) else F.linear(x, weight, bias)
+
+
+def run_linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """``nn.Linear.forward`` by :func:`linear`."""
+    return linear(x, layer.weight, layer.bias)
+
+
+def run_packed(layer: nn.Linear | nn.Conv2d, x: Tensor, activation: str = "none") -> Tensor:
+    """The layer's forward with packed weights where it can be, anywhere else as torch has it.
+
+    The weights are packed at the first call, and again after they were changed or moved; a change through ``.data``
+    is not seen. Many threads may call it.
+
+    Args:
+        layer: linear, or a convolution for which :func:`is_pointwise`.
+        x: ``(..., in_features)``, or ``(batch, in_channels, height, width)``; not channels-last it is left to torch.
+        activation: ``"gelu"`` applies the exact one.
+    """
+    convolves = isinstance(layer, nn.Conv2d)
+    if not _takes(x, layer.weight, layer.bias) or (
+        convolves and not x.is_contiguous(memory_format=torch.channels_last)
+    ):
+        forward: Any = type(layer).forward
+        out: Tensor = forward(layer, x)
+        return F.gelu(out) if activation == "gelu" else out
+    rows = x.permute(0, 2, 3, 1) if convolves else x
+    out = _product(rows, layer.weight, layer.bias, activation, True)
+    return out.permute(0, 3, 1, 2) if convolves else out
+
+
+def is_pointwise(layer: nn.Module) -> bool:
+    """Whether the layer is a convolution that is a linear layer of each pixel."""
+    if type(layer) is not nn.Conv2d:
+        return False
+    size, stride = layer.kernel_size, layer.stride
+    return size == stride == (1, 1) and layer.groups == 1 and layer.padding in ((0, 0), "valid", "same")
+
+
+def is_own(forward: object) -> bool:
+    """Whether a layer's ``forward`` is one of these functions, bound to it."""
+    return isinstance(forward, partial) and forward.func in (run_linear, run_packed)
+
+
+def linears(model: TimmModule) -> list[nn.Linear]:
+    """The linear layers of the blocks that are torch's own."""
+    blocks = model.blocks if hasattr(model, "blocks") else model.layers
+    return [module for module in blocks.modules() if type(module) is nn.Linear and "forward" not in vars(module)]
+
+
+def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return (
+        x.is_cpu
+        and weight.is_cpu
+        and x.dtype == weight.dtype in (torch.float32, torch.bfloat16)
+        and type(weight) in (Tensor, nn.Parameter)  # no subclass, which may mean anything by a product
+        and weight.layout == torch.strided
+        and x.numel() > 0
+        and HAS_ONEDNN
+        and not torch.is_autocast_enabled("cpu")
+        and not wants_gradient(x, weight, bias)
+    )
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, packs: bool) -> Tensor:
+    # compiled, by an operator of our own: inductor takes oneDNN's for weights that never change alone
+    run = torch.ops.tinydrop.onednn_linear if torch.compiler.is_compiling() else _by_onednn
+    out: Tensor = run(x, weight, bias, activation, packs)
+    return out
+
+
+def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, packs: bool) -> Tensor:
+    packs = packs and not weight.is_inference()  # whose changes are not counted
+    laid_out = _packed_weight(weight) if packs else weight.flatten(1)
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, laid_out, bias, activation, [], "none")
+    return out
+
+
+def _packed_weight(weight: Tensor) -> Any:
+    known: _Packed | None = _packed.get(weight)
+    if known is None or (known.address, known.version) != (weight.data_ptr(), weight._version):
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().flatten(1), None)
+        known = _Packed(weight.data_ptr(), weight._version, packed)
+        _packed[weight] = known
+    return known.packed
+
+
+if HAS_ONEDNN:
+    LIBRARY.define("onednn_linear(Tensor x, Tensor weight, Tensor? bias, str activation, bool packs) -> Tensor")
+    LIBRARY.impl("onednn_linear", _by_onednn, "CPU")
+    torch.library.register_fake(
+        "tinydrop::onednn_linear",
+        lambda x, weight, bias, activation, packs: x.new_empty(*x.shape[:-1], weight.shape[0]),
+        lib=LIBRARY,
+    )
+
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise, get_raw=True)
+    def _flops(x: Tensor, *others: Any, out_val: Tensor) -> int:
+        """torch's counter does not know it."""
+        return 2 * x.numel() * out_val.shape[-1]
