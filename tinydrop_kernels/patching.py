@@ -57,8 +57,9 @@ def patch(
             width. Less costs less and sees less: what that does to accuracy hangs on the images.
         compile: run the guidance model and the target's blocks through ``torch.compile``, for any number of images and
             tokens. The first batch of several images and the first of one then take a minute or more each.
-        prepack: of a model on CPU, keep the weights of the blocks' linear layers in oneDNN's own layout too: faster, the more so
-            the fewer tokens there are, for as much memory again. A change of weights through ``.data`` is not seen.
+        prepack: of a model on CPU, keep the weights of the blocks' linear layers in oneDNN's own layout too: faster,
+            the more so the fewer tokens there are, for as much memory again. A change of weights through ``.data`` is
+            not seen.
         graphs: on a GPU, without gradients and autocast, replay guidance, selection and packing, and the target's
             blocks and head, from CUDA graphs: small batches do not wait for the host (:mod:`tinydrop_kernels.graphs`).
             The first two calls of a kind take longer; ``str(model.tinydrop.graphs)`` tells how many were replayed.
