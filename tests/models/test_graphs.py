@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import tiny_guidance, tiny_vit, varied_images
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tinydrop_kernels as tdk
 from tinydrop_kernels import graphs, ops
@@ -116,6 +117,49 @@ def test_what_a_call_left_behind_stays():
     model(images_of(4))
     assert model.tinydrop.graphs.front.replayed == 3
     assert all(map(torch.equal, handed_out, kept))
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operators that are not in a recording; a replay is one."""
+
+    def __init__(self):
+        super().__init__()
+        self.number, self.within = 0, False
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.number += not self.within
+        return function(*args, **(kwargs or {}))
+
+
+@torch.inference_mode()
+def test_a_replayed_call_takes_few_launches(monkeypatch):
+    """However deep the models are; dense takes more."""
+    launches = Launches()
+
+    class AtOnce(Again):
+        def record(self, stage, inputs):
+            recording = super().record(stage, inputs)
+
+            def replay():
+                launches.number, launches.within = launches.number + 1, True
+                recording.replay()
+                launches.within = False
+
+            return recording._replace(replay=replay)
+
+    monkeypatch.setattr(graphs, "Recorder", AtOnce)
+    monkeypatch.setattr(graphs, "DEVICES", ("cpu", "cuda"))
+    model, images = patched(tdk.DropPolicy.fixed(0.25, coarsen=0.5), depth=12), images_of(1)
+    for _ in range(2):
+        model(images)
+    with launches:
+        model(images)
+        replayed, launches.number = launches.number, 0
+        model.tinydrop.dense(images)
+        dense, launches.number = launches.number, 0
+        with without_graphs(model):
+            model(images)
+    assert replayed < 60 < dense < launches.number  # views count too
 
 
 @torch.inference_mode()
