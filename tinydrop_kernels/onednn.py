@@ -34,8 +34,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def run_linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """``nn.Linear.forward`` by :func:`linear`."""
-    return linear(x, layer.weight, layer.bias)
+    """``nn.Linear.forward``; packed tokens ``(total, in_features)`` by :func:`linear`. Dense, of more axes, is timm's own."""
+    return linear(x, layer.weight, layer.bias) if x.ndim == 2 else nn.Linear.forward(layer, x)
 
 
 def run_packed(layer: nn.Linear | nn.Conv2d, x: Tensor, activation: str = "none") -> Tensor:
