@@ -34,7 +34,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def run_linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """``nn.Linear.forward``; packed tokens ``(total, in_features)`` by :func:`linear`. Dense, of more axes, is timm's own."""
+    """``nn.Linear.forward``; packed tokens ``(total, in_features)`` by :func:`linear`, timm's dense ones by torch."""
     return linear(x, layer.weight, layer.bias) if x.ndim == 2 else nn.Linear.forward(layer, x)
 
 
