@@ -86,10 +86,11 @@ class StageGraphs:
         mode was exchanged, and none is replayed while modules within the model have hooks. What was changed in place is
         where it was.
         """
-        if self._watched is None or self._watched.state != self._watched.now():
-            if self._watched is not None:
+        watched = self._watched
+        if watched is None or watched.model is not model or watched.state != watched.now():
+            if watched is not None:
                 self.clear()
-            self._watched = _Watched(list(model.modules()))
+            self._watched = _Watched(model)
 
     @eager
     def answer(
@@ -193,7 +194,8 @@ class Recorder:
 class _Watched:
     """What a graph of a model would not see change."""
 
-    def __init__(self, modules: list[nn.Module]):
+    def __init__(self, model: nn.Module):
+        self.model, modules = model, list(model.modules())
         self._attributes = [vars(module) for module in modules]
         self._children = [module._modules for module in modules if module._modules]
         self._tensors = [named for module in modules for named in (module._parameters, module._buffers) if named]

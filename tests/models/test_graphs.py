@@ -237,6 +237,22 @@ def test_what_becomes_of_the_guidance_is_seen():
     assert model.tinydrop.graphs.front.recorded == 2 and model.tinydrop.graphs.blocks.recorded == 1
 
 
+@torch.no_grad()
+def test_another_guidance_is_watched_in_its_turn():
+    model, images = patched(), images_of(4)
+    for _ in range(3):
+        model(images)
+    model.tinydrop.guidance = tdk.Guidance(tiny_guidance()).to(DEVICE)
+    for _ in range(3):
+        model(images)
+    assert model.tinydrop.graphs.front.recorded == 2
+    for parameter in model.tinydrop.guidance.model.parameters():
+        parameter.data = parameter * 2
+    for _ in range(3):
+        assert_same(model, images)
+    assert model.tinydrop.graphs.front.recorded == 3
+
+
 @torch.inference_mode()
 def test_hooks_are_run_at_every_call():
     """And where they are gone again, graphs are back."""
