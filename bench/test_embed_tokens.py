@@ -9,7 +9,7 @@ PATCH_SIZES = {14: 16, 24: 16, 37: 14}
 
 
 def user(images, weight, bias, prefix, pos_embed, kept):
-    """Embed every patch, then gather: (batch, prefix + kept, dim)."""
+    """Embed every patch, then gather: (batch, prefix + kept, dim). Left out are counts that differ."""
     tokens = F.conv2d(images, weight, bias, stride=weight.shape[2:]).flatten(2).transpose(1, 2) + pos_embed
     tokens = tokens.gather(1, kept[:, :, None].expand(-1, -1, tokens.shape[2]))
     return torch.cat((prefix.expand(len(tokens), -1, -1), tokens), dim=1)

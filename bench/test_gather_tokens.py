@@ -7,7 +7,7 @@ DIM = 768
 
 
 def user(tokens, prefix, kept):
-    """Gather: (batch, prefix + kept, dim)."""
+    """Gather: (batch, prefix + kept, dim). Left out are counts that differ."""
     tokens = tokens.gather(1, kept[:, :, None].expand(-1, -1, tokens.shape[2]))
     return torch.cat((prefix, tokens), dim=1)
 

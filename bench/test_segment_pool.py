@@ -7,7 +7,10 @@ DIM = 768
 
 
 def user(tokens, lengths):
-    """The mean of each segment behind its class token, without a loop over the batch."""
+    """Average each segment behind its class token, without a loop over the batch.
+
+    Left out are segments without rows, and NaN in a class token, which spreads.
+    """
     segment = torch.repeat_interleave(
         torch.arange(len(lengths), device=tokens.device), lengths, output_size=len(tokens)
     )

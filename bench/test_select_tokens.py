@@ -16,7 +16,11 @@ def sure_logits(batch):
 
 
 def user(logits, features, class_weight, feature_size, grid, kept):
-    """A fixed fraction of every image, and the confidence for whoever wants to exit."""
+    """Keep a fixed fraction of every image, and give the confidence to whoever wants to exit.
+
+    Left out is what the operator promises beside that: the law, from a confidence to a count and a grid of each image's
+    own; exits; the order of equal scores and of NaN; float32 products of half-precision features.
+    """
     confidence, predicted = logits.float().softmax(dim=1).max(dim=1)
     saliency = torch.bmm(features, class_weight[predicted][:, :, None]).relu().float()
     saliency = saliency.view(len(logits), 1, *feature_size)

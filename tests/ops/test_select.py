@@ -208,7 +208,8 @@ def test_ties_and_infinities(backend, grid, size):
     saliency[1] *= torch.rand(size, device=backend.device) < 0.1
     saliency[2, 0, 0], saliency[2, -1, -1] = -math.inf, -1.0
     saliency[3, 0, 0] = -0.0
-    check_saliency(logits_of([0.3, 0.5, 0.6, 0.7], device=backend.device), saliency, [grid], Law(None, 1.0, 0.1))
+    for law in (Law(None, 1.0, 0.1), Law(None, 0.0, 0.4), Law(0.55, 1.0, 0.1), Law(0.2, 1.0, 0.1)):
+        check_saliency(logits_of([0.3, 0.5, 0.6, 0.7], device=backend.device), saliency, [grid], law)
 
 
 def test_ties_go_to_the_lower_index(backend):

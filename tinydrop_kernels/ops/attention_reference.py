@@ -57,7 +57,10 @@ def attend_segments(
                     places = [place[:1] for place in places]
                 mask = _looked_up(bias, *places).to(q.dtype)
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-            out[rows_q] = attended.transpose(1, 2).flatten(0, 1)
+            rows = attended.transpose(1, 2).flatten(0, 1)
+            if len(rows) == len(query):
+                return rows.contiguous()
+            out[rows_q] = rows
     return out
 
 

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from tinydrop_kernels.ops.gather import packed_rows
 from tinydrop_kernels.ops.registry import define, kernels, reference, triton, wants_gradient
 
 
@@ -55,16 +54,16 @@ def _reference(
 ) -> Tensor:
     patch_height, patch_width = weight.shape[-2:]
     patches = images.unfold(2, patch_height, patch_height).unfold(3, patch_width, patch_width)
-    patches = patches.permute(
-        0, 2, 3, 1, 4, 5
-    )  # (segments, rows, columns, channels, patch_height, patch_width), a view
+    patches = patches.permute(0, 2, 3, 1, 4, 5)  # a view: (segments, rows, columns, channels, height and width of one)
     columns = patches.shape[2]
     segment, place = (indices >= 0).nonzero(as_tuple=True)
     patch = indices[segment, place].long()
     kept = F.linear(patches[segment, patch // columns, patch % columns].flatten(1), weight.flatten(1), bias)
     if pos_embed is not None:
         kept = kept + pos_embed[patch]
-    return packed_rows(kept, segment, place, prefix, cu_seqlens, total)
+    prefix = prefix.to(kept.dtype)
+    segments = kept.split([max(length - len(prefix), 0) for length in cu_seqlens.diff().tolist()])
+    return torch.cat([kept[:0], *(rows for own in segments if len(own) for rows in (prefix, own))])
 
 
 def _triton(*arguments: Any) -> Tensor:

@@ -23,30 +23,20 @@ def gather_tokens(tokens: Tensor, prefix: Tensor, indices: Tensor, cu_seqlens: T
     return run(tokens, prefix, indices, cu_seqlens, total)
 
 
-def packed_rows(kept: Tensor, segment: Tensor, place: Tensor, prefix: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
-    """Put kept patches and prefix rows in their places: ``(total, dim)``, in plain PyTorch.
-
-    Args:
-        kept: ``(kept, dim)``.
-        segment, place: int64 ``(kept,)``: the segment of each, and its place among the segment's patches.
-        prefix: ``(num_prefix_tokens, dim)``, or ``(segments, num_prefix_tokens, dim)``.
-        cu_seqlens, total: as in :func:`embed_tokens`.
-    """
-    num_prefix_tokens = prefix.shape[-2]
-    starts = cu_seqlens[:-1].long()
-    out = kept.new_empty(total, kept.shape[1])
-    out[starts[segment] + num_prefix_tokens + place] = kept
-    if num_prefix_tokens:
-        staying = (cu_seqlens.diff() > 0).nonzero()[:, 0]
-        rows = prefix.expand(len(starts), -1, -1)[staying].to(out.dtype)
-        out[starts[staying, None] + torch.arange(num_prefix_tokens, device=out.device)] = rows
-    return out
-
-
 def _reference(tokens: Tensor, prefix: Tensor, indices: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
-    segment, place = (indices >= 0).nonzero(as_tuple=True)
-    kept = tokens[segment, indices[segment, place].long()]
-    return packed_rows(kept, segment, place, prefix, cu_seqlens, total)
+    """Gather segment by segment, which copies each row once; where autograd records, twice."""
+    lengths, first, prefix = cu_seqlens.diff().tolist(), prefix.shape[1], prefix.to(tokens.dtype)
+    kept = [row[: max(length - first, 0)] for row, length in zip(indices, lengths, strict=True)]
+    segments = zip(prefix, tokens, kept, strict=True)
+    if wants_gradient(tokens, prefix):
+        moved = (rows for own, patches, row in segments if len(row) for rows in (own, patches.index_select(0, row)))
+        return torch.cat([tokens.new_empty(0, tokens.shape[2]), *moved])
+    out = tokens.new_empty(total, tokens.shape[2])
+    for rows, (own, patches, row) in zip(out.split(lengths), segments, strict=True):
+        if len(row):
+            rows[:first] = own
+            torch.index_select(patches, 0, row, out=rows[first:])
+    return out
 
 
 def _triton(*arguments: Any) -> Tensor:

@@ -1,5 +1,6 @@
 """One row for each segment."""
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -33,24 +34,19 @@ def segment_pool(tokens: Tensor, cu_seqlens: Tensor, mode: str, skip: int = 0) -
 
 
 def _reference(tokens: Tensor, cu_seqlens: Tensor, mode: str, skip: int) -> Tensor:
-    segments = len(cu_seqlens) - 1
-    starts = cu_seqlens[:-1].long() + skip
-    lengths = (cu_seqlens[1:] - starts).clamp(min=0)
-    empty = (lengths == 0)[:, None]
-    if mode == "first":
-        rows = tokens[starts.clamp(max=len(tokens) - 1)] if len(tokens) else tokens.new_zeros(segments, tokens.shape[1])
-        return rows.masked_fill(empty, 0)
-    position = torch.arange(len(tokens), device=tokens.device)
-    segment = torch.searchsorted(cu_seqlens[1:], position, right=True).clamp(max=segments - 1)
-    inside = (position >= starts[segment]) & (position < cu_seqlens[segment + 1])  # others lie behind the last segment
-    segment, tokens = segment[inside], tokens[inside]
+    """Pool segment by segment. On CPU this is about as fast as one sum by index, and faster for one segment."""
+    starts, sizes = cu_seqlens.tolist(), []
+    for length in (end - start for start, end in pairwise(starts)):
+        sizes += [min(skip, length), max(length - skip, 0)]
+    segments = tokens.split([*sizes, len(tokens) - starts[-1]])[1::2]  # the rows that take part
+    if not segments:
+        return tokens.new_empty(0, tokens.shape[1])
     if mode == "mean":
-        exact = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
-        total = exact.new_zeros(segments, tokens.shape[1]).index_add_(0, segment, exact)
-        return (total / lengths.clamp(min=1)[:, None]).to(tokens.dtype)
-    pooled = tokens.new_full((segments, tokens.shape[1]), float("-inf"))
-    pooled = pooled.scatter_reduce_(0, segment[:, None].expand_as(tokens), tokens, "amax")
-    return pooled.masked_fill(empty, 0)
+        exact = torch.promote_types(tokens.dtype, torch.float32)
+        sums = torch.stack([rows.sum(dim=0, dtype=exact) for rows in segments])
+        return (sums / torch.tensor(sizes[1::2], device=tokens.device).clamp_(min=1)[:, None]).to(tokens.dtype)
+    filled = [rows if len(rows) else rows.new_zeros(1, rows.shape[1]) for rows in segments]
+    return torch.stack([rows[0] if mode == "first" else rows.amax(dim=0) for rows in filled])
 
 
 def _triton(*arguments: Any) -> Tensor:

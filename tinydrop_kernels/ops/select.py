@@ -74,19 +74,26 @@ def apply_law(confidence: Tensor, grid_sizes: Grids, law: Law) -> tuple[Tensor, 
         counts and levels, int32 ``(batch,)``.
     """
     tau, gamma, min_keep, coarsen = law
-    # NaN ** 0 and 1 ** inf are 1 in floating point, where the law asks for everything to be kept
-    ratio = confidence / (1.0 if tau is None else tau)
-    drop = torch.zeros_like(ratio) if math.isinf(gamma) else ratio**gamma
-    budget = (1.0 - drop).clamp(min_keep, 1.0).masked_fill(confidence.isnan(), 1.0)
     sizes = [rows * columns for rows, columns in grid_sizes]
-    sides = [math.sqrt(size / sizes[0]) for size in sizes]
-    scale = budget ** (coarsen / 2)
-    levels = torch.zeros_like(scale, dtype=torch.int32)
-    for side, smaller in pairwise(sides):
-        levels += scale < (side + smaller) / 2
-    patches = torch.tensor(sizes, device=confidence.device)[levels.long()]
-    counts = (budget ** (1.0 - coarsen) * patches - ROUNDING_SLACK).ceil().clamp(min=1).minimum(patches).int()
-    return (counts if tau is None else counts.masked_fill(confidence > tau, 0)), levels
+    if gamma == 0 or math.isinf(gamma):  # the same for every confidence
+        budget = torch.full_like(confidence, min_keep if gamma == 0 else 1.0)
+    else:
+        ratio = confidence if tau is None else confidence / tau
+        budget = (1.0 - ratio**gamma).clamp_(min_keep, 1.0)
+    budget.masked_fill_(confidence.isnan(), 1.0)
+    levels = torch.zeros_like(budget, dtype=torch.int32)
+    if coarsen == 0:  # the general case comes to the same in four times as many steps
+        patches: Tensor | int = sizes[0]
+        kept = budget * patches
+    else:
+        sides = [math.sqrt(size / sizes[0]) for size in sizes]
+        scale = budget ** (coarsen / 2)
+        for side, smaller in pairwise(sides):
+            levels += scale < (side + smaller) / 2
+        patches = torch.tensor(sizes, device=confidence.device)[levels.long()]
+        kept = budget ** (1.0 - coarsen) * patches
+    counts = (kept - ROUNDING_SLACK).ceil_().clamp_(min=1).clamp_(max=patches).int()
+    return (counts if tau is None else counts.masked_fill_(confidence > tau, 0)), levels
 
 
 def _reference_from_features(
@@ -104,8 +111,10 @@ def _reference_from_features(
     centre: float,
 ) -> tuple[Tensor, ...]:
     index, share = top_classes(logits, classes)
-    weight = torch.einsum("bk,bkc->bc", share, class_weight[index].float())
-    saliency = saliency_map(weight[:, None], features, feature_size, Saliency(classes, norm, centre))
+    weight = class_weight[index].float()
+    if classes > 1:
+        weight = torch.bmm(share[:, None], weight)
+    saliency = saliency_map(weight, features, feature_size, Saliency(classes, norm, centre))
     return _reference_from_saliency(logits, saliency, grid_sizes, tau, gamma, min_keep, coarsen)
 
 
@@ -121,22 +130,44 @@ def _reference_from_saliency(
     grids = list(zip(grid_sizes[::2], grid_sizes[1::2], strict=True))
     confidence = logits.float().softmax(dim=1).amax(dim=1)
     counts, levels = apply_law(confidence, grids, Law(tau, gamma, min_keep, coarsen))
-    selection = empty_selection(logits, grid_sizes)
-    indices, scores = selection[0].fill_(-1), selection[4].fill_(0)
     in_use = sorted(set(levels.tolist()))
+    if in_use == [0]:  # a policy that only drops: nothing need be gathered or padded
+        scores = _resized(saliency, grids[0])
+        return _most_salient(scores, counts), counts, levels, confidence, scores
+    indices, _, _, _, scores = empty_selection(logits, grid_sizes)
     for level in in_use:
-        rows, columns = grids[level]
-        # Where all images share a grid, and a policy that only drops sees to that, nothing need be gathered.
-        images = (levels == level).nonzero()[:, 0] if len(in_use) > 1 else slice(None)
-        maps = saliency[images].float()[:, None]
-        resized = F.interpolate(maps, size=(rows, columns), mode="bilinear", align_corners=False)[:, 0].flatten(1)
-        order = resized.masked_fill(resized.isnan(), float("-inf")).sort(dim=1, descending=True, stable=True).indices
-        patches = rows * columns
-        places = torch.arange(patches, device=order.device)
-        kept_first = torch.where(places < counts[images, None], order, patches).sort(dim=1).values
-        indices[images, :patches] = kept_first.masked_fill(kept_first == patches, -1).int()
-        scores[images, :patches] = resized
+        images = (levels == level).nonzero()[:, 0]
+        own_scores = _resized(saliency[images], grids[level])
+        own_indices = _most_salient(own_scores, counts[images])
+        behind = 0, scores.shape[1] - own_scores.shape[1]
+        indices[images], scores[images] = F.pad(own_indices, behind, value=-1), F.pad(own_scores, behind)
     return indices, counts, levels, confidence, scores
+
+
+def _resized(maps: Tensor, size: Grid) -> Tensor:
+    resized = F.interpolate(maps.float()[:, None], size=size, mode="bilinear", align_corners=False)
+    return resized.flatten(1)
+
+
+def _most_salient(scores: Tensor, counts: Tensor) -> Tensor:
+    """Return the ``counts`` patches of highest score, in raster order, then -1: int32 ``(images, patches)``.
+
+    A patch is kept if it scores no less than the last one kept. Where too many equal the last one, as at least one does
+    in an image that exits, those of lower index stay. So nothing is sorted, unless counts differ.
+    """
+    sizes = counts.tolist()
+    fewest, most = min(sizes), max(1, *sizes)
+    ranked = scores.nan_to_num(-math.inf, math.inf, -math.inf)
+    best = ranked.topk(most, dim=1, sorted=fewest < most).values
+    last = best.amin(dim=1) if fewest == most else best.gather(1, counts.long().sub_(1).clamp_(min=0)[:, None])[:, 0]
+    kept = ranked >= last[:, None]
+    if int(kept.count_nonzero()) > sum(sizes):
+        above, equal = ranked > last[:, None], ranked == last[:, None]
+        kept = above | (equal & (equal.cumsum(dim=1) <= (counts - above.sum(dim=1))[:, None]))
+    patches = kept.nonzero()[:, 1]
+    indices = counts.new_full(scores.shape, -1)
+    places = torch.arange(scores.shape[1], device=scores.device)
+    return indices.masked_scatter_(places < counts[:, None], patches.int())
 
 
 def empty_selection(logits: Tensor, grid_sizes: Sequence[int]) -> tuple[Tensor, ...]:
