@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tinydrop_kernels.families import UnsupportedModelError
     from tinydrop_kernels.guidance import Guidance, GuidanceError
     from tinydrop_kernels.ops import Saliency
-    from tinydrop_kernels.patching import patch, unpatch
+    from tinydrop_kernels.patching import dense, patch, unpatch
     from tinydrop_kernels.pipeline import Pipeline
     from tinydrop_kernels.policy import DropPolicy
     from tinydrop_kernels.policyfile import CalibratedPolicy, PolicyFileError
@@ -43,6 +43,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "compare_with_dense",
+    "dense",
     "ops",
     "patch",
     "unpatch",
@@ -63,6 +64,7 @@ _HOMES = {
     "UnsupportedModelError": "families",
     "calibrate": "calibration",
     "compare_with_dense": "timing",
+    "dense": "patching",
     "patch": "patching",
     "unpatch": "patching",
 }

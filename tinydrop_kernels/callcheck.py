@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from tinydrop_kernels.families import Family, UnsupportedModelError
+from tinydrop_kernels.families import Family
 from tinydrop_kernels.ops.types import TimmModule
 from tinydrop_kernels.policy import DropPolicy
 
 
-def check_call(model: TimmModule, family: Family, images: Tensor) -> None:
-    """Raise ValueError, TypeError or UnsupportedModelError where a patched model cannot be called with the images."""
+def check_images(model: TimmModule, family: Family, images: Tensor) -> None:
+    """Raise ValueError or TypeError where a patched model cannot be called with the images."""
     weight = next(model.parameters())
     if not isinstance(images, Tensor):
         raise TypeError(f"images: got {type(images).__name__}, expected a Tensor")
@@ -24,9 +24,6 @@ def check_call(model: TimmModule, family: Family, images: Tensor) -> None:
     castable = images.is_floating_point() and torch.is_autocast_enabled(images.device.type)
     if images.dtype != weight.dtype and not castable:
         raise TypeError(f"images: got {images.dtype}, expected the model's {weight.dtype}")
-    changed = family.find_change(model)
-    if changed:
-        raise UnsupportedModelError(f"model: since it was patched, {changed}; unpatch it, and patch it again")
     family.check_images(model, images)
 
 

@@ -2,8 +2,9 @@
 
 import dataclasses
 import threading
+import warnings
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 
 from tinydrop_kernels import ops
 from tinydrop_kernels.answers import blended, in_doubt
-from tinydrop_kernels.callcheck import check_call, check_classes
+from tinydrop_kernels.callcheck import check_classes, check_images
 from tinydrop_kernels.compiling import for_any_size
-from tinydrop_kernels.families import Family, family_of
-from tinydrop_kernels.families.grids import coarser_grids
+from tinydrop_kernels.derived import settle
+from tinydrop_kernels.families import Family, UnsupportedModelError, family_of, find_mismatch
+from tinydrop_kernels.families.checks import hooks_on_packed_rows
 from tinydrop_kernels.features import features_in_place
 from tinydrop_kernels.flops import count_flops
 from tinydrop_kernels.graphs import MOST_IMAGES, Graphs, has_graphs
@@ -31,6 +33,10 @@ from tinydrop_kernels.policy import DropPolicy
 from tinydrop_kernels.report import Call, Report
 from tinydrop_kernels.target import embed_parts, through_target
 from tinydrop_kernels.timing import timed_stage
+from tinydrop_kernels.torch_internals import hooks_of, is_own
+from tinydrop_kernels.watch import Watch
+
+WAY_OUT = "run the model within tinydrop_kernels.dense(model), or unpatch it"
 
 
 class TinyDrop:
@@ -60,16 +66,22 @@ class TinyDrop:
         self.graphs = graphs
         self.timed = False
         self._of_thread = threading.local()
+        self._watch: Watch | None = None  # the model as it was inspected last
+        self._guidance_watch: Watch | None = None
+        self._levels: dict[Grid, list[Grid]] = {}
+        self._warned: set[str] = set()  # names of modules
         config = resolve_model_data_config(model)
         self._mean = per_channel(config["mean"], model.in_chans)
         self._std = per_channel(config["std"], model.in_chans)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_of_thread", "_family")}
+        ours_alone = ("_of_thread", "_family", "_watch", "_guidance_watch")
+        return {name: value for name, value in vars(self).items() if name not in ours_alone}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._of_thread = threading.local()
+        self._watch = self._guidance_watch = None
         self._family = family_of(self._model)  # a Python module, which neither pickles nor copies
 
     @property
@@ -101,11 +113,30 @@ class TinyDrop:
         call = self.last
         if call is None:
             raise RuntimeError("no image has gone through the patched model in this thread yet")
-        return Report.of(call, self._family, self._model, self._guidance_flops)
+        guidance = self.guidance
+        guidance_flops = count_flops(guidance.model, (guidance.in_chans, *guidance.input_size))
+        return Report.of(call, self._family, self._model, guidance_flops)
 
-    @cached_property
-    def _guidance_flops(self) -> int:
-        return count_flops(self.guidance.model, (self.guidance.in_chans, *self.guidance.input_size))
+    def refresh(self) -> None:
+        """Forget everything that was computed from weights of the model and of the guidance, or recorded.
+
+        Call it after weights were written through ``.data``, which cannot be noticed in a process that has not trained.
+        Call it when training is over, too: until then, nothing that is computed from weights is kept between calls
+        (:mod:`tinydrop_kernels.derived`).
+        """
+        settle(self._model)
+        settle(self.guidance)
+        if self.graphs is not None:
+            self.graphs.clear()
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether this thread is within :func:`tinydrop_kernels.dense` of the model."""
+        return getattr(self._of_thread, "is_dense", False)
+
+    @is_dense.setter
+    def is_dense(self, value: bool) -> None:
+        self._of_thread.is_dense = value
 
     @eager_outside
     def __call__(self, images: Tensor) -> Tensor:
@@ -194,9 +225,12 @@ class TinyDrop:
         self, images: Tensor, policy: DropPolicy, levels: list[Grid]
     ) -> tuple[Tensor, Selection, Packing] | None:
         guidance, prefix = self.guidance, self._family.num_prefix_tokens(self._model)
-        if self.graphs is None or guidance._forward_hooks or guidance._forward_pre_hooks:
+        if self.graphs is None or any(hooks_of(guidance)):
             return None
-        self.graphs.front.check(guidance.model)
+        watch = self._guidance_watch
+        if watch is None or watch.model is not guidance or not (watch.same_parts() and watch.same_state()):
+            watch = self._guidance_watch = Watch(guidance, lambda: (guidance.mean, guidance.std, guidance.input_size))
+        self.graphs.front.check(watch)
         return self.graphs.front.answer(  # type: ignore[no-any-return]
             (images.shape, images.dtype, policy.law, policy.saliency, guidance, tuple(levels), prefix),
             lambda static: self._front(static, None, policy, levels, {}),
@@ -209,14 +243,16 @@ class TinyDrop:
         """The second half of :meth:`plan`: reads back what the device has found."""
         policy, logits, selection, packing, seconds = asked
         if self.graphs is not None:
-            self.graphs.blocks.check(self._model)  # while the device is still at work
+            self.graphs.blocks.check(self.check_model())  # while the device is still at work
         with self._stage(seconds, "pack", logits):
             packed, parts = packing.read()
         return Plan(policy, logits, selection, packing.grids, packed, parts, seconds)
 
     def levels(self, grid: Grid) -> list[Grid]:
-        """The grids that an image of this dense one may have; itself alone where others make no sense to the model."""
-        return [grid] if self._family.patch_size(self._model) is None else coarser_grids(grid)
+        """Return the grids that an image of this dense one may have, dense first."""
+        if grid not in self._levels:
+            self._levels[grid] = self._family.levels(self._model, grid)
+        return self._levels[grid]
 
     @eager_outside
     def run(self, images: Tensor, plan: Plan) -> Tensor:
@@ -285,8 +321,55 @@ class TinyDrop:
     @eager
     def check(self, images: Tensor) -> None:
         """Raise before any work is done where the images, or what has become of the model, do not fit."""
-        check_call(self._model, self._family, images)
+        check_images(self._model, self._family, images)
+        self.check_model()
         check_classes(self.policy, self._model.num_classes, self.guidance.num_classes)
+
+    def check_model(self) -> Watch:
+        """Inspect the model if something in it has changed since it was inspected last.
+
+        Raises:
+            UnsupportedModelError: it is no longer supported.
+        """
+        watch = self._watch
+        if watch is not None and watch.same_parts() and watch.same_state() and watch.same_hooks():
+            return watch
+        is_tried = watch is not None and watch.same_parts()
+        self._refuse_changes(is_tried)
+        if watch is None or not (is_tried and watch.same_state()):
+            return self.remember()
+        watch.note_hooks()  # the same watch still, since graphs outlive hooks that come and go
+        self._warn_of_packed_rows()
+        return watch
+
+    def _refuse_changes(self, is_tried: bool) -> None:
+        model, family = self._model, self._family
+        reason = family.unsupported_reason(model)
+        if not (reason or all(is_own(vars(attention).get("forward")) for attention in family.attentions(model))):
+            reason = "an attention that was replaced"
+        if not (reason or is_tried):
+            with torch.inference_mode(), torch.autocast(next(model.parameters()).device.type, enabled=False):
+                reason = find_mismatch(family, model)
+        if reason:
+            raise UnsupportedModelError(f"model: since it was patched, it has {reason}; undo that, or {WAY_OUT}")
+        self._levels = {}
+
+    def remember(self) -> Watch:
+        """Take the model as it is for inspected."""
+        self._warn_of_packed_rows()
+        self._watch = Watch(self._model, partial(self._family.settings, self._model))
+        return self._watch
+
+    def _warn_of_packed_rows(self) -> None:
+        """Warn once of each module whose hooks see other shapes than in timm."""
+        names = [name for name in hooks_on_packed_rows(self._model) if name not in self._warned]
+        if names:
+            self._warned.update(names)
+            warnings.warn(
+                f"hooks on {', '.join(names)} of a patched model are handed packed rows, (tokens of all images, dim), "
+                f"where timm hands (batch, tokens, dim); to see what timm would hand them, {WAY_OUT}",
+                stacklevel=2,
+            )
 
     def _replays(self, images: Tensor) -> bool:
         """Whether graphs could take the call: they hold no gradients, no autocast, no stages; references read back."""

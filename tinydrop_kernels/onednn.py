@@ -4,28 +4,18 @@ Weights can be packed: laid out as oneDNN reads them, once and not at every call
 layers too, and GELU is applied to what a layer gives before it is written.
 """
 
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from tinydrop_kernels.derived import derived, keeps
 from tinydrop_kernels.ops.registry import LIBRARY, wants_gradient
 from tinydrop_kernels.ops.types import TimmModule
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
-
-
-class _Packed(NamedTuple):
-    address: int
-    version: int
-    packed: Any  # opaque: it neither copies nor pickles, so it is kept apart from the weight
-
-
-_packed = WeakTensorKeyDictionary()  # of each weight
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -41,8 +31,8 @@ def run_linear(layer: nn.Linear, x: Tensor) -> Tensor:
 def run_packed(layer: nn.Linear | nn.Conv2d, x: Tensor, activation: str = "none") -> Tensor:
     """The layer's forward with packed weights where it can be, anywhere else as torch has it.
 
-    The weights are packed at the first call, and again after they were changed or moved; a change through ``.data``
-    is not seen. Many threads may call it.
+    The weights are packed at the first call and again after they changed (:mod:`tinydrop_kernels.derived` tells which
+    changes are noticed). Many threads may call it.
 
     Args:
         layer: linear, or a convolution for which :func:`is_pointwise`.
@@ -67,11 +57,6 @@ def is_pointwise(layer: nn.Module) -> bool:
         return False
     size, stride = layer.kernel_size, layer.stride
     return size == stride == (1, 1) and layer.groups == 1 and layer.padding in ((0, 0), "valid", "same")
-
-
-def is_own(forward: object) -> bool:
-    """Whether a layer's ``forward`` is one of these functions, bound to it."""
-    return isinstance(forward, partial) and forward.func in (run_linear, run_packed)
 
 
 def linears(model: TimmModule) -> list[nn.Linear]:
@@ -102,19 +87,14 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, pa
 
 
 def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, packs: bool) -> Tensor:
-    packs = packs and not weight.is_inference()  # whose changes are not counted
-    laid_out = _packed_weight(weight) if packs else weight.flatten(1)
+    laid_out = _packed_weight(weight) if packs and keeps(weight) else weight.flatten(1)
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, laid_out, bias, activation, [], "none")
     return out
 
 
 def _packed_weight(weight: Tensor) -> Any:
-    known: _Packed | None = _packed.get(weight)
-    if known is None or (known.address, known.version) != (weight.data_ptr(), weight._version):
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().flatten(1), None)
-        known = _Packed(weight.data_ptr(), weight._version, packed)
-        _packed[weight] = known
-    return known.packed
+    pack = torch.ops.mkldnn._reorder_linear_weight
+    return derived(weight, "packed by oneDNN", lambda: pack(weight.detach().flatten(1), None))
 
 
 if HAS_ONEDNN:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.jit import is_tracing  # type: ignore[attr-defined]
 
 from tinydrop_kernels.checkpoints import load_model
+from tinydrop_kernels.derived import note_training
 from tinydrop_kernels.engine import TinyDrop
 from tinydrop_kernels.families import Family, UnsupportedModelError, family_of, find_mismatch
 from tinydrop_kernels.graphs import Graphs, has_graphs
@@ -28,6 +29,7 @@ from tinydrop_kernels.ops.registry import HAS_TRITON
 from tinydrop_kernels.ops.types import TimmModule
 from tinydrop_kernels.policy import DropPolicy
 from tinydrop_kernels.policyfile import CalibratedPolicy
+from tinydrop_kernels.timing import check_patched
 
 
 def patch(
@@ -45,6 +47,9 @@ def patch(
     The model is called as before and answers in the same shape; ``model.tinydrop`` tells what it did. In ``train()``
     mode it runs dense. ``forward_features``, ``forward_head`` and ``forward_intermediates`` stay timm's own, dense.
 
+    What is computed from weights is kept between calls, until they change. A change through ``.data`` is not seen in a
+    process that has not trained: call ``model.tinydrop.refresh()`` after it, and when training is over.
+
     Args:
         model: a supported timm model (:mod:`tinydrop_kernels.families`).
         guidance: the tiny classifier: a timm name or a checkpoint (:func:`checkpoints.load_model`), a timm model, or
@@ -58,8 +63,7 @@ def patch(
         compile: run the guidance model and the target's blocks through ``torch.compile``, for any number of images and
             tokens. The first batch of several images and the first of one then take a minute or more each.
         prepack: of a model on CPU, keep the weights of the blocks' linear layers in oneDNN's own layout too: faster,
-            the more so the fewer tokens there are, for as much memory again. A change of weights through ``.data`` is
-            not seen.
+            the more so the fewer tokens there are, for as much memory again.
         graphs: on a GPU, without gradients and autocast, replay guidance, selection and packing, and the target's
             blocks and head, from CUDA graphs: small batches do not wait for the host (:mod:`tinydrop_kernels.graphs`).
             The first two calls of a kind take longer; ``str(model.tinydrop.graphs)`` tells how many were replayed.
@@ -137,20 +141,46 @@ def patch(
     try:
         for module, name, value in tinydrop.set_attributes:
             setattr(module, name, value)
+        tinydrop.refresh()
         with _naming_what_is_missing(model):
             reason = None if next(model.parameters()).is_meta else _tried(family, model)
         if reason:
             raise UnsupportedModelError(f"model: {type(model).__name__} with {reason}")
+        tinydrop.remember()
     except BaseException:  # an interrupt too must leave the model as it was
         unpatch(model)
         raise
-    if policy.coarsen and family.patch_size(model) is None:
+    image = torch.empty(1, model.in_chans, *model.patch_embed.img_size, device="meta")
+    if policy.coarsen and len(tinydrop.levels(family.grid_size(model, image))) == 1:
         warnings.warn(
             f"{type(model).__name__} with {type(model.patch_embed).__name__} keeps its dense grid, since its stem or "
             "its windows fit images of no other size: besides exits, only what the policy drops is saved (coarsen < 1)",
             stacklevel=2,
         )
     return model
+
+
+@contextmanager
+def dense(model: TimmModule) -> Iterator[TimmModule]:
+    """Run a patched model as timm's own within the ``with`` block, in this thread.
+
+    For hooks that want timm's shapes, profilers and summaries: nothing is dropped and no image exits, but modules are
+    called as timm calls them.
+
+    Raises:
+        ValueError: the model is not patched.
+
+    Example:
+        >>> with tinydrop_kernels.dense(model):
+        ...     attention_maps = record(model, images)
+    """
+    check_patched(model)
+    tinydrop = model.tinydrop
+    before, tinydrop.is_dense = tinydrop.is_dense, True
+    try:
+        yield model
+    finally:
+        tinydrop.is_dense = before
 
 
 def unpatch(model: TimmModule) -> TimmModule:
@@ -198,6 +228,8 @@ def _forward(model: TimmModule, x: Tensor, *masks: object, **named_masks: object
         raise RuntimeError("model: a patched model cannot be traced or exported; use torch.compile, or unpatch it")
     logits: Tensor
     if model.training:
+        note_training()
+    if model.training or model.tinydrop.is_dense:
         logits = type(model).forward(model, x, *masks, **named_masks)
         return logits
     if any(mask is not None and mask is not False for mask in (*masks, *named_masks.values())):

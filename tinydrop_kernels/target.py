@@ -38,9 +38,7 @@ def embed_parts(
         is_whole = len(part.images) == len(images)  # in their own order then
         pixels, kept = (t if is_whole else t.index_select(0, part.images) for t in (images, indices))
         if part.grid != dense:
-            patch = family.patch_size(model)
-            assert patch is not None  # or there would be one grid
-            pixels = resized_images(pixels, patch, dense, part.grid)
+            pixels = resized_images(pixels, family.patch_size(model), dense, part.grid)
         kept = kept[:, : rows * columns]
         tokens.append(family.embed(model, pixels, kept, part.cu_seqlens, part.total, part.grid))
         if family.READS_POSITIONS:

@@ -28,13 +28,13 @@ class Family(Protocol):
         """Whether the model is of this family at all."""
 
     def unsupported_reason(self, model: TimmModule) -> str | None:
-        """What of an unpatched model of the family is not supported, or None."""
+        """Describe what of a model of the family is not supported, or would be passed over in silence.
 
-    def find_change(self, model: TimmModule) -> str | None:
-        """What of a patched model is no longer what was patched and would be passed over in silence, or None.
-
-        Asked at every call, so it looks at attributes alone.
+        None if nothing is. Asked when the model is patched, and when something in a patched model has changed.
         """
+
+    def settings(self, model: TimmModule) -> tuple[Any, ...]:
+        """Return the attribute values that :meth:`unsupported_reason` looks at; compared at every call."""
 
     def attentions(self, model: TimmModule) -> list[nn.Module]:
         """The modules that must know about segments; :meth:`attend` stands in for their forward."""
@@ -51,8 +51,11 @@ class Family(Protocol):
     def num_prefix_tokens(self, model: TimmModule) -> int:
         """Tokens of each image in front of its patches."""
 
-    def patch_size(self, model: TimmModule) -> tuple[int, int] | None:
-        """Height and width of a patch, or None where images of another grid make no sense to the model."""
+    def levels(self, model: TimmModule, grid: Grid) -> list[Grid]:
+        """Return the grids that an image of this dense one may have, dense first; it alone if others make no sense."""
+
+    def patch_size(self, model: TimmModule) -> tuple[int, int]:
+        """Return height and width of a patch of a model with several :meth:`levels`."""
 
     def embed(
         self, model: TimmModule, images: Tensor, indices: Tensor, cu_seqlens: Tensor, total: int, grid: Grid

@@ -12,10 +12,10 @@ from timm.models.beit import Attention, Beit, Block
 from torch import Tensor, nn
 
 from tinydrop_kernels import ops
+from tinydrop_kernels.derived import derived
 from tinydrop_kernels.families import blocks, costs, embedding, pools
 from tinydrop_kernels.families.blocks import project_fused
-from tinydrop_kernels.families.checks import foreign_block, foreign_method, passed_over, replaced
-from tinydrop_kernels.families.grids import derived
+from tinydrop_kernels.families.checks import foreign_block, foreign_method, passed_over
 from tinydrop_kernels.families.pools import pool_segments, unsupported_pool
 from tinydrop_kernels.ops.tracing import eager
 from tinydrop_kernels.ops.types import Grid, Packed, Part, RelativeBias, TimmModule
@@ -26,7 +26,9 @@ attentions = blocks.attentions
 check_images = embedding.check_images
 grid_size = embedding.grid_size
 num_prefix_tokens = embedding.num_prefix_tokens
+levels = embedding.levels
 patch_size = embedding.patch_size
+settings = pools.settings
 dense_classify = pools.dense_classify
 flops = costs.packed_flops
 dense_flops = costs.dense_flops
@@ -55,11 +57,6 @@ def unsupported_reason(model: TimmModule) -> str | None:
         or foreign_block(model, (Block,), _ATTENTIONS)
         or passed_over(model)
     )
-
-
-def find_change(model: TimmModule) -> str | None:
-    """See :class:`base.Family`."""
-    return replaced(model, _METHODS[1:], attend) or unsupported_pool(model, ("token", "avg")) or passed_over(model)
 
 
 def attend(attention: TimmModule, x: Tensor, shared_rel_pos_bias: Tensor | Placed | None = None) -> Tensor:
@@ -97,7 +94,8 @@ def _resampled(table: Tensor, old: Grid, new: Grid) -> Tensor:
     shape = ((2 * new[0] - 1) * (2 * new[1] - 1) + 3, table.shape[1])
     if new == old:
         return table
-    return derived(table, (old, new), lambda: resize_rel_pos_bias_table(table, new, shape, old))
+    resized: Tensor = derived(table, (old, new), lambda: resize_rel_pos_bias_table(table, new, shape, old))
+    return resized
 
 
 def trial_patches(model: TimmModule, grid: Grid) -> int:

@@ -11,9 +11,9 @@ from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from tinydrop_kernels import ops
-from tinydrop_kernels.families.blocks import has_hooks
-from tinydrop_kernels.families.grids import resampled_positions
+from tinydrop_kernels.families.grids import coarser_grids, resampled_positions
 from tinydrop_kernels.ops.types import Grid, TimmModule
+from tinydrop_kernels.torch_internals import has_hooks
 
 
 def check_images(model: TimmModule, images: Tensor) -> None:
@@ -46,10 +46,13 @@ def few_patches(model: TimmModule, grid: Grid) -> int:
     return min(3, grid[0] * grid[1])
 
 
-def patch_size(model: TimmModule) -> tuple[int, int] | None:
+def levels(model: TimmModule, grid: Grid) -> list[Grid]:
     """See :class:`base.Family`."""
-    if not embeds_kept_only(model):
-        return None
+    return coarser_grids(grid) if embeds_kept_only(model) else [grid]
+
+
+def patch_size(model: TimmModule) -> tuple[int, int]:
+    """See :class:`base.Family`."""
     height, width = model.patch_embed.proj.weight.shape[-2:]
     return height, width
 

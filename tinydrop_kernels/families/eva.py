@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tinydrop_kernels.families import blocks, costs, embedding, pools
 from tinydrop_kernels.families.blocks import attend_projected, project_fused
-from tinydrop_kernels.families.checks import foreign_block, foreign_method, passed_over, replaced
+from tinydrop_kernels.families.checks import foreign_block, foreign_method, passed_over
 from tinydrop_kernels.families.pools import pool_segments, unsupported_pool
 from tinydrop_kernels.families.rotary import PackedRope, embedding_at
 from tinydrop_kernels.ops.types import Grid, Packed, Part, TimmModule
@@ -20,7 +20,9 @@ attentions = blocks.attentions
 check_images = embedding.check_images
 grid_size = embedding.grid_size
 num_prefix_tokens = embedding.num_prefix_tokens
+levels = embedding.levels
 patch_size = embedding.patch_size
+settings = pools.settings
 trial_patches = embedding.few_patches
 dense_classify = pools.dense_classify
 flops = costs.packed_flops
@@ -43,11 +45,6 @@ def unsupported_reason(model: TimmModule) -> str | None:
         or foreign_block(model, (EvaBlock, EvaBlockPostNorm), _ATTENTIONS)
         or passed_over(model)
     )
-
-
-def find_change(model: TimmModule) -> str | None:
-    """See :class:`base.Family`."""
-    return replaced(model, _METHODS[1:], attend) or unsupported_pool(model) or passed_over(model)
 
 
 def attend(

@@ -1,11 +1,12 @@
 """From packed tokens to one row an image: timm's pools, segment by segment."""
 
+from typing import Any
+
 import torch
 from timm.layers import AttentionPoolLatent
 from torch import Tensor
 
 from tinydrop_kernels import ops
-from tinydrop_kernels.families.blocks import has_hooks
 from tinydrop_kernels.ops.types import Packed, TimmModule
 
 POOLS = ("token", "avg", "max", "avgmax", "map")
@@ -22,9 +23,12 @@ def unsupported_pool(model: TimmModule, pools: tuple[str, ...] = POOLS) -> str |
         unknown = {name for name, _ in pool.named_children()} - _MAP_POOL_PARTS
         if type(pool) is not AttentionPoolLatent or pool.pos_embed is not None or pool.pool != "token" or unknown:
             return "an attention pool other than timm's AttentionPoolLatent as SigLIP has it"
-        if has_hooks(pool):
-            return "hooks on attn_pool, whose parts are called one by one"
     return None
+
+
+def settings(model: TimmModule) -> tuple[Any, ...]:
+    """See :class:`base.Family`. The names of the model's attributes too: a method replaced on it is one more."""
+    return model.global_pool, tuple(vars(model))
 
 
 def dense_classify(model: TimmModule, tokens: Tensor) -> Tensor:

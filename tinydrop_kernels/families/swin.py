@@ -19,10 +19,11 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2
 from torch import Tensor, nn
 
 from tinydrop_kernels import ops
-from tinydrop_kernels.families import embedding, swin_costs
+from tinydrop_kernels.derived import derived
+from tinydrop_kernels.families import embedding, swin_checks, swin_costs
 from tinydrop_kernels.families.blocks import project_fused
 from tinydrop_kernels.families.embedding import embeds_kept_only
-from tinydrop_kernels.families.grids import coarser_grids, derived
+from tinydrop_kernels.families.grids import coarser_grids
 from tinydrop_kernels.families.swin_checks import POOL_MODES, unsupported_swin
 from tinydrop_kernels.families.windows import (
     Order,
@@ -40,6 +41,7 @@ from tinydrop_kernels.ops.types import Grid, Packed, Part, RelativeBias, TimmMod
 NAME = "SwinTransformer, SwinTransformerV2"
 READS_POSITIONS = True
 check_images = embedding.check_images
+settings = swin_checks.settings
 flops = swin_costs.flops
 dense_flops = swin_costs.dense_flops
 _METHODS = ("forward", "forward_features", "forward_head")
@@ -54,11 +56,6 @@ def accepts(model: nn.Module) -> bool:
 def unsupported_reason(model: TimmModule) -> str | None:
     """See :class:`base.Family`."""
     return unsupported_swin(model, _METHODS)
-
-
-def find_change(model: TimmModule) -> str | None:
-    """See :class:`base.Family`."""
-    return unsupported_swin(model, _METHODS[1:])
 
 
 def attentions(model: TimmModule) -> list[nn.Module]:
@@ -83,15 +80,20 @@ def num_prefix_tokens(model: TimmModule) -> int:
     return 0
 
 
-def patch_size(model: TimmModule) -> tuple[int, int] | None:
-    """See :class:`base.Family`. None too where timm would pad one of the coarser grids to whole windows."""
-    side, patches = cell_side(model), model.patch_embed.grid_size
-    for grid in coarser_grids((patches[0] // side, patches[1] // side)):
-        for number, (stage, own) in enumerate(stages_of(model)):
-            if not is_whole(cut_of(model, number, stage.blocks[0], grid, own), grid, own):
-                return None
+def levels(model: TimmModule, grid: Grid) -> list[Grid]:
+    """See :class:`base.Family`. The dense one alone too where timm would pad a coarser grid to whole windows."""
     if not embeds_kept_only(model, with_norm=True):
-        return None
+        return [grid]
+    grids = coarser_grids(grid)
+    for number, (stage, side) in enumerate(stages_of(model)):
+        if not all(is_whole(cut_of(model, number, stage.blocks[0], own, side), own, side) for own in grids):
+            return [grid]
+    return grids
+
+
+def patch_size(model: TimmModule) -> tuple[int, int]:
+    """See :class:`base.Family`. Of a cell."""
+    side = cell_side(model)
     height, width = model.patch_embed.proj.weight.shape[-2:]
     return height * side, width * side
 
@@ -185,7 +187,8 @@ def _bias_table(attention: TimmModule, size: Grid) -> Tensor:
     if size == own:
         return table
     shape = ((2 * size[0] - 1) * (2 * size[1] - 1), attention.num_heads)
-    return derived(table, (own, size), lambda: resize_rel_pos_bias_table(table, size, shape, own))
+    resized: Tensor = derived(table, (own, size), lambda: resize_rel_pos_bias_table(table, size, shape, own))
+    return resized
 
 
 def _continuous_bias(attention: TimmModule, size: Grid) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tinydrop_kernels import ops
 from tinydrop_kernels.families import blocks, embedding, pools
 from tinydrop_kernels.families.blocks import reads_prefix_alone, run_last_block
-from tinydrop_kernels.families.checks import foreign_block, foreign_method, passed_over, replaced
+from tinydrop_kernels.families.checks import foreign_block, foreign_method, passed_over
 from tinydrop_kernels.families.costs import flops_of
 from tinydrop_kernels.families.pools import pool_segments, unsupported_pool
 from tinydrop_kernels.ops.types import Grid, Packed, Part, TimmModule
@@ -25,7 +25,9 @@ attentions = blocks.attentions
 check_images = embedding.check_images
 grid_size = embedding.grid_size
 num_prefix_tokens = embedding.num_prefix_tokens
+levels = embedding.levels
 patch_size = embedding.patch_size
+settings = pools.settings
 trial_patches = embedding.few_patches
 dense_classify = pools.dense_classify
 _METHODS = ("forward", "forward_features", "forward_head", "pool", "_pos_embed")
@@ -48,11 +50,6 @@ def unsupported_reason(model: TimmModule) -> str | None:
         or foreign_block(model, (Block, ResPostBlock), _ATTENTIONS)
         or passed_over(model)
     )
-
-
-def find_change(model: TimmModule) -> str | None:
-    """See :class:`base.Family`."""
-    return replaced(model, _METHODS[1:], attend) or unsupported_pool(model) or passed_over(model)
 
 
 def embed(model: TimmModule, images: Tensor, indices: Tensor, cu_seqlens: Tensor, total: int, grid: Grid) -> Tensor:
