@@ -350,6 +350,8 @@ class TinyDrop:
         if not (reason or is_tried):
             with torch.inference_mode(), torch.autocast(next(model.parameters()).device.type, enabled=False):
                 reason = find_mismatch(family, model)
+            if reason and self._watch is not None:
+                reason = f"{', '.join(self._watch.new_parts())} exchanged, and {reason}"
         if reason:
             raise UnsupportedModelError(f"model: since it was patched, it has {reason}; undo that, or {WAY_OUT}")
         self._levels = {}

@@ -30,7 +30,7 @@ class Watch:
 
     def __init__(self, model: nn.Module, settings: Callable[[], Any] = lambda: None):
         modules = list(model.modules())
-        self.model = model
+        self.model, self._modules = model, set(modules)
         self._settings = settings
         self._attributes = [vars(module) for module in modules]
         self._children = [module._modules for module in modules if module._modules]
@@ -50,6 +50,10 @@ class Watch:
     def same_hooks(self) -> bool:
         """Return whether the same modules have hooks as when they were looked at last."""
         return self._seen_hooks == self._read_hooks()
+
+    def new_parts(self) -> list[str]:
+        """Return the names of the modules that were not there when this was made."""
+        return [name for name, module in self.model.named_modules() if module not in self._modules]
 
     def note_hooks(self) -> None:
         """Take the hooks that there are now for looked at."""

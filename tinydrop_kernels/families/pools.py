@@ -22,7 +22,7 @@ def unsupported_pool(model: TimmModule, pools: tuple[str, ...] = POOLS) -> str |
         pool = model.attn_pool
         unknown = {name for name, _ in pool.named_children()} - _MAP_POOL_PARTS
         if type(pool) is not AttentionPoolLatent or pool.pos_embed is not None or pool.pool != "token" or unknown:
-            return "an attention pool other than timm's AttentionPoolLatent as SigLIP has it"
+            return "an attn_pool other than timm's AttentionPoolLatent as SigLIP has it"
     return None
 
 
