@@ -27,6 +27,7 @@ from tinydrop_kernels.ops.registry import HALF
 from tinydrop_kernels.ops.saliency import saliency_map
 from tinydrop_kernels.ops.tracing import eager
 from tinydrop_kernels.ops.types import Saliency, TimmModule
+from tinydrop_kernels.torch_internals import ieee_float32
 
 DEFAULT_GUIDANCE = "efficientformer_l1.snap_dist_in1k"
 PLAIN_CAM = Saliency()
@@ -188,11 +189,13 @@ class Guidance(nn.Module):
             images = images * scale + offset
         return images.contiguous(memory_format=torch.channels_last)  # convolutions are faster on it (docs/decisions.md)
 
+    @ieee_float32()
     @torch.no_grad()
     def _probe(self) -> None:
         """Find the layout of the feature map and the kind of the head by trying them; then fold the model.
 
-        In float32 whatever the model's own dtype, so that the verdict and the weights do not hang on it.
+        In float32 and not in TF32, whatever the model's own dtype and the user's settings, so that the verdict and the
+        weights do not depend on them.
         """
         own = next(self.model.parameters())
         dtype = own.dtype

@@ -3,11 +3,14 @@
 A name that this torch does not have is looked for with ``hasattr`` or ``getattr`` where it is used, never at import.
 """
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules import module as _module
 from torch.utils.module_tracker import ModuleTracker
@@ -18,6 +21,11 @@ _GLOBAL_HOOKS = (
     "_global_backward_pre_hooks",
     "_global_backward_hooks",
 )
+
+# Of torch.backends, a parent before what follows it. oneDNN's own parent is left out: in torch 2.11 to 2.14, who sets
+# it sets that of all backends.
+_FLOAT32_SETTINGS = ("cudnn", "cudnn.conv", "cuda.matmul", "mkldnn.conv", "mkldnn.matmul")
+_one_at_a_time = threading.RLock()
 
 
 def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
@@ -47,3 +55,36 @@ def has_hooks(module: nn.Module) -> bool:
 def is_own(forward: object) -> bool:
     """Return whether a ``forward`` on an instance was set there by this package: a partial of one of its functions."""
     return isinstance(forward, partial) and str(getattr(forward.func, "__module__", "")).startswith("tinydrop_kernels.")
+
+
+@contextmanager
+def ieee_float32() -> Iterator[None]:
+    """Compute float32 as float32 within, on every device; also a decorator.
+
+    cuDNN rounds what it convolves to TF32 unless it is forbidden, which is an error of 3e-4; cuBLAS and oneDNN round
+    where the user allows it. ``fp32_precision`` is torch's newest way to forbid it, and has moved before. The settings
+    are the process's: other threads compute in float32 meanwhile, too, and who enters here waits for the one within.
+    What followed its parent follows it again afterwards.
+    """
+    with _one_at_a_time:
+        changed: list[tuple[Any, str]] = []
+        try:
+            for setting in _float32_settings():
+                before = setting.fp32_precision
+                if before != "ieee":
+                    setting.fp32_precision = "ieee"
+                    changed.append((setting, before))
+            yield
+        finally:
+            for setting, before in reversed(changed):
+                setting.fp32_precision = before
+
+
+def _float32_settings() -> list[Any]:
+    settings: list[Any] = [torch.backends]
+    for name in _FLOAT32_SETTINGS:
+        setting: Any = torch.backends
+        for part in name.split("."):
+            setting = getattr(setting, part, None)
+        settings.append(setting)
+    return [setting for setting in settings if hasattr(setting, "fp32_precision")]

@@ -13,7 +13,7 @@ import torch
 from helpers import tiny_guidance, varied_images, with_random_weights
 from test_families import close
 from test_flops import counted
-from test_kernels_end_to_end import READS, SizesFromValues
+from test_kernels_end_to_end import DEVICE, READS, SizesFromValues, assert_same_on_the_kernels
 from test_levels import spread_confidence
 from timm.models.swin_transformer import window_partition
 from torch.utils.flop_counter import FlopCounterMode
@@ -203,13 +203,7 @@ def test_every_image_as_if_alone(name):
 @pytest.mark.parametrize("name", [V1, V2])
 def test_same_answers_on_the_kernels(name):
     model, images = tiny_swin(name, img_size=32, window_size=2, depths=(2, 1)), varied_images(3, 32)
-    tdk.patch(model, tiny_guidance(), tdk.DropPolicy(tau=0.6, gamma=1.0, min_keep=0.1, coarsen=0.5, second_look=None))
-    with torch.inference_mode():
-        wanted, kept = model(images), model.tinydrop.last.selection.indices
-        with ops.use_backend("triton"):
-            out = model(images)
-        assert torch.equal(model.tinydrop.last.selection.indices, kept)
-        torch.testing.assert_close(out, wanted, atol=1e-4, rtol=1e-4)
+    assert_same_on_the_kernels(model.to(DEVICE), images.to(DEVICE))
 
 
 @pytest.mark.parametrize("name", [V1, V2])
@@ -225,7 +219,8 @@ def test_features_are_in_place(name):
 @pytest.mark.parametrize("name", [V1, V2])
 def test_windows_are_found_without_reading_back(name, monkeypatch):
     """On the kernels a batch reads values back once, in pack, whatever windows its tokens lie in."""
-    model, images = tiny_swin(name, img_size=32, window_size=2, depths=(2, 1)), varied_images(3, 32)
+    model = tiny_swin(name, img_size=32, window_size=2, depths=(2, 1)).to(DEVICE)
+    images = varied_images(3, 32).to(DEVICE)
     tdk.patch(model, tiny_guidance(), tdk.DropPolicy(tau=0.6, gamma=1.0, min_keep=0.1, coarsen=0.5, second_look=None))
     reads = []
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from tinydrop_kernels import ops
 from tinydrop_kernels.ops.packing import pack_alike
 from tinydrop_kernels.ops.types import Grid, Packed, Part, TimmModule
+from tinydrop_kernels.torch_internals import ieee_float32
 
 
 class UnsupportedModelError(TypeError):
@@ -89,13 +90,15 @@ class Family(Protocol):
         """FLOPs of timm's own forward of so many images."""
 
 
+@ieee_float32()
 def find_mismatch(family: Family, model: TimmModule) -> str | None:
     """Which stage of a patched model is not timm's when everything is kept, or None: tried on noise.
 
     Catches what no list of supported parts can: a projection that is more than its weight, hooks that change what they
     see, norms and MLPs that mix tokens, a timm that works otherwise. The embedding is tried on one image; the blocks
     and the head on two sequences of a few tokens, which costs little more than reading the weights once, or on the
-    tokens of one image where timm's blocks take no fewer.
+    tokens of one image where timm's blocks take no fewer. In float32 nothing is rounded to TF32 meanwhile, since what
+    our kernels compute is not.
     """
     parameter = next(model.parameters())
     generator = torch.Generator().manual_seed(0)
