@@ -75,14 +75,13 @@ class TinyDrop:
         self._std = per_channel(config["std"], model.in_chans)
 
     def __getstate__(self) -> dict[str, Any]:
-        ours_alone = ("_of_thread", "_family", "_watch", "_guidance_watch")
+        ours_alone = ("_of_thread", "_watch", "_guidance_watch")
         return {name: value for name, value in vars(self).items() if name not in ours_alone}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._of_thread = threading.local()
         self._watch = self._guidance_watch = None
-        self._family = family_of(self._model)  # a Python module, which neither pickles nor copies
 
     @property
     def policy(self) -> DropPolicy:

@@ -41,7 +41,7 @@ def embed_parts(
             pixels = resized_images(pixels, family.patch_size(model), dense, part.grid)
         kept = kept[:, : rows * columns]
         tokens.append(family.embed(model, pixels, kept, part.cu_seqlens, part.total, part.grid))
-        if family.READS_POSITIONS:
+        if family.reads_positions:
             positions.append(ops.patch_positions(kept, part.cu_seqlens, part.total, prefix))
     if positions:
         packed = packed._replace(positions=torch.cat(positions))
@@ -71,7 +71,7 @@ def through_target(
     with stage("embed"):
         tokens, packed = embed_parts(model, family, images, indices, packed, parts)
     # Of a family that asks where each token is, the layout is more than cu_seqlens.
-    if graphs is not None and not family.READS_POSITIONS and packed.total <= MOST_ROWS:
+    if graphs is not None and not family.reads_positions and packed.total <= MOST_ROWS:
         logits = _replayed(graphs, model, family, encode, tokens, packed, family.grid_size(model, images))
         if logits is not None:
             return logits

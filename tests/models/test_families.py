@@ -270,7 +270,7 @@ def overridden():
         (lambda: tiny_vit(attn_layer="diff"), "DiffAttention"),
         (lambda: tiny_vit(global_pool="prr"), "prr"),
         (lambda: tiny_vit(global_pool=""), "global_pool=''"),
-        (overridden, "forward_features is not timm's"),
+        (overridden, "forward_features that is not timm's"),
     ],
 )
 def test_unsupported_parts_are_refused_by_name(build, reason):
@@ -380,7 +380,7 @@ def test_a_projection_that_is_more_than_its_weight_is_called(change, after):
     [
         ({}, mlp_that_mixes_tokens, "blocks that are not timm's"),
         ({"global_pool": "map"}, hook_on_pool, "hooks on attn_pool"),
-        ({}, hook_on_blocks, "hooks on blocks"),
+        ({}, hook_on_blocks, "hooks or a forward of its own on blocks"),
         ({}, drop_of_its_own, "patch_drop of type Doubled"),
         ({}, hook_on_patch_drop, "patch_drop of type Identity, or with hooks"),
         ({}, nearly_nothing, "blocks that are not timm's"),

@@ -5,7 +5,6 @@ tokens, but queries, projection and MLP of the prefix tokens. Exact, and 7 % of 
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from timm.models.vision_transformer import Block
@@ -15,17 +14,6 @@ from tinydrop_kernels import ops
 from tinydrop_kernels.onednn import linear
 from tinydrop_kernels.ops.types import Packed, TimmModule
 from tinydrop_kernels.torch_internals import has_hooks
-
-
-def attend(attention: TimmModule, x: Tensor, attn_mask: Any = None, is_causal: bool = False) -> Tensor:
-    """``timm.layers.Attention.forward`` on packed tokens ``(total, dim)`` when handed a layout; timm's otherwise."""
-    if not isinstance(attn_mask, Packed):
-        if isinstance(x, torch.fx.Proxy):
-            raise TypeError("model: a patched model cannot be traced by torch.fx; use torch.compile, or unpatch it")
-        dense: Tensor = type(attention).forward(attention, x, attn_mask=attn_mask, is_causal=is_causal)
-        return dense
-    query, key, value = attention.qkv(x).view(-1, 3, attention.num_heads, attention.head_dim).unbind(1)
-    return attend_projected(attention, x, query, key, value, attn_mask, attn_mask)
 
 
 def project_fused(attention: TimmModule, x: Tensor) -> tuple[Tensor, ...]:
@@ -45,11 +33,6 @@ def project_fused(attention: TimmModule, x: Tensor) -> tuple[Tensor, ...]:
             projected = linear(x, attention.qkv.weight, bias)
     heads: tuple[Tensor, ...] = projected.view(len(x), 3, attention.num_heads, -1).unbind(1)
     return heads
-
-
-def attentions(model: TimmModule) -> list[nn.Module]:
-    """See :class:`base.Family`."""
-    return [block.attn for block in model.blocks]
 
 
 def reads_prefix_alone(block: TimmModule) -> bool:

@@ -27,7 +27,7 @@ def foreign_method(model: TimmModule, base: type, methods: tuple[str, ...]) -> s
     return None
 
 
-def foreign_block(model: TimmModule, block_types: tuple[type, ...], attentions: dict[type, set[str]]) -> str | None:
+def foreign_block(model: TimmModule, block_types: tuple[type, ...], attentions: Mapping[type, set[str]]) -> str | None:
     """Describe the first block or attention that this package does not know; None if it knows all.
 
     Args:

@@ -1,7 +1,5 @@
 """From packed tokens to one row an image: timm's pools, segment by segment."""
 
-from typing import Any
-
 import torch
 from timm.layers import AttentionPoolLatent
 from torch import Tensor
@@ -24,17 +22,6 @@ def unsupported_pool(model: TimmModule, pools: tuple[str, ...] = POOLS) -> str |
         if type(pool) is not AttentionPoolLatent or pool.pos_embed is not None or pool.pool != "token" or unknown:
             return "an attn_pool other than timm's AttentionPoolLatent as SigLIP has it"
     return None
-
-
-def settings(model: TimmModule) -> tuple[Any, ...]:
-    """See :class:`base.Family`. The names of the model's attributes too: a method replaced on it is one more."""
-    return model.global_pool, tuple(vars(model))
-
-
-def dense_classify(model: TimmModule, tokens: Tensor) -> Tensor:
-    """See :class:`base.Family`."""
-    logits: Tensor = model.forward_head(tokens)
-    return logits
 
 
 def pool_segments(model: TimmModule, tokens: Tensor, packed: Packed, skip: int) -> Tensor:
