@@ -379,10 +379,10 @@ def test_a_projection_that_is_more_than_its_weight_is_called(change, after):
     ("options", "change", "reason"),
     [
         ({}, mlp_that_mixes_tokens, "blocks that are not timm's"),
-        ({"global_pool": "map"}, hook_on_pool, "hooks on attn_pool"),
+        ({"global_pool": "map"}, hook_on_pool, "on attn_pool,"),
         ({}, hook_on_blocks, "hooks or a forward of its own on blocks"),
         ({}, drop_of_its_own, "patch_drop of type Doubled"),
-        ({}, hook_on_patch_drop, "patch_drop of type Identity, or with hooks"),
+        ({}, hook_on_patch_drop, "on patch_drop,"),
         ({}, nearly_nothing, "blocks that are not timm's"),
         ({}, nearly_nothing_in_half, "blocks that are not timm's"),
         ({}, not_a_number, "weights that are not finite"),
