@@ -10,7 +10,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from measure import CUDA, DEVICE
+from measure import CUDA, DEVICE, captured
 from mixes import DISTINCT, SpreadConfidences, cost, dense_cost, policy_of, spread
 from padded import PaddedDropping
 from tome import TokenMerging, total_for
@@ -171,7 +171,8 @@ class Graphed:
     """A model's replay in a CUDA graph, which is captured at the first call."""
 
     def __init__(self, model: Callable[[Tensor], Tensor]):
-        self.model, self.graph = model, None
+        self.model: Callable[[Tensor], Tensor] = model
+        self.graph: Any = None
 
     def __call__(self, images: Tensor) -> Tensor:
         if self.graph is None:
@@ -179,12 +180,13 @@ class Graphed:
             for _ in range(3):
                 self.model(self.images)
             torch.cuda.synchronize()
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.out = self.model(self.images)
+            self.graph = captured(self._run)
         self.images.copy_(images)
         self.graph.replay()
         return self.out
+
+    def _run(self) -> None:
+        self.out = self.model(self.images)
 
 
 def _nearest_side(model: Any, aim: float) -> int:

@@ -2,7 +2,7 @@
 
     python bench/tune_attention.py [--dtype bfloat16] [--head-dim 64 ...] [--processes N]
 
-For each longest segment of the tables in ops/kernels/attention.py, with and without a bias, the geometric mean
+For each longest segment of the tables in ops/kernels/attention_tiles.py, with and without a bias, the geometric mean
 of batches of 256 under a CUDA graph: equal lengths, ragged ones where a ViT has them, and those that the default policy
 gives. Prints every time, then the tables as they would be written, the shipped tile beside the fastest. Answers are
 compared with the shipped tile's. By calculation some 6 minutes on 16 cores for one head_dim; most of it goes into
@@ -36,7 +36,7 @@ from torch import Tensor
 
 from tinydrop_kernels.ops import apply_law
 from tinydrop_kernels.ops.kernels import attention as kernel
-from tinydrop_kernels.ops.kernels.attention import LONG, Tile
+from tinydrop_kernels.ops.kernels.attention_tiles import LONG, Tile
 from tinydrop_kernels.policy import DropPolicy
 
 BATCH, HEADS = 256, 16
