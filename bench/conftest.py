@@ -5,11 +5,14 @@ pytest bench --lines FILE [--full] [--compiled all|some|none|alone] [--deadline 
 
 import time
 from pathlib import Path
+from typing import Any
 
 import measure as measuring
 import pytest
 import torch
-from measure import CUDA, DEVICE, Case, measure, ops
+from measure import CUDA, DEVICE, Case, measure
+
+from tinydrop_kernels import ops
 
 GRIDS = ((14, 14), (24, 24), (37, 37))  # 224 and 384 pixels at patch 16, 518 pixels at patch 14
 BATCHES = (1, 256, 8, 64, 1024)  # the bars' first, in case that the deadline comes
@@ -63,9 +66,9 @@ def pytest_collection_modifyitems(items):
     since compiling takes longer than all the rest."""
 
     def place(item) -> tuple[bool, int]:
-        params = item.callspec.params if hasattr(item, "callspec") else {}
+        params: dict[str, Any] = item.callspec.params if hasattr(item, "callspec") else {}
         case = params.get("case") or params.get("run")  # run: attention's, on a GPU
-        if not hasattr(case, "batch"):
+        if case is None:
             return False, -1
         return case.implementation == "compiled", BATCHES.index(case.batch)
 

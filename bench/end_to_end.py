@@ -17,8 +17,8 @@ guidance's counted. The ways:
 
 Ways of a case take turns, round by round, after a warm-up. FILE is written anew after each round; a way that fails, or
 that has not begun by the deadline, is a row that says so. Launches, and what ``--profile`` names, are looked at in the
-last case, behind its last round, because what is timed after a profiler is slower on a GPU. ``--show`` prints tables and
-``--plot`` draws realised speed-up against FLOPs. ``--process-time`` counts the time that the process ran: with one
+last case, behind its last round, because what is timed after a profiler is slower on a GPU. ``--show`` prints tables
+and ``--plot`` draws realised speed-up against FLOPs. ``--process-time`` counts the time that the process ran: with one
 thread, what it takes on a CPU that is shared.
 """
 
@@ -41,13 +41,14 @@ from turns import LATE, Way, figures, reason, take_turns
 from tinydrop_kernels.precision import fast_dtype
 
 MODELS = ("vit_base_patch16_224", "vit_large_patch16_224", "deit3_large_patch16_224", "vit_large_patch14_dinov2")
-DEFAULTS = {"models": MODELS if CUDA else MODELS[:1], "batches": (1, 8, 64, 256) if CUDA else (1, 8, 32)}
-DEFAULTS |= {"mixes": tuple(EXITS_ABOVE), "ways": WAYS, "rounds": 10 if CUDA else 5}
-SETTING = {"options": {"num_classes": 1000}, "guidance": "efficientformer_l1", "guidance_size": None}
+DEFAULTS: dict[str, Any] = {"mixes": tuple(EXITS_ABOVE), "ways": WAYS, "rounds": 10 if CUDA else 5}
+DEFAULTS |= {"models": MODELS if CUDA else MODELS[:1], "batches": (1, 8, 64, 256) if CUDA else (1, 8, 32)}
+SETTING: dict[str, Any] = {"options": {"num_classes": 1000}, "guidance": "efficientformer_l1", "guidance_size": None}
 # Seconds, and figures that mean nothing. The guidance is as large, beside the model, as for the others.
-SMOKE = {"models": ("vit_tiny_patch16_224",), "batches": (1, 8), "mixes": tuple(EXITS_ABOVE), "rounds": 2}
-SMOKE |= {"ways": tuple(way for way in WAYS if not way.endswith("compiled"))}
-SMOKE_SETTING = {"options": {"num_classes": 10, "depth": 6}, "guidance": "test_byobnet", "guidance_size": 256}
+SMOKE: dict[str, Any] = {"models": ("vit_tiny_patch16_224",), "batches": (1, 8), "rounds": 2}
+SMOKE |= {"mixes": tuple(EXITS_ABOVE), "ways": tuple(way for way in WAYS if not way.endswith("compiled"))}
+SMOKE_SETTING: dict[str, Any] = {"options": {"num_classes": 10, "depth": 6}}
+SMOKE_SETTING |= {"guidance": "test_byobnet", "guidance_size": 256}
 
 
 def measured(

@@ -26,11 +26,10 @@ def has_timm() -> bool:
 def has_extension() -> bool:
     """Of the sources that are here: an older one would be tested and timed in their name."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    import setup
-
     if not imports("tinydrop_kernels._C"):
         return False
-    return bool(importlib.import_module("tinydrop_kernels._C").SOURCES == setup.sources())
+    built, setup = (importlib.import_module(name) for name in ("tinydrop_kernels._C", "setup"))
+    return bool(built.SOURCES == setup.sources())
 
 
 def version(name: str) -> str:

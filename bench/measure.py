@@ -190,9 +190,9 @@ def captured(step: Callable) -> Any:
     still believes that a graph is being captured.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(torch.cuda.current_stream()):  # to which torch does not go back where capturing fails
-        with torch.cuda.graph(graph):
-            step()
+    here = torch.cuda.stream(torch.cuda.current_stream())  # to which torch does not go back where capturing fails
+    with here, torch.cuda.graph(graph):
+        step()
     return graph
 
 

@@ -22,10 +22,11 @@ from tinydrop_kernels.families import family_of
 from tinydrop_kernels.flops import count_flops
 
 # Eager ones first, compiled ones last: so they are built and warmed up.
-WAYS = ("dense", "tome", "padded", "exits", "resolution", "onnx", "ours", "ours-prepacked")
-WAYS += ("dense-graphed", "ours-graphed", "dense-compiled", "ours-compiled")
+EAGER = ("dense", "tome", "padded", "exits", "resolution", "onnx", "ours", "ours-prepacked")
+WAYS = (*EAGER, "dense-graphed", "ours-graphed", "dense-compiled", "ours-compiled")
 GPU_ALONE, CPU_ALONE = ("dense-graphed", "ours-graphed"), ("onnx", "ours-prepacked")
-PATCH_OPTIONS = {"prepacked": {"prepack": True}, "graphed": {"graphs": True}, "compiled": {"compile": True}}
+PATCH_OPTIONS: dict[str, Any] = {"": {}, "prepacked": {"prepack": True}}
+PATCH_OPTIONS |= {"graphed": {"graphs": True}, "compiled": {"compile": True}}
 
 
 class NotMeasured(Exception):
@@ -67,7 +68,7 @@ class Subject:
         """A patched twin, and what sets its guidance's confidences."""
 
         def make() -> tuple[Any, SpreadConfidences]:
-            model = tdk.patch(self.twin(), self.guidance, **PATCH_OPTIONS.get(mode, {}))
+            model = tdk.patch(self.twin(), self.guidance, **PATCH_OPTIONS[mode])
             return model, SpreadConfidences(model, DISTINCT)
 
         return self._once(("patched", mode), make)

@@ -19,7 +19,9 @@ CUDA, plain PyTorch on CPU):
 The bars are an H200's. An H100 is held against them too: what is a fraction of the copy's rate is of its own copy's.
 """
 
+import functools
 import json
+import operator
 import sys
 from collections.abc import Callable
 from itertools import chain
@@ -78,7 +80,7 @@ def speed_up(row: Row, other: str, own: str = "tinydrop") -> float | None:
     if own not in row:
         return None
     clock = next((clock for clock in CLOCKS if clock in row[own] and clock in row.get(other, {})), None)
-    return clock and row[other][clock] / row[own][clock]
+    return None if clock is None else row[other][clock] / row[own][clock]
 
 
 def default(row: Row) -> dict:
@@ -105,7 +107,8 @@ def attention_table(rows: dict[Segments, Row]) -> str:
     def time(info: dict) -> str:
         return f"{info[clock_of(info)]:.1f}{CLOCKS[clock_of(info)]}{'*' * info['is_default']}" if info else ""
 
-    lines = [("batch", "lengths", "bias", *ATTENTION, "x best", "copy", "warm", "host", "host of varlen_attn")]
+    head = "batch", "lengths", "bias", *ATTENTION, "x best", "copy", "warm", "host", "host of varlen_attn"
+    lines: list[tuple[str, ...]] = [head]
     for segments, row in rows.items():
         own = default(row)
         lines.append(
@@ -123,7 +126,7 @@ def attention_table(rows: dict[Segments, Row]) -> str:
 
 
 def table(rows: dict[Key, Row]) -> str:
-    lines = [COLUMNS]
+    lines: list[tuple[str, ...]] = [COLUMNS]
     for key in sorted(rows, key=lambda key: (OPERATORS.index(key[0]), *key[1:])):
         own = rows[key].get("tinydrop")
         if own is None:
@@ -179,7 +182,7 @@ def attention_bars(rows: dict[Segments, Row]) -> list[Bar]:
         strongest_were_there = not {"fa3", "varlen_attn"} & set(missing)
         factor = best_rival(row) if strongest_were_there else None  # not met by their absence
         bar = f"attention, batch 256, {lengths}: {least} times over the best rival"
-        found.append(judge(bar, [factor], lambda x, least=least: x >= least, min, note))
+        found.append(judge(bar, [factor], functools.partial(operator.le, least), min, note))
     for lengths in ("mean 50", "mean 99", "197", "257"):
         fraction = default(judged(256, lengths, False)).get("fraction_of_copy")
         bar = f"attention, batch 256, {lengths}: 0.7 of the copy's rate"
@@ -218,10 +221,10 @@ def operator_bars(rows: dict[Key, Row]) -> list[Bar]:
         judge(f"{name}: 10 times over eager", [speed_up(judged(select), "eager")], lambda x: x >= 10, min),
         judge(f"{name}: 3 times over compiled", [speed_up(judged(select), "compiled")], lambda x: x >= 3, min),
     ]
-    for operator in ("embed_tokens", "gather_tokens"):
+    for name in ("embed_tokens", "gather_tokens"):
         for grid in GRIDS:
-            fractions = [own((operator, 256, grid, keep), "fraction_of_floor") for keep in (0.25, 0.5, 1.0)]
-            bar = f"{operator}, batch 256, {grid}, keep 0.25 to 1: 0.75 of the copy's or the matrix product's rate"
+            fractions = [own((name, 256, grid, keep), "fraction_of_floor") for keep in (0.25, 0.5, 1.0)]
+            bar = f"{name}, batch 256, {grid}, keep 0.25 to 1: 0.75 of the copy's or the matrix product's rate"
             found.append(judge(bar, fractions, lambda fraction: fraction >= 0.75, min))
     for grid in GRIDS:
         host_time = own(("front_end", 1, grid, 0.5), "host_us")

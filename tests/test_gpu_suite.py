@@ -1,4 +1,4 @@
-"""``bench/gpu.sh`` without a GPU: every step of it on a few small cases, and what becomes of steps that take too long."""
+"""``bench/gpu.sh`` without a GPU: every step on a few small cases, and what becomes of one that takes too long."""
 
 import importlib.util
 import json
