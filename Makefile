@@ -34,8 +34,9 @@ calibration: .venv/test
 
 # Every operator against what a good PyTorch user would write; on a machine with a GPU: bench/gpu.sh.
 bench: .venv/test
-	$(BIN)/python -m pytest bench --benchmark-quiet --benchmark-json bench/results/ops.json
-	$(BIN)/python bench/table.py bench/results/ops.json
+	rm -f bench/results/ops.jsonl
+	$(BIN)/python -m pytest bench --benchmark-quiet --lines bench/results/ops.jsonl
+	$(BIN)/python bench/table.py bench/results/ops.jsonl
 
 # A stock ViT-B/16, dense against patched, at last beside busy processes; fails where the mixed policy stays below the bar.
 speedup: .venv/test

@@ -1,4 +1,4 @@
-"""Whole patched models on the Triton kernels, on a GPU or in the interpreter, against the same models on the reference."""
+"""Whole patched models on the Triton kernels, compiled or interpreted, against the same models on the reference."""
 
 import collections
 import sys

@@ -30,7 +30,7 @@ def running(backend):
     for implementation in OPERATORS["varlen_attention"].implementations:
         if implementation.name == backend.name and (reason := implementation.missing_on(backend.device)):
             pytest.skip(reason)
-    # On a GPU torch takes float32 attention apart into TF32 and sums it rounding down, for which there is no bound here.
+    # On a GPU torch splits float32 attention into TF32 and sums it rounding down, for which there is no bound here.
     is_reference_there = backend == ("reference", "cuda")
     with use_backend(backend.name), sdpa_kernel(SDPBackend.MATH) if is_reference_there else nullcontext():
         yield backend
@@ -53,9 +53,11 @@ def triton():
 
 
 @pytest.fixture(autouse=True)
-def exact_products(monkeypatch):
+def exact_products():
     """No TF32, and no sum in half precision: tolerances are of sums in float32."""
-    for name in ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction"):
-        monkeypatch.setattr(torch.backends.cuda.matmul, name, False)
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction
+    matmul.allow_fp16_reduced_precision_reduction = matmul.allow_bf16_reduced_precision_reduction = False
     with ieee_float32():
         yield
+    matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction = before
