@@ -124,7 +124,8 @@ class Walk(RuleBasedStateMachine):
 
     @rule(data=st.data(), to=st.sampled_from([Double, Mean]))
     def exchange(self, data, to):
-        names = [name for name, module in self.model.named_modules() if name and not list(module.children())]
+        names = [name for name, module in self.model.named_modules() if not list(module.children())]
+        names.remove("rope") if "rope" in names else None  # of which timm calls other methods than forward
         name = data.draw(st.sampled_from(names))
         module = self.model.get_submodule(name)
         keeps_shape = isinstance(module, nn.LayerNorm | nn.Identity | nn.Dropout | nn.GELU)

@@ -16,7 +16,7 @@ import tinydrop_kernels
 
 ROOT = Path(tinydrop_kernels.__file__).parent
 FACE = "tinydrop_kernels"  # the package's own __init__, which is lazy and may name everything
-GROUND = ("version", "torch_internals")  # may be imported from anywhere
+GROUND = ("version", "torch_internals", "_C")  # may be imported from anywhere
 USERS = (
     "__main__",
     "cli",
