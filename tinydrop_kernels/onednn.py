@@ -9,13 +9,29 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from tinydrop_kernels.derived import derived, keeps
 from tinydrop_kernels.ops.registry import LIBRARY, wants_gradient
 from tinydrop_kernels.ops.types import TimmModule
 
-HAS_ONEDNN = torch.backends.mkldnn.is_available()
+
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Return whether oneDNN multiplies in this dtype on this CPU, found out by a tiny product.
+
+    It has bfloat16 where the processor does. No list of processors tells that, and torch's own question is wrong where
+    an environment variable forbids instructions. A torch that has renamed these private operators has none for us.
+    """
+    try:
+        x = torch.ones(2, 16, dtype=dtype)
+        packed = torch.ops.mkldnn._reorder_linear_weight(x, None)
+        products = [torch.ops.mkldnn._linear_pointwise(x, w, None, "gelu", [], "none") for w in (x, packed)]
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    return all(product.shape == (2, 2) for product in products)
+
+
+DTYPES = frozenset(filter(_multiplies, (torch.float32, torch.bfloat16)))  # that oneDNN has here
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -69,11 +85,11 @@ def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         x.is_cpu
         and weight.is_cpu
-        and x.dtype == weight.dtype in (torch.float32, torch.bfloat16)
+        and x.dtype == weight.dtype
+        and x.dtype in DTYPES
         and type(weight) in (Tensor, nn.Parameter)  # no subclass, which may mean anything by a product
         and weight.layout == torch.strided
         and x.numel() > 0
-        and HAS_ONEDNN
         and not torch.is_autocast_enabled("cpu")
         and not wants_gradient(x, weight, bias)
     )
@@ -97,16 +113,18 @@ def _packed_weight(weight: Tensor) -> Any:
     return derived(weight, "packed by oneDNN", lambda: pack(weight.detach().flatten(1), None))
 
 
-if HAS_ONEDNN:
-    LIBRARY.define("onednn_linear(Tensor x, Tensor weight, Tensor? bias, str activation, bool packs) -> Tensor")
-    LIBRARY.impl("onednn_linear", _by_onednn, "CPU")
-    torch.library.register_fake(
-        "tinydrop::onednn_linear",
-        lambda x, weight, bias, activation, packs: x.new_empty(*x.shape[:-1], weight.shape[0]),
-        lib=LIBRARY,
-    )
+LIBRARY.define("onednn_linear(Tensor x, Tensor weight, Tensor? bias, str activation, bool packs) -> Tensor")
+LIBRARY.impl("onednn_linear", _by_onednn, "CPU")
+torch.library.register_fake(
+    "tinydrop::onednn_linear",
+    lambda x, weight, bias, activation, packs: x.new_empty(*x.shape[:-1], weight.shape[0]),
+    lib=LIBRARY,
+)
 
-    @register_flop_formula(torch.ops.mkldnn._linear_pointwise, get_raw=True)
-    def _flops(x: Tensor, *others: Any, out_val: Tensor) -> int:
-        """torch's counter does not know it."""
-        return 2 * x.numel() * out_val.shape[-1]
+
+def _flops(x: Tensor, *others: Any, out_val: Tensor) -> int:
+    return 2 * x.numel() * out_val.shape[-1]
+
+
+if DTYPES and torch.ops.mkldnn._linear_pointwise not in flop_registry:  # torch's counter does not know it, yet
+    register_flop_formula(torch.ops.mkldnn._linear_pointwise, get_raw=True)(_flops)

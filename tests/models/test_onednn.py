@@ -3,27 +3,23 @@
 import copy
 import io
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
 import torch
-from helpers import tiny_guidance, tiny_vit
+from helpers import packed_of, tiny_guidance, tiny_vit
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import tinydrop_kernels as tdk
-from tinydrop_kernels import derived, onednn
+from tinydrop_kernels import onednn
 from tinydrop_kernels.onednn import run_linear, run_packed
 
 DROP_HALF = tdk.DropPolicy.fixed(0.5)
-needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
-
-
-def packed_of(weight):
-    """What is kept of a weight in oneDNN's layout, or None."""
-    kept = derived._kept.get(weight)
-    return kept and kept.values.get("packed by oneDNN")
+needs_onednn = pytest.mark.skipif(not onednn.DTYPES, reason="this torch has no oneDNN")
 
 
 def check(layer, x, activation="none"):
@@ -148,11 +144,11 @@ def test_every_patched_model_runs_by_onednn(images, monkeypatch):
     with torch.inference_mode():
         expected = model(images)
         assert packed_of(model.blocks[0].mlp.fc1.weight) is None
-        monkeypatch.setattr(onednn, "HAS_ONEDNN", False)
+        monkeypatch.setattr(onednn, "DTYPES", frozenset())
         torch.testing.assert_close(model(images), expected)
         monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *_: pytest.fail("called"))
         model(images)
-        monkeypatch.setattr(onednn, "HAS_ONEDNN", True)
+        monkeypatch.setattr(onednn, "DTYPES", frozenset([torch.float32]))
         model.tinydrop.dense(images)  # timm's own
         with pytest.raises(pytest.fail.Exception, match="called"):
             model.blocks[0].mlp(torch.randn(5, 32))  # packed tokens
@@ -222,3 +218,54 @@ def test_a_model_made_in_inference_mode_is_refused():
     with pytest.raises(ValueError, match="^prepack: got a model made in inference mode"):
         tdk.patch(vit, tiny_guidance(), DROP_HALF, prepack=True)
     assert tdk.patch(vit, tiny_guidance(), DROP_HALF)
+
+
+ELSEWHERE = {
+    "renamed": "torch.ops.__dict__['mkldnn'] = types.SimpleNamespace()",
+    "refused": "torch.ops.__dict__['mkldnn'] = types.SimpleNamespace(_reorder_linear_weight=refuse)",
+    "counted by torch": (
+        "torch.utils.flop_counter.register_flop_formula(torch.ops.mkldnn._linear_pointwise, get_raw=True)(print)"
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ELSEWHERE)
+def test_another_torch(kind):
+    """What is private in torch may be gone, refuse, or be counted: models are patched all the same."""
+    program = f"""
+import types, torch, torch.utils.flop_counter
+def refuse(*_):
+    raise RuntimeError("could not create a primitive descriptor")
+{ELSEWHERE[kind]}
+import tinydrop_kernels as tdk, timm
+from tinydrop_kernels import onednn
+assert bool(onednn.DTYPES) == ({kind!r} == "counted by torch")
+model = timm.create_model("test_vit", num_classes=5).eval()
+images = torch.randn(2, 3, 160, 160)
+with torch.no_grad():
+    wanted = model(images)
+    tdk.patch(model, timm.create_model("test_byobnet", num_classes=5), tdk.DropPolicy.fixed(1.0), prepack=True)
+    torch.testing.assert_close(model(images), wanted, atol=1e-4, rtol=1e-4)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("way", ["before", "after"])
+def test_bfloat16_where_onednn_has_none(images, monkeypatch, way):
+    """As on a CPU without AVX512-BF16 and AMX: the layers are torch's."""
+    monkeypatch.setattr(onednn, "DTYPES", frozenset([torch.float32]))
+    monkeypatch.setattr(onednn, "_by_onednn", lambda x, *_: pytest.fail(f"called in {x.dtype}"))
+    vit = tiny_vit()
+    if way == "before":
+        vit.bfloat16()
+        monkeypatch.setattr(onednn, "DTYPES", frozenset())  # the guidance is folded in float32
+    tdk.patch(vit, tiny_guidance().bfloat16(), tdk.DropPolicy.fixed(1.0), prepack=True) if way == "before" else None
+    if way == "after":
+        monkeypatch.undo()
+        tdk.patch(vit, tiny_guidance(), tdk.DropPolicy.fixed(1.0), prepack=True)
+        monkeypatch.setattr(onednn, "DTYPES", frozenset([torch.float32]))
+        vit.bfloat16()
+    with torch.no_grad():
+        out, dense = vit(images.bfloat16()), vit.tinydrop.dense(images.bfloat16())
+    torch.testing.assert_close(out, dense, atol=0.05, rtol=0.05)
