@@ -18,7 +18,7 @@ ROOT = Path(tinydrop_kernels.__file__).parent
 FACE = "tinydrop_kernels"  # the package's own __init__, which is lazy and may name everything
 # The lowest first; a module belongs where it is found first, and may import what is in lower rooms.
 ROOMS = (
-    ("version", "compiling", "precision", "ops.types", "ops.tracing", "_C"),
+    ("version", "compiling", "precision", "torch_internals", "ops.types", "ops.tracing", "_C"),
     ("ops.kernels", "ops.kernels.*"),
     ("ops.registry", "ops.saliency", "ops.cuda_extension"),
     ("ops.gather", "ops.attention_reference"),
