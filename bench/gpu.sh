@@ -49,6 +49,7 @@ pack() { # beside another who packs
 note() { echo "$*" | tee -a "$found/steps.txt"; }
 ask() { "$python" bench/machine.py >"$found/machine.txt"; }
 has() { grep -qx "has $1" "$found/machine.txt"; }
+stop() { jobs -p | xargs -r kill 2>/dev/null; }
 left() { echo $(($1 * pace / 100 - SECONDS)); } # until a deadline, in seconds
 
 step() { # NAME DEADLINE COMMAND...: its output under its name
@@ -60,7 +61,8 @@ step() { # NAME DEADLINE COMMAND...: its output under its name
         return
     fi
     # An interrupted pytest still says what has passed; bash has what it runs in the background ignore interrupts.
-    env --default-signal=INT timeout -s INT -k 5 "$seconds" "$@" >"$found/$name.txt" 2>&1
+    env --default-signal=INT timeout -s INT -k 5 "$seconds" "$@" >"$found/$name.txt" 2>&1 &
+    wait $! # so that who stops this script stops the step
     status=$?
     tally=$(grep -E '[0-9]+ (passed|failed|skipped|errors?)\b' "$found/$name.txt" | tail -n 1)
     case $status in
@@ -70,7 +72,7 @@ step() { # NAME DEADLINE COMMAND...: its output under its name
     esac
 }
 begin() { # a step, beside others
-    OMP_NUM_THREADS=1 step "$@" &
+    (trap stop EXIT && OMP_NUM_THREADS=1 step "$@") &
     begun+=($!)
 }
 end() { # of all that was begun
@@ -78,6 +80,9 @@ end() { # of all that was begun
     begun=()
 }
 pytest=("$python" -m pytest -rsfE -p no:cacheprovider)
+suite() { # NAME PROCESSES PYTEST_ARGUMENTS...
+    begin "$1" 160 "${pytest[@]}" -p no:benchmark --numprocesses "$2" --dist worksteal "${@:3}"
+}
 bench() { # NAME DEADLINE PYTEST_ARGUMENTS...: a case that begins has 10 seconds
     step "$1" "$2" "${pytest[@]}" --lines "$found/figures.jsonl" --deadline $(($(left "$2") - 10)) "${@:3}"
 }
@@ -118,7 +123,7 @@ tail -n 1 "$found/machine.txt"
 rm -f "$results"/{gpu.md,results.tar}
 touch "$found"/{steps.txt,figures.jsonl}
 (while sleep 15; do pack; done) >/dev/null 2>&1 &
-trap 'kill '$!'; pack; rm -rf "$temporary" "$results"/.results.*' EXIT
+trap 'stop; pack; rm -rf "$temporary" "$results"/.results.*' EXIT
 
 if ! has extension && ! ((rehearsed)) && { [[ -n ${CUDA_HOME:-} ]] || command -v nvcc >/dev/null; }; then
     TINYDROP_CUDA=1 step extension 60 "$python" setup.py -q build_ext --inplace --build-temp "$temporary/build"
@@ -129,22 +134,22 @@ if ! has extension && compgen -G "tinydrop_kernels/_C*.so" >/dev/null; then
 fi
 
 # What is run of each step, and in a rehearsal.
-begun=() processes=12 whole=(--models vit_large_patch16_224 --rounds 8)
-operators=(tests/ops) models=(tests/models/test_{graphs,pipeline,kernels_end_to_end}.py)
+begun=() processes=(12 3) whole=(--models vit_large_patch16_224 --rounds 8)
+operators=(tests/ops) wholes=(tests/models/test_{graphs,pipeline,kernels_end_to_end}.py)
 eager=(--batches 1 8 64 256 --mixes 20 50) graphed=(--batches 1 8 64 --mixes 20 50) compiled=(--batches 256 1 --mixes 20)
 compiled_ways=(dense-compiled ours-compiled) few=() attention="" kernel=select_tokens compiled_case="b256-14x14"
 if ((rehearsed)); then
     export TRITON_INTERPRET=1
-    processes=0 whole=(--smoke --rounds 1)
-    operators=(tests/ops/test_packing.py) models=(tests/models/test_pipeline.py -k "same_answers and once")
+    processes=(0 0) whole=(--smoke --rounds 1)
+    operators=(tests/ops/test_packing.py) wholes=(tests/models/test_pipeline.py -k "same_answers and once")
     eager=(--batches 1 8 --mixes 20) graphed=(--batches 8 --mixes 20) compiled=(--batches 8 --mixes 20)
     compiled_ways=() few=(-k "b1-14x14-keep0.5") attention="b1-50 and " kernel=segment_pool compiled_case="b1-14x14"
 fi
 
 # Is it right? Most of the time goes into compiling. Beside it, inductor's cache is filled for what is compiled below.
-begin operators 160 "${pytest[@]}" -p no:benchmark --numprocesses "$processes" --dist worksteal "${operators[@]}"
+suite operators "${processes[0]}" "${operators[@]}"
 if has timm; then
-    begin whole_models 160 "${pytest[@]}" -p no:benchmark "${models[@]}"
+    suite whole_models "${processes[1]}" "${wholes[@]}"
     begin inductor 160 "$python" bench/end_to_end.py --json "$temporary/inductor.json" "${whole[@]}" "${compiled[@]}" \
         --rounds 1 --ways ours "${compiled_ways[@]}"
 fi

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,8 @@ STAND_IN = """#!/usr/bin/env bash
 case "$*" in
 bench/machine.py) printf 'has %s\\n' gpu timm pytest_benchmark xdist && echo "a card; versions" ;;
 *pip*) exit 1 ;;
-*"not cudnn") trap '' INT && echo {figure} >>{lines} && echo -n '{{"half a line' >>{lines} && sleep 1000 ;;
+*"not cudnn") trap '' INT && echo {figure} >>{lines} && echo -n '{{"half a line' >>{lines} && echo $$ >{pid} &&
+    exec sleep 1000 ;;
 *table.py*) exec {python} "$@" ;;
 *end_to_end.py*--json*compiled*) cp {results}/results.tar {early}; exit 3 ;;
 *) echo "3 passed in 0.1s" ;;
@@ -73,15 +75,20 @@ esac
 def hanging(tmp_path_factory):
     """A run in a twenty-fifth of the time, of which one step hangs and another fails: the folder, what was printed."""
     folder = tmp_path_factory.mktemp("hanging")
-    results, python, wheels = folder / "results", folder / "python", folder / "wheels"
-    names = {"figure": shlex.quote(json.dumps(FIGURE)), "python": sys.executable, "results": results}
+    return folder, suite(folder / "results", **stand_in(folder), PACE="4")
+
+
+def stand_in(folder):
+    """Variables of a run with the stand-in."""
+    python, wheels = folder / "python", folder / "wheels"
+    names = {"figure": shlex.quote(json.dumps(FIGURE)), "python": sys.executable, "results": folder / "results"}
     # The suite's folder of figures has a name of its own each time; it is an argument of the step.
     names |= {"lines": '"$(sed "s/.*--lines //;s/ .*//" <<<"$*")"', "early": folder / "early.tar"}
-    python.write_text(STAND_IN.format(**names))
+    python.write_text(STAND_IN.format(**names, pid=folder / "pid"))
     python.chmod(0o755)
     wheels.mkdir()
     (wheels / "no-1-py3-none-any.whl").touch()
-    return folder, suite(results, PYTHON=str(python), WHEELS=str(wheels), PACE="4")
+    return {"PYTHON": str(python), "WHEELS": str(wheels)}
 
 
 def test_a_step_that_is_killed_keeps_its_figures(hanging):
@@ -109,6 +116,25 @@ def test_the_archive_is_there_before_the_end(hanging):
         assert json.loads(first) == FIGURE and half == '{"half a line'
     assert "attention: STOPPED" in in_archive(folder / "results" / "results.tar", "gpu.md")
     assert {file.name for file in (folder / "results").iterdir()} == {"gpu.md", "results.tar"}
+
+
+def test_who_stops_it_stops_what_it_runs(tmp_path):
+    bash = shutil.which("bash") or pytest.skip("there is no bash")
+    environment = os.environ | stand_in(tmp_path)
+    running = subprocess.Popen([bash, SUITE, tmp_path / "results"], env=environment, stdout=subprocess.DEVNULL)
+    pid = tmp_path / "pid"
+    wait_until(lambda: pid.is_file() and pid.read_text())
+    running.terminate()
+    running.wait(timeout=30)
+    wait_until(lambda: not Path(f"/proc/{pid.read_text().strip()}").exists())
+    assert json.loads(in_archive(tmp_path / "results" / "results.tar", "figures.jsonl").splitlines()[0]) == FIGURE
+
+
+def wait_until(is_so, seconds=60):
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def test_rehearsal(tmp_path):

@@ -5,6 +5,8 @@ once, but at fixed addresses, in fixed sizes and without a read-back. So there a
 read-back of a batch: guidance, selection and packing, recorded by the shape of the images; and blocks and head, by a
 bucket of rows (:mod:`tinydrop_kernels.buckets`).
 
+Experimental: tests play recordings on a CPU, and no GPU has recorded one yet.
+
 A kind of call that is met for the first time runs without a graph, the second time it is recorded, which takes as long
 as a few calls. Of each stage so many graphs are kept, the least recently used goes first; the graphs of a stage share
 their memory, so that they take little more than the largest of them.

@@ -118,7 +118,9 @@ OPTIONS = (
     ),
     click.option("--compile", is_flag=True, help="Compile the models: the first batches take minutes."),
     click.option(
-        "--graphs", is_flag=True, help="On a GPU: CUDA graphs, so that small batches do not wait for the host."
+        "--graphs",
+        is_flag=True,
+        help="Experimental, on a GPU: CUDA graphs, so that small batches do not wait for the host.",
     ),
     click.option("--prepack", is_flag=True, help="On CPU: faster, for the memory of the model's weights once more."),
     click.option("--workers", type=click.IntRange(min=0), default=0, help="Processes that load images."),

@@ -64,9 +64,10 @@ def patch(
             tokens. The first batch of several images and the first of one then take a minute or more each.
         prepack: of a model on CPU, keep the weights of the blocks' linear layers in oneDNN's own layout too: faster,
             the more so the fewer tokens there are, for as much memory again.
-        graphs: on a GPU, without gradients and autocast, replay guidance, selection and packing, and the target's
-            blocks and head, from CUDA graphs: small batches do not wait for the host (:mod:`tinydrop_kernels.graphs`).
-            The first two calls of a kind take longer; ``str(model.tinydrop.graphs)`` tells how many were replayed.
+        graphs: experimental, since no GPU has run it yet. On a GPU, without gradients and autocast, replay guidance,
+            selection and packing, and the target's blocks and head, from CUDA graphs: small batches do not wait for the
+            host (:mod:`tinydrop_kernels.graphs`). The first two calls of a kind take longer;
+            ``str(model.tinydrop.graphs)`` tells how many were replayed.
 
     Returns:
         The model.

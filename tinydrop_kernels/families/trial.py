@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tinydrop_kernels import ops
 from tinydrop_kernels.families.base import Family
@@ -11,14 +12,15 @@ from tinydrop_kernels.torch_internals import ieee_float32
 
 
 @ieee_float32()
+@sdpa_kernel(SDPBackend.MATH)
 def find_mismatch(family: Family, model: TimmModule) -> str | None:
     """Describe the first stage of a patched model that differs from timm's when everything is kept; None if none does.
 
     Catches what no list of supported parts can: a projection that is more than its weight, hooks that change what they
     see, norms and MLPs that mix tokens, a timm that works otherwise. The embedding is tried on one image; the blocks
     and the head on two sequences of a few tokens, which costs little more than reading the weights once, or on the
-    tokens of one image where timm's blocks take no fewer. In float32 nothing is rounded to TF32 meanwhile, since what
-    our kernels compute is not.
+    tokens of one image where timm's blocks take no fewer. In float32 nothing is rounded to TF32 meanwhile, and nothing
+    attends by torch's fused kernel, which adds up products of TF32: our kernels do neither.
     """
     parameter = next(model.parameters())
     generator = torch.Generator().manual_seed(0)
