@@ -18,14 +18,14 @@ ROOT = Path(tinydrop_kernels.__file__).parent
 FACE = "tinydrop_kernels"  # the package's own __init__, which is lazy and may name everything
 # The lowest first; a module belongs where it is found first, and may import what is in lower rooms.
 ROOMS = (
-    ("version", "compiling", "precision", "ops.types", "ops.tracing", "_C"),
+    ("version", "compiling", "precision", "torch_internals", "ops.types", "ops.tracing", "_C"),
     ("ops.kernels", "ops.kernels.*"),
     ("ops.registry", "ops.saliency", "ops.cuda_extension"),
     ("ops.gather", "ops.attention_reference"),
     ("ops.select", "ops.packing", "ops.embed", "ops.pool", "ops.attention"),
     ("ops",),
-    ("policy", "identity", "flops", "answers", "images", "rowfile", "graphs"),
-    ("policyfile",),
+    ("policy", "identity", "flops", "images", "rowfile", "graphs", "copying"),
+    ("policyfile", "answers"),
     ("cam", "checkpoints", "onednn"),
     ("folding",),
     ("guidance",),
@@ -35,7 +35,7 @@ ROOMS = (
     ("families.costs", "families.swin_checks", "families.swin_costs"),
     ("families.*",),
     ("families",),
-    ("buckets", "plan"),
+    ("buckets", "plan", "head"),
     ("report", "target", "features", "callcheck"),
     ("timing",),
     ("engine",),
