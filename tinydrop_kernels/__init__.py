@@ -3,7 +3,7 @@
 import timm, tinydrop_kernels as tdk
 model = timm.create_model("vit_base_patch16_224.augreg_in21k_ft_in1k", pretrained=True).eval()
 tdk.patch(model)          # the same call, the same shape of answer, the same state_dict
-logits = model(images)
+answers = model(images)   # log-probabilities, since some images are answered by the guidance model
 print(model.tinydrop.report())
 tdk.unpatch(model)        # exactly the model as it was
 """

@@ -8,12 +8,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from tinydrop_kernels import ops
-from tinydrop_kernels.answers import blended, in_doubt
-from tinydrop_kernels.callcheck import check_classes, check_images
+from tinydrop_kernels.answers import answers_of, in_doubt, log_probabilities
+from tinydrop_kernels.callcheck import check_answers, check_images, check_policy
 from tinydrop_kernels.compiling import for_any_size
 from tinydrop_kernels.derived import settle
 from tinydrop_kernels.families import Family, UnsupportedModelError, family_of, find_mismatch
@@ -22,7 +21,8 @@ from tinydrop_kernels.features import features_in_place
 from tinydrop_kernels.flops import count_flops
 from tinydrop_kernels.graphs import MOST_IMAGES, Graphs, has_graphs
 from tinydrop_kernels.guidance import Guidance, Guided
-from tinydrop_kernels.images import per_channel
+from tinydrop_kernels.head import count_classes, linear_width
+from tinydrop_kernels.images import Normalization
 from tinydrop_kernels.ops import Packed, Part, Selection
 from tinydrop_kernels.ops.packing import Packing, lay_out, pack_alike
 from tinydrop_kernels.ops.registry import forced_backend
@@ -48,6 +48,10 @@ class TinyDrop:
     Attributes:
         guidance: the guidance model.
         policy: may be replaced between calls.
+        num_classes: of the model's own answer, asked of its head; 0 where that is ``nn.Identity``. Not
+            ``model.num_classes``, which stays what it was when a head is replaced by hand.
+        multi_label: the head is one of sigmoids; no policy that mixes answers is taken.
+        normalization: mean and standard deviation of each channel, as the images come.
         compiled: run the blocks through ``torch.compile``.
         graphs: the CUDA graphs that calls are replayed from, and how many were; None to do without.
         timed: measure the wall time of each stage of the next calls (synchronises the device at each).
@@ -56,11 +60,20 @@ class TinyDrop:
     set_attributes: list[tuple[nn.Module, str, object]]  # what patching has set on which module
 
     def __init__(
-        self, model: TimmModule, guidance: Guidance, policy: DropPolicy, compiled: bool, graphs: Graphs | None
+        self,
+        model: TimmModule,
+        guidance: Guidance,
+        policy: DropPolicy,
+        compiled: bool,
+        graphs: Graphs | None,
+        multi_label: bool,
+        normalization: Normalization,
     ):
         self._model = model
         self._family: Family = family_of(model)
         self.guidance = guidance
+        self.multi_label = multi_label
+        self.normalization = normalization
         self.policy = policy
         self.compiled = compiled
         self.graphs = graphs
@@ -70,9 +83,6 @@ class TinyDrop:
         self._guidance_watch: Watch | None = None
         self._levels: dict[Grid, list[Grid]] = {}
         self._warned: set[str] = set()  # names of modules
-        config = resolve_model_data_config(model)
-        self._mean = per_channel(config["mean"], model.in_chans)
-        self._std = per_channel(config["std"], model.in_chans)
 
     def __getstate__(self) -> dict[str, Any]:
         ours_alone = ("_of_thread", "_watch", "_guidance_watch")
@@ -92,8 +102,13 @@ class TinyDrop:
     def policy(self, policy: DropPolicy) -> None:
         if not isinstance(policy, DropPolicy):
             raise TypeError(f"policy: got {type(policy).__name__}, expected a DropPolicy")
-        check_classes(policy, self._model.num_classes, self.guidance.num_classes)
+        self._inspect_head()
+        self._check_policy(policy)
         self._policy = policy
+
+    def _inspect_head(self) -> None:
+        """Find out how many classes the model's head has now."""
+        self.num_classes = count_classes(self._model)
 
     @property
     def last(self) -> Call | None:
@@ -139,21 +154,25 @@ class TinyDrop:
 
     @eager_outside
     def __call__(self, images: Tensor) -> Tensor:
-        """Logits ``(batch, classes)`` of images ``(batch, channels, height, width)`` normalised for the target."""
+        """Answer images ``(batch, channels, height, width)``, normalised for the target: ``(batch, classes)``.
+
+        Log-probabilities where the policy mixes answers, else the target's own logits; in the target's dtype.
+        """
         self.check(images)
         if len(images) == 0:
             self._of_thread.last = None
-            return self.dense(images)
+            logits = self.dense(images)
+            return log_probabilities(logits, logits.dtype) if self.policy.mixes_answers else logits
         return self.run(images, self.plan(images))
 
     def dense(self, images: Tensor) -> Tensor:
-        """The model's own answer, with nothing dropped and nobody exiting."""
+        """Return the model's own logits, with nothing dropped and nobody exiting."""
         logits: Tensor = self._model.forward_head(self._model.forward_features(images))
         return logits
 
     def guide(self, images: Tensor, policy: DropPolicy | None = None) -> Guided:
         """What the guidance model says of the images, which a plan is made from, by the model's policy or another."""
-        guided: Guided = self.guidance(images, self._mean, self._std, (policy or self.policy).saliency)
+        guided: Guided = self.guidance(images, *self.normalization, (policy or self.policy).saliency)
         return guided
 
     @eager_outside
@@ -191,6 +210,8 @@ class TinyDrop:
     @eager_outside
     def ask(self, images: Tensor, guided: Guided | None = None, policy: DropPolicy | None = None) -> Asked:
         """The first half of :meth:`plan`, in which the host does not wait for a GPU."""
+        if policy is not None:
+            self._check_policy(policy)
         policy, seconds = policy or self.policy, dict[str, float]()
         levels = self.levels(self._family.grid_size(self._model, images))
         found = None
@@ -230,8 +251,9 @@ class TinyDrop:
         if watch is None or watch.model is not guidance or not (watch.same_parts() and watch.same_state()):
             watch = self._guidance_watch = Watch(guidance, lambda: (guidance.mean, guidance.std, guidance.input_size))
         self.graphs.front.check(watch)
+        kind = (images.shape, images.dtype, policy.law, policy.saliency, guidance, self.normalization)
         return self.graphs.front.answer(  # type: ignore[no-any-return]
-            (images.shape, images.dtype, policy.law, policy.saliency, guidance, tuple(levels), prefix),
+            (*kind, tuple(levels), prefix),
             lambda static: self._front(static, None, policy, levels, {}),
             lambda: (torch.zeros_like(images),),
             lambda static: static.copy_(images),
@@ -263,31 +285,31 @@ class TinyDrop:
         """The first half of :meth:`run`, in which the host does not wait for a GPU."""
         logits = plan.guidance_logits
         if not plan.parts:
-            return Running(images, plan, logits.new_empty(0, dtype=torch.long), logits[:0])
+            kind = images.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else images.dtype
+            return Running(images, plan, logits.new_empty(0, dtype=torch.long), logits[:0].to(dtype))
         staying = torch.cat([part.images for part in plan.parts]).long()
         reduced = self._through_target(images, plan.selection.indices, plan.packed, plan.parts, plan.seconds)
-        return Running(images, plan, staying, blended(reduced, logits[staying], plan.policy.blend))
+        check_answers(plan.policy, reduced, logits)
+        return Running(images, plan, staying, answers_of(reduced, logits[staying], plan.policy))
 
     @eager_outside
     def finish(self, running: Running) -> Tensor:
         """The second half of :meth:`run`: a second look where the policy wants one, which reads back again."""
         images, plan, staying, answers = running
         second_look = torch.zeros_like(plan.selection.counts, dtype=torch.bool)
-        logits, bars = plan.guidance_logits, plan.policy.second_look
-        if plan.parts:
-            if bars is not None:
-                with self._stage(plan.seconds, "second look", images):
-                    answers, again = self._look_again(images, answers, staying, plan, bars)
-                second_look[staying] = again
-            has_exits = len(staying) < len(images)  # otherwise the guidance may know other classes
-            logits = logits.to(answers.dtype) if has_exits else torch.empty_like(answers)
-            logits = logits.index_copy(0, staying, answers)
-        else:  # of the target's precision, as any other answer
-            kind = images.device.type
-            logits = logits.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else images.dtype)
+        bars = plan.policy.second_look if plan.parts else None
+        if bars is not None:
+            with self._stage(plan.seconds, "second look", images):
+                answers, again = self._look_again(images, answers, staying, plan, bars)
+            second_look[staying] = again
+        if len(staying) < len(images):  # otherwise the guidance may know other classes
+            exits = log_probabilities(plan.guidance_logits, answers.dtype)
+        else:
+            exits = torch.empty_like(answers)
         happened = (plan.selection, plan.levels, plan.guidance_logits, second_look, plan.seconds)
-        self._of_thread.last = Call(*happened, read_backs=1 + (bool(plan.parts) and bars is not None))
-        return logits
+        self._of_thread.last = Call(*happened, read_backs=1 + (bars is not None))
+        return exits.index_copy(0, staying, answers)
 
     @eager_outside
     def _through_target(
@@ -315,14 +337,17 @@ class TinyDrop:
         prefix = self._family.num_prefix_tokens(self._model)
         everything, packed, parts = pack_alike(len(chosen), dense, grid, prefix, images.device)
         logits = self._through_target(images[chosen], everything, packed, parts, {})
-        return answers.index_copy(0, doubtful, blended(logits, guided[chosen], plan.policy.blend)), again
+        return answers.index_copy(0, doubtful, answers_of(logits, guided[chosen], plan.policy)), again
 
     @eager
     def check(self, images: Tensor) -> None:
         """Raise before any work is done where the images, or what has become of the model, do not fit."""
         check_images(self._model, self._family, images)
         self.check_model()
-        check_classes(self.policy, self._model.num_classes, self.guidance.num_classes)
+        self._check_policy(self.policy)
+
+    def _check_policy(self, policy: DropPolicy) -> None:
+        check_policy(policy, self.num_classes, self.guidance.num_classes, self.multi_label)
 
     def check_model(self) -> Watch:
         """Inspect the model if something in it has changed since it was inspected last.
@@ -343,6 +368,7 @@ class TinyDrop:
 
     def _refuse_changes(self, is_tried: bool) -> None:
         model, family = self._model, self._family
+        self._inspect_head()
         reason = family.unsupported_reason(model)
         if not (reason or all(is_own(vars(attention).get("forward")) for attention in family.attentions(model))):
             reason = "an attention that was replaced"
@@ -358,8 +384,11 @@ class TinyDrop:
     def remember(self) -> Watch:
         """Take the model as it is for inspected."""
         self._warn_of_packed_rows()
-        self._watch = Watch(self._model, partial(self._family.settings, self._model))
+        self._watch = Watch(self._model, self._settings)
         return self._watch
+
+    def _settings(self) -> tuple[Any, ...]:
+        return self._family.settings(self._model), linear_width(self._model)
 
     def _warn_of_packed_rows(self) -> None:
         """Warn once of each module whose hooks see other shapes than in timm."""

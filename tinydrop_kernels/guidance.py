@@ -100,8 +100,8 @@ class Guidance(nn.Module):
         if not getattr(model, "num_classes", 0):
             raise GuidanceError(f"guidance: got {kind} with num_classes=0, expected a classifier")
         config = resolve_model_data_config(model)
-        self.identity = identity_of(model)  # before it is folded
-        self.num_classes = model.num_classes
+        self.num_classes = model.num_classes  # held against what the head answers by _checked_logits
+        self.identity = identity_of(model, self.num_classes)  # before it is folded
         self.in_chans = getattr(model, "in_chans", config["input_size"][0])
         fixed_size = getattr(getattr(model, "patch_embed", None), "img_size", None)
         size = fixed_size or config["input_size"][1:] if input_size is None else input_size

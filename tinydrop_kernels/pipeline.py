@@ -18,7 +18,7 @@ class Answered(NamedTuple):
     """A batch that has been through."""
 
     images: Tensor  # as the model took them, on its device
-    logits: Tensor  # (batch, classes); on a GPU they may still be on their way
+    logits: Tensor  # (batch, classes), on the scale of a call's answer; on a GPU they may still be on their way
     call: Call  # what happened to them
 
 

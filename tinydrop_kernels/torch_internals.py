@@ -88,3 +88,21 @@ def _float32_settings() -> list[Any]:
             setting = getattr(setting, part, None)
         settings.append(setting)
     return [setting for setting in settings if hasattr(setting, "fp32_precision")]
+
+
+def transforms() -> list[str]:
+    """Return the transforms around this call, the innermost last.
+
+    Returns:
+        Of ``torch.func`` ``"grad"`` (its vjp and jacrev too), ``"jvp"`` (its jacfwd and linearize too), ``"vmap"`` and
+        ``"functionalize"``; of ``torch.autograd`` ``"forward_ad"``. None of them where this torch does not say.
+    """
+    stack: Any = getattr(getattr(torch._C, "_functorch", None), "get_interpreter_stack", tuple)()
+    found = [interpreter.key().name.lower() for interpreter in stack or ()]
+    return ["forward_ad", *found] if in_forward_mode() else found
+
+
+def in_forward_mode() -> bool:
+    """Return whether tangents are computed around this call, also where ``torch.func`` has put its stack aside."""
+    level: int = getattr(torch.autograd.forward_ad, "_current_level", -1)
+    return level >= 0

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from timm.data import resolve_model_data_config
 from torch import Tensor
 from tqdm import tqdm
 
@@ -102,15 +101,15 @@ class _Asking:
 
     def __init__(self, model: TimmModule, guidances: Sequence[Guidance], cache: Path | None, random_drop: bool):
         self.tinydrop: TinyDrop = model.tinydrop
-        self.classes, self.cache, self.random_drop = model.num_classes, cache, random_drop
+        self.classes, self.cache, self.random_drop = model.tinydrop.num_classes, cache, random_drop
         self.weight = next(model.parameters())
         self.views = [
             _Sized(number, sized.to(self.weight.device, self.weight.dtype), sized.input_size == guidance.input_size)
             for number, guidance in enumerate(guidances)
             for sized in resolutions(guidance)
         ]
-        config = resolve_model_data_config(model)
-        self.target_key = _hash(self.weight.device, config["mean"], config["std"], versions(), identity_of(model))
+        identity = identity_of(model, self.classes)
+        self.target_key = _hash(self.weight.device, *self.tinydrop.normalization, versions(), identity)
         self.keys = [
             _hash(self.target_key, guidance.identity, guidance.input_size, guidance.mean, guidance.std)
             for _, guidance, _ in self.views
