@@ -19,7 +19,7 @@ MODELS = {
     "mixed rotary": ("vit_small_patch16_rope_mixed_224", SMALL),
     "SwinV2": ("swinv2_tiny_window8_256", SWIN),
 }
-POLICIES = {"dense grid": tdk.DropPolicy.fixed(0.5), "coarser": tdk.DropPolicy.fixed(0.4, coarsen=1.0)}
+COARSER = tdk.DropPolicy.fixed(0.4, coarsen=1.0)
 
 
 @pytest.fixture(autouse=True)
@@ -80,11 +80,10 @@ class Own(torch.optim.Optimizer):
 
 
 @pytest.mark.parametrize("prepack", [False, True], ids=["plain", "prepacked"])
-@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("optimizer", [fused, foreach, one_by_one, Own])
 @pytest.mark.parametrize("key", MODELS)
-def test_training_with_validation_in_between(key, optimizer, policy, prepack):
-    model = tdk.patch(make(key), tiny_guidance(), POLICIES[policy], prepack=prepack)
+def test_training_with_validation_in_between(key, optimizer, prepack):
+    model = tdk.patch(make(key), tiny_guidance(), COARSER, prepack=prepack)
     images, stepper = images_for(model), optimizer(model.parameters())
     for _ in range(2):
         assert_fresh(model, key, images)
@@ -120,7 +119,7 @@ def merge(model, other):
 @pytest.mark.parametrize("key", MODELS)
 def test_weights_from_elsewhere(key, change, trained):
     """In a process that has trained everything is noticed; in another what torch counts, or what is said."""
-    model = tdk.patch(make(key), tiny_guidance(), POLICIES["coarser"], prepack=True)
+    model = tdk.patch(make(key), tiny_guidance(), COARSER, prepack=True)
     images, other = images_for(model), make(key)
     if trained:
         train(model, images, fused(model.parameters()))
@@ -138,7 +137,7 @@ def test_weights_from_elsewhere(key, change, trained):
 
 def test_copies_of_a_model_in_training():
     """An average that is kept beside it, updated through ``.data`` after it was evaluated."""
-    model = tdk.patch(make("ViT"), tiny_guidance(), POLICIES["coarser"], prepack=True)
+    model = tdk.patch(make("ViT"), tiny_guidance(), COARSER, prepack=True)
     images, stepper, average = images_for(model), fused(model.parameters()), copy.deepcopy(model)
     for _ in range(2):
         train(model, images, stepper)
@@ -186,7 +185,7 @@ def test_patching_ends_training():
     """A model that is patched after it was trained keeps what it computes."""
     model = tiny_vit()
     derived_module.note_training()
-    tdk.patch(model, tiny_guidance(), POLICIES["coarser"])
+    tdk.patch(model, tiny_guidance(), COARSER)
     images = images_for(model)
     with torch.no_grad():
         model(images)
