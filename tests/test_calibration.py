@@ -24,7 +24,8 @@ from tinydrop_kernels.calibration.sequence import (
     uncertified_best,
 )
 from tinydrop_kernels.calibration.sweep import judge, sweep
-from tinydrop_kernels.calibration.table import BLENDS, Cell, Table, View, drop_cells, law_of, whole_cells
+from tinydrop_kernels.calibration.table import BLENDS, PLAIN, Cell, Table, View, drop_cells, law_of, whole_cells
+from tinydrop_kernels.policy import CALM
 
 LEVELS = [(8, 8), (7, 7), (6, 6), (5, 5), (4, 4)]
 
@@ -140,6 +141,24 @@ def test_nothing_is_asked_twice(models, tmp_path, monkeypatch):
     fresh = gather(model, [guidance], data, progress=False)
     assert np.array_equal(again.table.views[0].answers, fresh.table.views[0].answers)
     assert again.images == fresh.images
+
+
+def test_guidance_sees_a_batch_once_at_each_size_and_for_each_saliency(models, tmp_path, monkeypatch):
+    """And not at all where its answers are kept."""
+    model, guidance = models
+    seen, forward = [], tdk.Guidance.forward
+
+    def counted(self, images, mean, std, saliency):
+        seen.append((self.input_size, saliency))
+        return forward(self, images, mean, std, saliency)
+
+    monkeypatch.setattr(tdk.Guidance, "forward", counted)
+    given = {"cache": tmp_path, "random_drop": True, "progress": False}
+    gather(model, [guidance], batches(2), **given)
+    each = [((128, 128), CALM), ((128, 128), PLAIN), ((96, 96), CALM), ((64, 64), CALM)]
+    assert sorted(seen) == sorted(2 * each)
+    gather(model, [guidance], batches(2), **given)
+    assert len(seen) == 8
 
 
 def test_candidates_get_cheaper():

@@ -11,8 +11,7 @@ GPU = torch.cuda.is_available()
 # compute-sanitizer sees where a tensor ends only if the allocator keeps no memory, and then it serves no CUDA graph.
 SANITIZED = "PYTORCH_NO_CUDA_MEMORY_CACHING" in os.environ
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# A unit in the last place: sums are in float32 and rounded once.
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+EPS = torch.finfo(torch.float32).eps  # sums are float32 whatever they are of
 
 
 class Backend(NamedTuple):
@@ -23,6 +22,15 @@ class Backend(NamedTuple):
 
     def __str__(self):
         return self.name if self.device == "cpu" else f"{self.name} on {self.device}"
+
+
+def tolerance(dtype: torch.dtype, terms: int) -> float:
+    """Bound the error of a sum of so many products, relative to the size of its partial sums.
+
+    Each partial sum is rounded by half a unit in the last place at most, at random: four standard deviations of all of
+    them, in whatever order an instruction set takes them. The result is rounded once more, to its dtype.
+    """
+    return 2 * terms**0.5 * EPS + torch.finfo(dtype).eps
 
 
 def logits_of(confidences: list[float], classes: int = 5, device: str = "cpu") -> torch.Tensor:

@@ -72,6 +72,12 @@ def test_the_reference_is_last_and_takes_everything(name):
     assert all(implementation.name in registry.BACKENDS[2:] for implementation in others)
 
 
+@pytest.mark.parametrize("key", ["CPU", "CUDA", "MPS", "XPU", "HPU", "PrivateUse1"])
+def test_every_device_has_every_operator(key):
+    has_kernel = torch._C._dispatch_has_computed_kernel_for_dispatch_key
+    assert [name for name in OPERATORS if not has_kernel(f"tinydrop::{name}", key)] == []
+
+
 def test_a_backend_is_forced_by_context():
     operator = OPERATORS["gather_tokens"]
     assert operator.on("cpu")[0].name == "reference"

@@ -30,7 +30,7 @@ CONFIDENCES = [0.21, 0.4, 0.6, 0.7, 0.79, 0.81]  # all levels, and an exit
 def check_tokens(logits, features, weight, size, grids, law, parts=PLAIN):
     selection = ops.select_tokens(logits, features, weight, size, grids, law, parts)
     cam = activation_map(logits.cpu(), features, weight, size, parts.classes)
-    assert_selected(selection, logits, with_parts(cam, features, parts), grids, law)
+    assert_selected(selection, logits, with_parts(cam, features, parts), grids, law, features.shape[2])
     return selection
 
 

@@ -1,4 +1,4 @@
-"""Ask the models: guidance once at each resolution, the target once for each cell of a small table."""
+"""Ask the models: guidance once for each resolution and saliency, the target once for each cell of a small table."""
 
 import hashlib
 import os
@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from tinydrop_kernels.calibration.table import (
     whole_cells,
 )
 from tinydrop_kernels.engine import TinyDrop
+from tinydrop_kernels.families import family_of
 from tinydrop_kernels.flops import count_flops
 from tinydrop_kernels.guidance import Guidance, GuidanceError, Guided
 from tinydrop_kernels.identity import identity_of
@@ -100,101 +101,99 @@ class _Asking:
     """Batch by batch, from images to a table."""
 
     def __init__(self, model: TimmModule, guidances: Sequence[Guidance], cache: Path | None, random_drop: bool):
+        self.model = model
         self.tinydrop: TinyDrop = model.tinydrop
         self.classes, self.cache, self.random_drop = model.tinydrop.num_classes, cache, random_drop
         self.weight = next(model.parameters())
+        identity = identity_of(model, self.classes)
+        self.key = _hash(self.weight.device, *self.tinydrop.normalization, versions(), identity)
         self.views = [
-            _Sized(number, sized.to(self.weight.device, self.weight.dtype), sized.input_size == guidance.input_size)
+            _Sized(number, sized.to(self.weight.device, self.weight.dtype), sized is guidance, self._key_of(sized))
             for number, guidance in enumerate(guidances)
             for sized in resolutions(guidance)
-        ]
-        identity = identity_of(model, self.classes)
-        self.target_key = _hash(self.weight.device, *self.tinydrop.normalization, versions(), identity)
-        self.keys = [
-            _hash(self.target_key, guidance.identity, guidance.input_size, guidance.mean, guidance.std)
-            for _, guidance, _ in self.views
         ]
         self.contents = hashlib.sha256()
         self.levels: list[Grid] = []
         self.labels: list[NDArray[Any]] = []
         self.dense: list[NDArray[Any]] = []
         self.said: list[list[tuple[NDArray[Any], ...]]] = [[] for _ in self.views]
-        self.noted: dict[Any, list[dict[str, Any]]] = {}
+        self.costs: dict[_Subject, list[_Cost]] = {}
+
+    def _key_of(self, guidance: Guidance) -> str:
+        return _hash(self.key, guidance.identity, guidance.input_size, guidance.mean, guidance.std)
 
     def add(self, images: Tensor, labels: Tensor | None) -> None:
-        """Ask about one batch."""
+        """Ask about one batch whatever is not in the cache."""
         digest = hashlib.sha256(np.ascontiguousarray(images.float().numpy(force=True)).data)
         self.contents.update(digest.digest())
-        batch = _Batch(images.to(self.weight.device, self.weight.dtype), digest.hexdigest()[:24])
+        batch = _Batch(images.to(self.weight.device, self.weight.dtype), digest.hexdigest()[:24], {})
         self.tinydrop.check(batch.images)
         self._take(labels, len(images))
-        levels = self.tinydrop.plan(batch.images, self._guided(0, batch)).levels
+        levels = self.tinydrop.levels(family_of(self.model).grid_size(self.model, batch.images))
         if self.levels not in ([], levels):
             raise ValueError(f"loader: got images of the grid {levels[0]} after others, expected images of one size")
         self.levels = levels
-        dense = self._once(self.target_key, batch, "dense", lambda: self._of_dense(batch))
-        self.dense.append(dense["logits"].argmax(1).int().numpy(force=True))
-        whole = {cell: self._of_cell(0, cell, batch) for cell in whole_cells(levels)}
-        for number, view in enumerate(self.views):
-            said = self._once(
-                self.keys[number], batch, f"guidance {number}", partial(self._of_guidance, number, batch), "guidance"
-            )
-            drops = {cell: self._of_cell(number, cell, batch) for cell in self._drops(view)}
-            targets = [answer["logits"] for answer in (whole | drops).values()]
-            self.said[number].append(_reduced(said["logits"], targets))
+        dense = self._kept(None, self.key, "dense", batch, lambda: _Answer(*timed(self.tinydrop.dense, batch.images)))
+        self.dense.append(dense.logits.argmax(1).int().numpy(force=True))
+        whole = {cell: self._of_cell(self.views[0], cell, batch) for cell in whole_cells(levels)}
+        for view, said in zip(self.views, self.said, strict=True):
+            guided = self._kept(view, view.key, "guidance", batch, partial(self._of_guidance, view, batch))
+            drops = {cell: self._of_cell(view, cell, batch) for cell in self._drops(view)}
+            said.append(_reduced(guided.logits, [answer.logits for answer in (whole | drops).values()]))
 
     def _drops(self, view: "_Sized") -> list[Cell]:
-        """What is dropped hangs on what the guidance sees: at its own size alone, or it would be run four times."""
+        """Return the cells with drops. They depend on what the guidance sees, so only its own size has them."""
         return drop_cells(self.levels, self.random_drop) if view.own_size else []
 
-    def _guided(self, view: int, batch: "_Batch", saliency: Saliency = CALM) -> Guided:
-        self.tinydrop.guidance, self.tinydrop.policy = self.views[view].guidance, DropPolicy(saliency=saliency)
-        return self.tinydrop.guide(batch.images)
+    def _guided(self, view: "_Sized", saliency: Saliency, batch: "_Batch") -> tuple[Guided, float]:
+        """Return what a guidance model says of a batch and the seconds it took. It is asked once."""
+        self.tinydrop.guidance = view.guidance
+        asked = view, saliency
+        if asked not in batch.guided:
+            guide = partial(self.tinydrop.guide, policy=DropPolicy(saliency=saliency))
+            batch.guided[asked] = timed(guide, batch.images)
+        return batch.guided[asked]
 
-    def _of_guidance(self, view: int, batch: "_Batch") -> dict[str, Any]:
-        guided, seconds = timed(lambda _: self._guided(view, batch), batch.images)
-        return {"logits": guided.logits, "seconds": seconds}
+    def _of_guidance(self, view: "_Sized", batch: "_Batch") -> "_Answer":
+        guided, seconds = self._guided(view, CALM, batch)
+        return _Answer(guided.logits, seconds)
 
-    def _of_dense(self, batch: "_Batch") -> dict[str, Any]:
-        logits, seconds = timed(self.tinydrop.dense, batch.images)
-        return {"logits": logits, "seconds": seconds}
-
-    def _of_cell(self, view: int, cell: Cell, batch: "_Batch") -> dict[str, Any]:
-        def ask() -> dict[str, Any]:
-            guided = self._guided(view, batch, cell.saliency or CALM)
+    def _of_cell(self, view: "_Sized", cell: Cell, batch: "_Batch") -> "_Answer":
+        def ask() -> _Answer:
+            saliency = cell.saliency or CALM
+            guided, _ = self._guided(view, saliency, batch)
             if cell.random:
                 draws = torch.Generator().manual_seed(int(batch.name[:8], 16))
                 drawn = torch.rand(len(batch.images), *self.levels[cell.level], generator=draws)
                 guided = Guided(guided.logits, None, drawn.to(batch.images.device))
-            law = law_of(cell, self.levels)
-            self.tinydrop.policy = DropPolicy(*law, blend=0, second_look=None, saliency=cell.saliency or CALM)
-            plan = self.tinydrop.plan(batch.images, guided)
+            policy = DropPolicy(*law_of(cell, self.levels), blend=0, second_look=None, saliency=saliency)
+            plan = self.tinydrop.plan(batch.images, guided, policy)
             logits, seconds = timed(lambda images: self.tinydrop.run(images, plan), batch.images)
             report = self.tinydrop.report()
             flops = (report.flops - report.guidance_flops) / report.images
-            return {"logits": logits, "seconds": seconds, "flops": flops, "dense": report.dense_flops / report.images}
+            return _Answer(logits, seconds, flops, report.dense_flops / report.images)
 
         of_target = cell.saliency is None and not cell.random
         kept = "whole" if of_target else "random" if cell.random else "-".join(map(str, cell.saliency or ()))
-        key = self.target_key if of_target else self.keys[view]
-        return self._once(key, batch, cell, ask, f"{cell.level}-{cell.patches}-{kept}")
+        name = f"{cell.level}-{cell.patches}-{kept}"
+        return self._kept(cell, self.key if of_target else view.key, name, batch, ask)
 
-    def _once(
-        self, key: str, batch: "_Batch", what: Any, ask: Callable[[], dict[str, Any]], name: str = "dense"
-    ) -> dict[str, Any]:
-        """What was answered before, or is now; its costs are noted."""
+    def _kept(
+        self, subject: "_Subject", key: str, name: str, batch: "_Batch", ask: Callable[[], "_Answer"]
+    ) -> "_Answer":
+        """Return what was answered before, or ask now; note its cost."""
         path = self.cache and self.cache / key / f"{batch.name}-{name}.pt"
         if path and path.is_file():
-            answer: dict[str, Any] = torch.load(path, map_location=self.weight.device, weights_only=True)
+            answer = _Answer(**torch.load(path, map_location=self.weight.device, weights_only=True))
         else:
             answer = ask()
             if path:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 part = path.with_suffix(f".{os.getpid()}.part")
-                torch.save(answer, part)
+                torch.save(answer._asdict(), part)
                 part.replace(path)  # so that there is all of it or nothing
-        costs = {name: value for name, value in answer.items() if name != "logits"}
-        self.noted.setdefault(what, []).append(costs | {"images": len(batch.images)})
+        _, *costs = answer
+        self.costs.setdefault(subject, []).append(_Cost(len(batch.images), *costs))
         return answer
 
     def _take(self, labels: Tensor | None, images: int) -> None:
@@ -213,13 +212,11 @@ class _Asking:
         """All batches together."""
         if not self.dense:
             raise ValueError("loader: got no images")
-        seconds = {what: _seconds(noted) for what, noted in self.noted.items()}
-        flops = {what: noted[0]["flops"] for what, noted in self.noted.items() if isinstance(what, Cell)}
+        seconds = {subject: _seconds(costs) for subject, costs in self.costs.items()}
+        flops = {subject: costs[0].flops for subject, costs in self.costs.items() if isinstance(subject, Cell)}
         views = []
-        for number, view in enumerate(self.views):
-            predicted, confidence, answers, sure = (
-                np.concatenate(parts, axis=-1) for parts in zip(*self.said[number], strict=True)
-            )
+        for view, said in zip(self.views, self.said, strict=True):
+            predicted, confidence, answers, sure = (np.concatenate(parts, axis=-1) for parts in zip(*said, strict=True))
             guidance = view.guidance
             views.append(
                 View(
@@ -231,7 +228,7 @@ class _Asking:
                     answers=answers,
                     sure=sure,
                     flops=count_flops(guidance.model, (guidance.in_chans, *guidance.input_size)),
-                    seconds=seconds[f"guidance {number}"],
+                    seconds=seconds[view],
                 )
             )
         return Table(
@@ -242,8 +239,8 @@ class _Asking:
             views=tuple(views),
             flops=flops,
             seconds={cell: seconds[cell] for cell in flops},
-            dense_flops=self.noted[whole_cells(self.levels)[0]][0]["dense"],
-            dense_seconds=seconds["dense"],
+            dense_flops=self.costs[whole_cells(self.levels)[0]][0].dense,
+            dense_seconds=seconds[None],
         )
 
 
@@ -253,13 +250,36 @@ class _Sized(NamedTuple):
     number: int  # which model
     guidance: Guidance
     own_size: bool
+    key: str  # the folder of the answers that depend on it
+
+
+_Subject: TypeAlias = _Sized | Cell | None  # the one asked: a guidance model, a cell of the target, the dense target
+
+
+class _Answer(NamedTuple):
+    """A model's answer to a batch, with its costs; in a file, a dict of these names."""
+
+    logits: Tensor
+    seconds: float
+    flops: float = 0.0  # of a cell, on an image
+    dense: float = 0.0  # of timm's own forward, on an image
+
+
+class _Cost(NamedTuple):
+    """The costs of an answer, which are kept longer than its logits."""
+
+    images: int
+    seconds: float
+    flops: float
+    dense: float
 
 
 class _Batch(NamedTuple):
-    """Images on the model's device, and a name that goes by their contents."""
+    """Images on the model's device, a name that goes by their contents, and what guidance has said of them so far."""
 
     images: Tensor
     name: str
+    guided: dict[tuple[_Sized, Saliency], tuple[Guided, float]]
 
 
 def _reduced(guidance: Tensor, targets: list[Tensor]) -> tuple[NDArray[Any], ...]:
@@ -280,11 +300,10 @@ def _batches(loader: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor | None]]:
             raise TypeError(f"loader: got a batch of {type(batch).__name__}, expected images, or (images, labels)")
 
 
-def _seconds(noted: list[dict[str, Any]]) -> float:
-    """Of an image: the median over the batches as large as the first, which alone are alike."""
-    size: int = noted[0]["images"]
-    spent: list[float] = [batch["seconds"] for batch in noted if batch["images"] == size]
-    return statistics.median(spent) / size
+def _seconds(costs: list[_Cost]) -> float:
+    """Return the seconds of an image: the median over the batches as large as the first, which alone are alike."""
+    size = costs[0].images
+    return statistics.median(cost.seconds for cost in costs if cost.images == size) / size
 
 
 def _hash(*parts: Any) -> str:

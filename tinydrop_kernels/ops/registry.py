@@ -136,7 +136,7 @@ def _preference(operator: Operator, forced: str, device_type: str, interpret: st
 
 
 def define(schema: str, fake: Callable[..., Any], implementations: Sequence[Implementation]) -> Callable[..., Any]:
-    """Define ``tinydrop::name`` for CPU and CUDA, and return it.
+    """Define ``tinydrop::name`` for every device, and return it.
 
     Args:
         schema: as in ``torch.library.define``, without the namespace.
@@ -149,8 +149,7 @@ def define(schema: str, fake: Callable[..., Any], implementations: Sequence[Impl
     arguments = {a.name: a.default_value if a.has_default_value() else _REQUIRED for a in registered._schema.arguments}
     operator = Operator(name, arguments, implementations)
     OPERATORS[name] = operator
-    for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, operator, key)
+    LIBRARY.impl(name, operator, "CompositeExplicitAutograd")  # on every device, beneath autograd
     torch.library.register_fake(f"tinydrop::{name}", fake, lib=LIBRARY)
     return cast(Callable[..., Any], registered)
 
