@@ -3,7 +3,7 @@ PYTHON ?= python3
 DATA ?= ../shared/data
 BIN := .venv/bin
 
-.PHONY: demo test lint accuracy calibration models bench speedup end-to-end static clean
+.PHONY: demo test test-avx2 lint accuracy calibration models bench speedup end-to-end static clean
 
 demo: .venv/demo
 	$(BIN)/python demo/run.py
@@ -13,6 +13,12 @@ test: .venv/test
 	-$(MAKE) --no-print-directory .venv/triton36
 	OMP_NUM_THREADS=1 TINYDROP_TRITON36=$$(ls -d $(CURDIR)/.venv/triton36) \
 		$(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=term
+
+# What touches numbers, as on a CPU of AVX2 alone (no AVX512, and no bfloat16 in oneDNN).
+AVX2 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2
+test-avx2: .venv/test
+	$(AVX2) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile tests/test_precision.py tests/test_cli.py \
+		$(addprefix tests/models/test_, onednn.py guidance.py folding.py patching.py levels.py engine.py)
 
 lint: .venv/test
 	$(BIN)/ruff check .
@@ -34,8 +40,9 @@ calibration: .venv/test
 
 # Every operator against what a good PyTorch user would write; on a machine with a GPU: bench/gpu.sh.
 bench: .venv/test
-	$(BIN)/python -m pytest bench --benchmark-quiet --benchmark-json bench/results/ops.json
-	$(BIN)/python bench/table.py bench/results/ops.json
+	rm -f bench/results/ops.jsonl
+	$(BIN)/python -m pytest bench --benchmark-quiet --lines bench/results/ops.jsonl
+	$(BIN)/python bench/table.py bench/results/ops.jsonl
 
 # A stock ViT-B/16, dense against patched, at last beside busy processes; fails where the mixed policy stays below the bar.
 speedup: .venv/test

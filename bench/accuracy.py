@@ -11,7 +11,7 @@ import argparse
 import itertools
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import timm
@@ -58,7 +58,7 @@ FAMILIES = {
 WAYS = [way for ways in FAMILIES.values() for way in ways]
 
 
-def load(data: Path, name: str, images: str, classes: int, **options) -> torch.nn.Module:
+def load(data: Path, name: str, images: str, classes: int, **options: Any) -> Any:
     """A backbone with the head that was fitted to one set of images."""
     model = timm.create_model(name, num_classes=classes, **options)
     weights = load_file(data / "backbones" / f"{name}.safetensors")
@@ -301,7 +301,8 @@ def main() -> None:
     if not args.data.is_dir():
         parser.exit(1, f"no real weights and photographs in {args.data}: nothing measured (docs/accuracy.md)\n")
 
-    first, second = {}, {}
+    first: dict[str, Answers] = {}
+    second: dict[str, Answers] = {}
     for name in SETS:
         for half, found in zip(halves(args.data / name / "val"), (first, second), strict=True):
             files = thinned(half, args.images)

@@ -1,19 +1,21 @@
 """The shapes that every operator is timed on, and which implementations.
 
-pytest bench --benchmark-json FILE [--full] [--compiled all|some|none] [--deadline SECONDS]
+pytest bench --lines FILE [--full] [--compiled all|some|none|alone] [--deadline SECONDS]
 """
 
 import time
+from pathlib import Path
+from typing import Any
 
+import measure as measuring
 import pytest
 import torch
-from measure import CUDA, DEVICE, Case, measure, ops
+from measure import CUDA, DEVICE, Case, measure
+
+from tinydrop_kernels import ops
 
 GRIDS = ((14, 14), (24, 24), (37, 37))  # 224 and 384 pixels at patch 16, 518 pixels at patch 14
 BATCHES = (1, 256, 8, 64, 1024)  # the bars' first, in case that the deadline comes
-# Compiling takes longer than all the rest, and would leave nothing of it; cuDNN is not validated for short segments
-# before 9.24, and a crash on the device ends the process.
-LAST = ("compiled", "cudnn")
 STARTED = time.monotonic()
 
 
@@ -27,7 +29,12 @@ def pytest_addoption(parser):
         help="the baselines under torch.compile: at all shapes; at grid 14x14 and batch 256 (default on CUDA); none; "
         'those of "some" and nothing else',
     )
+    group.addoption("--lines", type=Path, help="append the figures of each case as it ends: a line of JSON each")
     group.addoption("--deadline", type=float, help="skip what has not begun by then, in seconds")
+
+
+def pytest_configure(config):
+    measuring.LINES = config.getoption("--lines")
 
 
 def cases(operator: str, full: bool, compiled: str) -> list[Case]:
@@ -55,23 +62,17 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(items):
-    """By batch size, not by operator, so that a deadline costs every operator its last shapes."""
+    """By batch size, not by operator, so that a deadline costs every operator its last shapes; what is compiled last,
+    since compiling takes longer than all the rest."""
 
     def place(item) -> tuple[bool, int]:
-        params = item.callspec.params if hasattr(item, "callspec") else {}
+        params: dict[str, Any] = item.callspec.params if hasattr(item, "callspec") else {}
         case = params.get("case") or params.get("run")  # run: attention's, on a GPU
-        return (False, -1) if not hasattr(case, "batch") else (case.implementation in LAST, BATCHES.index(case.batch))
+        if case is None:
+            return False, -1
+        return case.implementation == "compiled", BATCHES.index(case.batch)
 
     items.sort(key=place)
-
-
-def pytest_benchmark_update_json(output_json):
-    """The figures: without the single rounds, and of the machine only what bears on them."""
-    machine = output_json["machine_info"]
-    cpu = {name: machine["cpu"].get(name) for name in ("brand_raw", "count")}
-    output_json["machine_info"] = {"cpu": cpu, "python_version": machine["python_version"]}
-    for benchmark in output_json["benchmarks"]:
-        benchmark["stats"].pop("data", None)
 
 
 @pytest.fixture(autouse=True)

@@ -15,9 +15,10 @@ guidance's counted. The ways:
 * onnx: dense in ONNX Runtime, on CPU;
 * ours, ours-compiled, ours-graphed; ours-prepacked on CPU: ``patch``, with that option.
 
-Ways of a case take turns, round by round, after a warm-up. Each case is written to FILE as soon as it is measured; a
-way that fails, or a case that has not begun by the deadline, is a row that says so. ``--show`` prints tables and
-``--plot`` draws realised speed-up against FLOPs. ``--process-time`` counts the time that the process ran: with one
+Ways of a case take turns, round by round, after a warm-up. FILE is written anew after each round; a way that fails, or
+that has not begun by the deadline, is a row that says so. Launches, and what ``--profile`` names, are looked at in the
+last case, behind its last round, because what is timed after a profiler is slower on a GPU. ``--show`` prints tables
+and ``--plot`` draws realised speed-up against FLOPs. ``--process-time`` counts the time that the process ran: with one
 thread, what it takes on a CPU that is shared.
 """
 
@@ -25,6 +26,7 @@ import argparse
 import gc
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,41 +36,43 @@ from end_to_end_page import plot, shown
 from measure import CUDA, DEVICE, DTYPE
 from mixes import DISTINCT, EXITS_ABOVE
 from rivals import WAYS, Case, NotMeasured, Subject
-from turns import Way, figures, reason, take_turns
+from turns import LATE, Way, figures, reason, take_turns
 
 from tinydrop_kernels.precision import fast_dtype
 
 MODELS = ("vit_base_patch16_224", "vit_large_patch16_224", "deit3_large_patch16_224", "vit_large_patch14_dinov2")
-DEFAULTS = {"models": MODELS if CUDA else MODELS[:1], "batches": (1, 8, 64, 256) if CUDA else (1, 8, 32)}
-DEFAULTS |= {"mixes": tuple(EXITS_ABOVE), "ways": WAYS, "rounds": 10 if CUDA else 5}
-SETTING = {"options": {"num_classes": 1000}, "guidance": "efficientformer_l1", "guidance_size": None}
+DEFAULTS: dict[str, Any] = {"mixes": tuple(EXITS_ABOVE), "ways": WAYS, "rounds": 10 if CUDA else 5}
+DEFAULTS |= {"models": MODELS if CUDA else MODELS[:1], "batches": (1, 8, 64, 256) if CUDA else (1, 8, 32)}
+SETTING: dict[str, Any] = {"options": {"num_classes": 1000}, "guidance": "efficientformer_l1", "guidance_size": None}
 # Seconds, and figures that mean nothing. The guidance is as large, beside the model, as for the others.
-SMOKE = {"models": ("vit_tiny_patch16_224",), "batches": (1, 8), "mixes": tuple(EXITS_ABOVE), "rounds": 2}
-SMOKE |= {"ways": tuple(way for way in WAYS if not way.endswith("compiled"))}
-SMOKE_SETTING = {"options": {"num_classes": 10, "depth": 6}, "guidance": "test_byobnet", "guidance_size": 256}
+SMOKE: dict[str, Any] = {"models": ("vit_tiny_patch16_224",), "batches": (1, 8), "rounds": 2}
+SMOKE |= {"mixes": tuple(EXITS_ABOVE), "ways": tuple(way for way in WAYS if not way.endswith("compiled"))}
+SMOKE_SETTING: dict[str, Any] = {"options": {"num_classes": 10, "depth": 6}}
+SMOKE_SETTING |= {"guidance": "test_byobnet", "guidance_size": 256}
 
 
-def measured(subject: Subject, batch: int, percent: int, args: argparse.Namespace, clock: Any, is_late: Any) -> Any:
-    """A row for each way, in the order asked for."""
+def measured(
+    subject: Subject, batch: int, percent: int, args: argparse.Namespace, clock: Any, is_late: Any, is_last: bool
+) -> Iterator[list[dict[str, Any]]]:
+    """A row for each way, in the order asked for: again after each round, of what was measured until then."""
     case, ways, why_not = Case(subject, batch, percent), list[Way](), dict[str, str]()
     for name in args.ways:
-        if is_late():
-            why_not[name] = "the deadline came"
-            continue
         try:
+            if is_late():
+                raise NotMeasured(LATE)
             ways.append(case.way(name))
         except NotMeasured as error:
             why_not[name] = str(error)
         except Exception as error:  # one way's, not the others'
             why_not[name] = reason(error)
-    profile_too = args.profile if batch == max(args.batches) else ()
-    clocks = take_turns(ways, args.rounds, clock, is_late, profile_too)
-    done = [way for way in ways if way.why_not is None]
-    dense = [way for way in done if way.name in ("dense", "dense-compiled")]
-    found = {way.name: figures(way, dense, case.dense_flops * batch * len(case.batches)) for way in done}
-    why_not |= {way.name: way.why_not for way in ways if way.why_not is not None}
-    rows = [{"way": name} | (found[name] if name in found else {"why_not": why_not[name]}) for name in args.ways]
-    return [row | ({"clock_mhz": clocks} if CUDA and "why_not" not in row else {}) for row in rows]
+    for clocks in take_turns(ways, args.rounds, clock, is_late, args.profile if is_last else None):
+        done = [way for way in ways if way.why_not is None and way.round_seconds]
+        dense = [way for way in done if way.name in ("dense", "dense-compiled")]
+        found = {way.name: figures(way, dense, case.dense_flops * batch * len(case.batches)) for way in done}
+        found |= {way.name: {"why_not": way.why_not} for way in ways if way.why_not is not None}
+        found |= {name: {"why_not": why} for name, why in why_not.items()}
+        rows = [{"way": name} | found[name] for name in args.ways if name in found]
+        yield [row | ({"clock_mhz": clocks} if CUDA and "why_not" not in row else {}) for row in rows]
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -81,7 +85,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     clock = time.process_time if args.process_time else time.perf_counter
     dtype = {"default": DTYPE, "auto": fast_dtype(DEVICE.type)}.get(args.dtype) or getattr(torch, args.dtype)
     setting = SMOKE_SETTING if args.smoke else SETTING
-    rows: list[dict[str, Any]] = []
     found: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if CUDA else "cpu",
         "dtype": str(dtype).removeprefix("torch."),
@@ -92,22 +95,33 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "torch": torch.__version__,
         "timm": timm.__version__,
         "smoke": args.smoke,
-        "rows": rows,
+        "rows": [],
     }
+    last = args.models[-1], args.batches[-1], args.mixes[-1]
     for model in args.models:
         subject = None
         for batch, percent in ((batch, percent) for batch in args.batches for percent in args.mixes):
+            before, place = found["rows"], {"model": model, "batch": batch, "percent": percent}
+
+            def write(case: list[dict[str, Any]], before: list[Any] = before, place: dict[str, Any] = place) -> None:
+                found["rows"] = before + [place | row for row in case]
+                written = args.json.with_suffix(".part")  # a kill leaves the file before or behind
+                written.write_text(json.dumps(found, indent=1) + "\n")
+                written.replace(args.json)
+
             try:
                 if is_late():
-                    raise NotMeasured("the deadline came")
+                    raise NotMeasured(LATE)
                 subject = subject or Subject(model, **setting, dtype=dtype)
-                case = measured(subject, batch, percent, args, clock, is_late)
+                is_last = (model, batch, percent) == last
+                for case in measured(subject, batch, percent, args, clock, is_late, is_last):
+                    write(case)
             except NotMeasured as error:
-                case = [{"way": way, "why_not": str(error)} for way in args.ways]
+                write([{"way": way, "why_not": str(error)} for way in args.ways])
             except Exception as error:  # one case's, not the others'
-                case = [{"way": way, "why_not": reason(error)} for way in args.ways]
-            rows += [{"model": model, "batch": batch, "percent": percent} | row for row in case]
-            args.json.write_text(json.dumps(found, indent=1) + "\n")
+                write([{"way": way, "why_not": reason(error)} for way in args.ways])
+            if CUDA and any(row["way"].endswith("graphed") and "why_not" in row for row in found["rows"]):
+                return found  # after a capture that failed, torch's allocator believes that it is under way
             gc.collect()
             if CUDA:
                 torch.cuda.empty_cache()
@@ -129,8 +143,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--dtype", choices=("default", "auto", "float32", "bfloat16", "float16"), default="default")
     parser.add_argument("--process-time", action="store_true", help="on CPU: count the time that this process ran")
-    parser.add_argument("--profile", nargs="+", choices=WAYS, default=(), metavar="WAY", help="at the largest batch")
-    parser.add_argument("--deadline", type=float, default=float("inf"), help="in seconds, for a case to begin")
+    parser.add_argument("--profile", nargs="+", choices=WAYS, default=(), metavar="WAY", help="in the last case")
+    parser.add_argument("--deadline", type=float, default=float("inf"), help="in seconds, for a way to begin")
     args = parser.parse_args()
     for name, default in (SMOKE if args.smoke else DEFAULTS).items():
         if getattr(args, name) is None:

@@ -103,7 +103,7 @@ def plot(found: list[dict[str, Any]], file: Path) -> None:
         raise ValueError(f"{file}: no speed-up was measured that could be drawn")
     size = (4 * len(batches), 4 * len(models) + 1)
     figure, panels = plt.subplots(len(models), len(batches), figsize=size, squeeze=False, sharex=True, sharey=True)
-    colours = dict(zip(ways, plt.get_cmap("tab20").colors, strict=False))
+    colours = dict(zip(ways, plt.get_cmap("tab20")(range(20)), strict=False))
     most = max(row["flops_ratio"] for row in rows)
     for model, line in zip(models, panels, strict=True):
         for batch, panel in zip(batches, line, strict=True):

@@ -4,12 +4,14 @@ Times are in microseconds, rates in bytes or floating-point operations per secon
 """
 
 import functools
+import json
 import math
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 DTYPE = torch.bfloat16 if CUDA else torch.float32
 REPEATS = 5  # of which the median is taken
 SPIN_SECONDS = 0.2
+LINES: Path | None = None  # where measure() appends its figures, pytest's --lines
 
 
 @dataclass(frozen=True)
@@ -180,12 +183,27 @@ def device_us(step: Callable, calls: int, host_us: float) -> float:
     return statistics.median(times)
 
 
+def captured(step: Callable) -> Any:
+    """A CUDA graph of a call.
+
+    Where none can hold it, an error is raised, and nothing else should be measured in the process: torch's allocator
+    still believes that a graph is being captured.
+    """
+    graph = torch.cuda.CUDAGraph()
+    here = torch.cuda.stream(torch.cuda.current_stream())  # to which torch does not go back where capturing fails
+    with here, torch.cuda.graph(graph):
+        step()
+    return graph
+
+
 def graph_us(step: Callable, calls: int) -> float:
     """Time of a call on the device within a CUDA graph of ``calls`` calls."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def all_calls() -> None:
         for _ in range(calls):
             step()
+
+    graph = captured(all_calls)
     graph.replay()
     torch.cuda.synchronize()
     return device_us(graph.replay, 3, host_us=200.0) / calls
@@ -225,11 +243,11 @@ def measure(
     flops: int = 0,
     reads_back: bool = False,
 ) -> None:
-    """Time ``function(*make_arguments())`` and write everything into ``benchmark.extra_info``.
+    """Time ``function(*make_arguments())``, add the figures to ``benchmark.extra_info`` and append them to ``LINES``.
 
-    pytest-benchmark's own statistics are of a call and the wait for its end. All figures are of arguments that no cache
-    holds, but for ``device_us_warm``: there a call finds its own from the one before, as attention finds what the
-    projection has just written.
+    ``latency_us`` is of a call and the wait for its end. All figures are of arguments that no cache holds, except
+    ``device_us_warm``: there a call finds its own from the one before, as attention finds what the projection has just
+    written. Where no CUDA graph can hold the call, the process ends behind its figures.
 
     Args:
         backend: what runs in the end: "torch", "reference", "triton", "cuda".
@@ -271,6 +289,8 @@ def measure(
         spin()
         info["clock_mhz"] = [clock_mhz()]  # before and after
     benchmark.pedantic(until_its_end, rounds=rounds)
+    if benchmark.stats:  # None under --benchmark-disable
+        info["latency_us"] = 1e6 * benchmark.stats.stats.median
     if CUDA:
         calls = int(min(30, max(4, 2e4 / estimate)))  # a GPU queues about 1000 launches
         info["host_us"] = wall_us(step, calls)
@@ -282,12 +302,10 @@ def measure(
             try:
                 info["device_us_graph"] = graph_us(Rotation(function, argument_sets), max(calls, len(argument_sets)))
                 info["device_us_warm"] = graph_us(Rotation(function, argument_sets[:1]), calls)
-            except RuntimeError as error:  # a call that no graph can hold costs its own figure only
+            except RuntimeError as error:
                 info["graph_error"] = str(error).split("\n")[0]
         info["clock_mhz"].append(clock_mhz())
-    elif benchmark.stats:  # None under --benchmark-disable
-        info["wall_us"] = 1e6 * benchmark.stats.stats.median
-    best = info.get("device_us_graph") or info.get("device_us_events") or info.get("wall_us")
+    best = info.get("device_us_graph") or info.get("device_us_events") or (None if CUDA else info.get("latency_us"))
     if best:
         rate, copy = moved_bytes / (1e-6 * best), copy_rate()
         info |= {"gb_per_s": rate / 1e9, "copy_gb_per_s": copy / 1e9, "fraction_of_copy": rate / copy}
@@ -297,3 +315,10 @@ def measure(
             info |= {"matrix_tflop_per_s": product / 1e12, "fraction_of_matrix": flops / (1e-6 * best) / product}
         info["fraction_of_floor"] = max(info["fraction_of_copy"], info.get("fraction_of_matrix", 0.0))
     benchmark.extra_info.update(info)
+    if LINES:
+        with LINES.open("a") as file:
+            file.write(json.dumps(benchmark.extra_info) + "\n")
+    if "graph_error" in info:
+        import pytest  # only here: whole models are measured without it
+
+        pytest.exit(f"no CUDA graph holds {benchmark.group}: {info['graph_error']}", returncode=1)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tinydrop_kernels import ops
-from tinydrop_kernels.answers import blended
+from tinydrop_kernels.answers import answers_of, log_probabilities
 from tinydrop_kernels.families.grids import resampled_positions, resized_images
 
 
@@ -27,12 +27,12 @@ class PaddedDropping:
         with ops.use_backend("reference"):
             plan = self.tinydrop.plan(images)
         logits = plan.guidance_logits
+        exits = log_probabilities(logits, images.dtype)
         if not plan.parts:
-            return logits.to(images.dtype)
+            return exits
         places = torch.cat([part.images for part in plan.parts]).long()
         answers = self.model.forward_head(self._encoded(images, plan))
-        answers = blended(answers, logits[places], plan.policy.blend)
-        return logits.to(answers.dtype).index_copy(0, places, answers)
+        return exits.index_copy(0, places, answers_of(answers, logits[places], plan.policy))
 
     def _encoded(self, images: Tensor, plan: Any) -> Tensor:
         model, tokens, seen = self.model, [], []

@@ -10,7 +10,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from measure import CUDA, DEVICE
+from measure import CUDA, DEVICE, captured
 from mixes import DISTINCT, SpreadConfidences, cost, dense_cost, policy_of, spread
 from padded import PaddedDropping
 from tome import TokenMerging, total_for
@@ -22,10 +22,11 @@ from tinydrop_kernels.families import family_of
 from tinydrop_kernels.flops import count_flops
 
 # Eager ones first, compiled ones last: so they are built and warmed up.
-WAYS = ("dense", "tome", "padded", "exits", "resolution", "onnx", "ours", "ours-prepacked")
-WAYS += ("dense-graphed", "ours-graphed", "dense-compiled", "ours-compiled")
+EAGER = ("dense", "tome", "padded", "exits", "resolution", "onnx", "ours", "ours-prepacked")
+WAYS = (*EAGER, "dense-graphed", "ours-graphed", "dense-compiled", "ours-compiled")
 GPU_ALONE, CPU_ALONE = ("dense-graphed", "ours-graphed"), ("onnx", "ours-prepacked")
-PATCH_OPTIONS = {"prepacked": {"prepack": True}, "graphed": {"graphs": True}, "compiled": {"compile": True}}
+PATCH_OPTIONS: dict[str, Any] = {"": {}, "prepacked": {"prepack": True}}
+PATCH_OPTIONS |= {"graphed": {"graphs": True}, "compiled": {"compile": True}}
 
 
 class NotMeasured(Exception):
@@ -67,7 +68,7 @@ class Subject:
         """A patched twin, and what sets its guidance's confidences."""
 
         def make() -> tuple[Any, SpreadConfidences]:
-            model = tdk.patch(self.twin(), self.guidance, **PATCH_OPTIONS.get(mode, {}))
+            model = tdk.patch(self.twin(), self.guidance, **PATCH_OPTIONS[mode])
             return model, SpreadConfidences(model, DISTINCT)
 
         return self._once(("patched", mode), make)
@@ -171,7 +172,8 @@ class Graphed:
     """A model's replay in a CUDA graph, which is captured at the first call."""
 
     def __init__(self, model: Callable[[Tensor], Tensor]):
-        self.model, self.graph = model, None
+        self.model: Callable[[Tensor], Tensor] = model
+        self.graph: Any = None
 
     def __call__(self, images: Tensor) -> Tensor:
         if self.graph is None:
@@ -179,12 +181,13 @@ class Graphed:
             for _ in range(3):
                 self.model(self.images)
             torch.cuda.synchronize()
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.out = self.model(self.images)
+            self.graph = captured(self._run)
         self.images.copy_(images)
         self.graph.replay()
         return self.out
+
+    def _run(self) -> None:
+        self.out = self.model(self.images)
 
 
 def _nearest_side(model: Any, aim: float) -> int:

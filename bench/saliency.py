@@ -77,15 +77,15 @@ def curves_of(
             for told, saliency in SALIENCY.items():
                 maps[f"{guide}, {told}"] = maps_of(tinydrop, images, saliency)
         shape = next(iter(maps.values())).shape
-        maps["the centre"] = closeness(*shape[1:], images.device).expand(shape)
+        maps["the centre"] = closeness(shape[1], shape[2], images.device).expand(shape)
         maps["random"] = torch.rand(shape, generator=generator)
         dense = seen(tinydrop, images, maps["random"], 1.0)
         first = dense.argmax(1)
         for ranking, scores in maps.items():
             for sign in (1, -1):  # deletion keeps the least salient
-                told = [dense if keep == 1 else seen(tinydrop, images, sign * scores, keep) for keep in KEEPS]
-                probability = torch.stack([p.gather(1, first[:, None])[:, 0] for p in told], 1)
-                right = torch.stack([p.argmax(1) == labels for p in told], 1).float()
+                answers = [dense if keep == 1 else seen(tinydrop, images, sign * scores, keep) for keep in KEEPS]
+                probability = torch.stack([p.gather(1, first[:, None])[:, 0] for p in answers], 1)
+                right = torch.stack([p.argmax(1) == labels for p in answers], 1).float()
                 found.setdefault(ranking, []).append((sign, probability, right))
     curves = {}
     for ranking, rows in found.items():

@@ -124,12 +124,13 @@ def longest_loop(code: str) -> int:
 def facts(name: str, kernel) -> dict:
     """Registers, shared memory, spills and tensor-core instructions of a compiled kernel."""
     usage, code = disassembled(kernel.asm["cubin"])
+    (registers,) = re.findall(r"REG:(\d+)", usage)
     return {
         "triton": triton.__version__,
         "kernel": name,
         "capability": kernel.metadata.target.arch,
         "warps": kernel.metadata.num_warps,
-        "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
+        "registers": int(registers),
         "shared_bytes": kernel.metadata.shared,
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),  # loads from and stores to local memory
         "fused": kernel.metadata.enable_fp_fusion,

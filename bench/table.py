@@ -1,4 +1,4 @@
-"""A short table, and the bars, from pytest-benchmark's JSON.
+"""Tables of what ``pytest bench --lines FILE`` has measured, and last a short one: the bars.
 
     python bench/table.py FILE [FILE ...]
 
@@ -15,11 +15,17 @@ CUDA, plain PyTorch on CPU):
   timed both;
 * ``copy``: the bytes that must move over ``us``, as a fraction of what a large copy moves in the same run;
 * ``floor``: the same, or the matrix products' rate as a fraction of a large product's where that is more.
+
+The bars are an H200's. An H100 is held against them too: what is a fraction of the copy's rate is of its own copy's.
 """
 
+import functools
 import json
+import operator
 import sys
 from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
 
 OPERATORS = ("select_tokens", "pack", "embed_tokens", "gather_tokens", "segment_pool", "varlen_attention", "front_end")
 COLUMNS = (
@@ -40,28 +46,28 @@ CLOCKS = {"device_us_graph": "g", "device_us_events": "e", "latency_us": "w"}  #
 GRIDS = ("14x14", "24x24", "37x37")
 RIVALS = ("varlen_attn", "cudnn", "fa3", "padded", "dense")
 ATTENTION = ("triton", "cuda", *RIVALS)
+CARDS = ("H200", "H100")
+NOT_MEASURED = "not measured"
 
 Row = dict[str, dict]  # implementation: what was measured
 Key = tuple[str, int, str, float]  # operator, batch, grid, fraction kept
 Segments = tuple[int, str, bool]  # attention's: batch, lengths, whether with a bias
+Bar = tuple[str, str, str]  # what is asked for, what was measured, whether it is met
 
 
 def load(paths: list[str]) -> tuple[dict[Key, Row], dict[Segments, Row]]:
-    """What was measured of attention on a GPU, and of everything else."""
+    """What was measured of everything else, and of attention on a GPU."""
     rows: dict[Key, Row] = {}
     attention: dict[Segments, Row] = {}
-    for path in paths:
-        with open(path) as file:
-            benchmarks = json.load(file)["benchmarks"]
-        for benchmark in benchmarks:
-            info = benchmark["extra_info"] | {"latency_us": 1e6 * benchmark["stats"]["median"]}
-            if "lengths" in info:
-                row = attention.setdefault((info["batch"], info["lengths"], info["bias"]), {})
-            elif "operator" in info:  # a rival that failed half-way has no more than a latency
-                row = rows.setdefault((info["operator"], info["batch"], info["grid"], info["keep"]), {})
-            else:
-                continue
-            row[info["implementation"]] = info
+    for line in chain.from_iterable(Path(path).read_text().splitlines(keepends=True) for path in paths):
+        if not line.endswith("\n"):  # killed while it was written
+            continue
+        info = json.loads(line)
+        if "lengths" in info:
+            row = attention.setdefault((info["batch"], info["lengths"], info["bias"]), {})
+        else:
+            row = rows.setdefault((info["operator"], info["batch"], info["grid"], info["keep"]), {})
+        row[info["implementation"]] = info
     return rows, attention
 
 
@@ -74,7 +80,7 @@ def speed_up(row: Row, other: str, own: str = "tinydrop") -> float | None:
     if own not in row:
         return None
     clock = next((clock for clock in CLOCKS if clock in row[own] and clock in row.get(other, {})), None)
-    return clock and row[other][clock] / row[own][clock]
+    return None if clock is None else row[other][clock] / row[own][clock]
 
 
 def default(row: Row) -> dict:
@@ -101,7 +107,8 @@ def attention_table(rows: dict[Segments, Row]) -> str:
     def time(info: dict) -> str:
         return f"{info[clock_of(info)]:.1f}{CLOCKS[clock_of(info)]}{'*' * info['is_default']}" if info else ""
 
-    lines = [("batch", "lengths", "bias", *ATTENTION, "x best", "copy", "warm", "host", "host of varlen_attn")]
+    head = "batch", "lengths", "bias", *ATTENTION, "x best", "copy", "warm", "host", "host of varlen_attn"
+    lines: list[tuple[str, ...]] = [head]
     for segments, row in rows.items():
         own = default(row)
         lines.append(
@@ -119,7 +126,7 @@ def attention_table(rows: dict[Segments, Row]) -> str:
 
 
 def table(rows: dict[Key, Row]) -> str:
-    lines = [COLUMNS]
+    lines: list[tuple[str, ...]] = [COLUMNS]
     for key in sorted(rows, key=lambda key: (OPERATORS.index(key[0]), *key[1:])):
         own = rows[key].get("tinydrop")
         if own is None:
@@ -151,78 +158,83 @@ def summary(rows: list[Row]) -> str:
     return "; ".join(parts)
 
 
-def judge(bar: str, values: list[float | None], good: Callable[[float], bool], worst: Callable, note: str = "") -> str:
-    if None in values:
-        return f"{bar}: not measured"
-    value = worst(values)
-    return f"{bar}: {'met' if good(value) else 'missed'} ({value:.3g}{note})"
+def judge(bar: str, values: list[float | None], good: Callable[[float], bool], worst: Callable, note: str = "") -> Bar:
+    found = [value for value in values if value is not None]
+    if len(found) < len(values):
+        return bar, NOT_MEASURED, ""
+    value = worst(found)
+    return bar, f"{value:.3g}{note}", "met" if good(value) else "missed"
 
 
-def attention_bars(rows: dict[Segments, Row]) -> list[str]:
-    """The figures that an H200 is asked for, in bfloat16, 16 heads of 64, of what the package runs by itself."""
+def attention_bars(rows: dict[Segments, Row]) -> list[Bar]:
+    """In bfloat16, 16 heads of 64, of what the package runs by itself."""
 
-    def on_h200(*segments) -> Row:
+    def judged(*segments) -> Row:
         row = rows.get(segments, {})
-        return row if "H200" in default(row).get("device", "") else {}
+        return row if is_judged(default(row)) else {}
 
-    lines = []
+    found = []
     over_rivals = {"mean 20": 1.5, "mean 50": 1.5, "mean 99": 1.5, "197": 1.15, "257": 1.15, "577": 1.0}
     for lengths, least in over_rivals.items():
-        row = on_h200(256, lengths, False)
+        row = judged(256, lengths, False)
         missing = [rival for rival in RIVALS if rival not in row and (rival != "dense" or lengths.isdecimal())]
         note = f"; without {', '.join(missing)}" if missing else ""
         strongest_were_there = not {"fa3", "varlen_attn"} & set(missing)
-        bar = f"attention, batch 256, {lengths}: {least} times over the best rival"
         factor = best_rival(row) if strongest_were_there else None  # not met by their absence
-        lines.append(judge(bar, [factor], lambda x, least=least: x >= least, min, note))
+        bar = f"attention, batch 256, {lengths}: {least} times over the best rival"
+        found.append(judge(bar, [factor], functools.partial(operator.le, least), min, note))
     for lengths in ("mean 50", "mean 99", "197", "257"):
-        fraction = default(on_h200(256, lengths, False)).get("fraction_of_copy")
+        fraction = default(judged(256, lengths, False)).get("fraction_of_copy")
         bar = f"attention, batch 256, {lengths}: 0.7 of the copy's rate"
-        lines.append(judge(bar, [fraction], lambda x: x >= 0.7, min))
+        found.append(judge(bar, [fraction], lambda x: x >= 0.7, min))
     for lengths in ("mean 20", "mean 50", "mean 99", "197"):
-        biased = default(on_h200(256, lengths, True))
-        plain = on_h200(256, lengths, False).get(biased.get("implementation"), {})
+        biased = default(judged(256, lengths, True))
+        plain = judged(256, lengths, False).get(biased.get("implementation", ""), {})
         ratio = speed_up({"plain": plain, "biased": biased}, "biased", "plain")
         bar = f"attention, batch 256, {lengths}: with BEiT's bias at most 1.2 times as long"
-        lines.append(judge(bar, [ratio], lambda x: x <= 1.2, max))
-    measured = [on_h200(*segments) for segments in rows if not segments[2]] or [{}]
+        found.append(judge(bar, [ratio], lambda x: x <= 1.2, max))
+    measured = [judged(*segments) for segments in rows if not segments[2]] or [{}]
     ratios = [
         default(row)["host_us"] / row["varlen_attn"]["host_us"] if "host_us" in row.get("varlen_attn", {}) else None
         for row in measured
     ]
     bar = "attention, every batch and length: at most varlen_attn's time on the host"
-    return [*lines, judge(bar, ratios, lambda x: x <= 1, max)]
+    return [*found, judge(bar, ratios, lambda x: x <= 1, max)]
 
 
-def bars(rows: dict[Key, Row]) -> list[str]:
-    """The figures that an H200 is asked for; all of them are of Triton kernels in bfloat16."""
+def operator_bars(rows: dict[Key, Row]) -> list[Bar]:
+    """All of them are of Triton kernels in bfloat16."""
 
-    def on_h200(key: Key) -> Row:
+    def judged(key: Key) -> Row:
         row = rows.get(key, {})
         own = row.get("tinydrop", {})
-        return row if "H200" in own.get("device", "") and own["backend"] == "triton" else {}
+        return row if is_judged(own) and own["backend"] == "triton" else {}
 
     def own(key: Key, name: str) -> float | None:
-        return on_h200(key).get("tinydrop", {}).get(name)
+        return judged(key).get("tinydrop", {}).get(name)
 
     select = ("select_tokens", 256, "14x14", 0.5)
     name = "select_tokens, batch 256, 7x7x448 -> 14x14"
     device_time = own(select, "device_us_graph") or own(select, "device_us_events")
-    lines = [
+    found = [
         judge(f"{name}: at most 15 us of device time", [device_time], lambda us: us <= 15, max),
-        judge(f"{name}: 10 times over eager", [speed_up(on_h200(select), "eager")], lambda x: x >= 10, min),
-        judge(f"{name}: 3 times over compiled", [speed_up(on_h200(select), "compiled")], lambda x: x >= 3, min),
+        judge(f"{name}: 10 times over eager", [speed_up(judged(select), "eager")], lambda x: x >= 10, min),
+        judge(f"{name}: 3 times over compiled", [speed_up(judged(select), "compiled")], lambda x: x >= 3, min),
     ]
-    for operator in ("embed_tokens", "gather_tokens"):
+    for name in ("embed_tokens", "gather_tokens"):
         for grid in GRIDS:
-            fractions = [own((operator, 256, grid, keep), "fraction_of_floor") for keep in (0.25, 0.5, 1.0)]
-            bar = f"{operator}, batch 256, {grid}, keep 0.25 to 1: 0.75 of the copy's or the matrix product's rate"
-            lines.append(judge(bar, fractions, lambda fraction: fraction >= 0.75, min))
+            fractions = [own((name, 256, grid, keep), "fraction_of_floor") for keep in (0.25, 0.5, 1.0)]
+            bar = f"{name}, batch 256, {grid}, keep 0.25 to 1: 0.75 of the copy's or the matrix product's rate"
+            found.append(judge(bar, fractions, lambda fraction: fraction >= 0.75, min))
     for grid in GRIDS:
         host_time = own(("front_end", 1, grid, 0.5), "host_us")
         bar = f"front end, batch 1, {grid}: at most 60 us on the host, its read-back included"
-        lines.append(judge(bar, [host_time], lambda us: us <= 60, max))
-    return lines
+        found.append(judge(bar, [host_time], lambda us: us <= 60, max))
+    return found
+
+
+def is_judged(info: dict) -> bool:
+    return any(card in info.get("device", "") for card in CARDS)
 
 
 def main() -> None:
@@ -231,8 +243,10 @@ def main() -> None:
     rows, attention = load(sys.argv[1:])
     parts = [attention_table(attention)] if attention else []
     parts += [table(rows)] if rows else []
-    judged = attention_bars(attention) + bars(rows)
-    print(*parts, summary([*attention.values(), *rows.values()]), "\n".join(f"* {bar}" for bar in judged), sep="\n\n")
+    found = [*attention.values(), *rows.values()]
+    cards = sorted({info["device"] for row in found for info in row.values()})
+    head = f"an H200's bars, on {', '.join(cards) or 'nothing'}", "measured", ""
+    print(*parts, summary(found), markdown([head, *attention_bars(attention), *operator_bars(rows)]), sep="\n\n")
 
 
 if __name__ == "__main__":

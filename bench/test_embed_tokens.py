@@ -2,7 +2,9 @@
 
 import torch
 import torch.nn.functional as F
-from measure import kept_indices, ops, randn, size_of
+from measure import kept_indices, randn, size_of
+
+from tinydrop_kernels import ops
 
 DIM = 768
 PATCH_SIZES = {14: 16, 24: 16, 37: 14}

@@ -1,10 +1,12 @@
 """The whole way from the guidance model's output to packed tokens, its one read-back from the device included."""
 
-from measure import CUDA, ops, randn, size_of
+from measure import CUDA, randn, size_of
 from test_embed_tokens import DIM, PATCH_SIZES
 from test_embed_tokens import user as embed
 from test_select_tokens import CHANNELS, CLASSES, FEATURE_SIZES, sure_logits
 from test_select_tokens import user as select
+
+from tinydrop_kernels import ops
 
 
 def test_front_end(case, compare):

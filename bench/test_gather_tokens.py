@@ -1,7 +1,9 @@
 """From embedded to packed tokens, at ViT-B's width."""
 
 import torch
-from measure import kept_indices, ops, randn, size_of
+from measure import kept_indices, randn, size_of
+
+from tinydrop_kernels import ops
 
 DIM = 768
 

@@ -1,7 +1,9 @@
 """Mean over the segments, class token left out, at ViT-B's width."""
 
 import torch
-from measure import DEVICE, ops, randn, size_of
+from measure import DEVICE, randn, size_of
+
+from tinydrop_kernels import ops
 
 DIM = 768
 

@@ -2,7 +2,9 @@
 
 import torch
 import torch.nn.functional as F
-from measure import DTYPE, ops, randn, size_of
+from measure import DTYPE, randn, size_of
+
+from tinydrop_kernels import ops
 
 CHANNELS, CLASSES = 448, 1000
 FEATURE_SIZES = {14: (7, 7), 24: (12, 12), 37: (17, 17)}  # the guidance model's grid at 224, 384 and 518 pixels

@@ -2,7 +2,7 @@
 
     python bench/tune_attention.py [--dtype bfloat16] [--head-dim 64 ...] [--processes N]
 
-For each longest segment of the tables in ops/kernels/attention.py, with and without a bias, the geometric mean
+For each longest segment of the tables in ops/kernels/attention_tiles.py, with and without a bias, the geometric mean
 of batches of 256 under a CUDA graph: equal lengths, ragged ones where a ViT has them, and those that the default policy
 gives. Prints every time, then the tables as they would be written, the shipped tile beside the fastest. Answers are
 compared with the shipped tile's. By calculation some 6 minutes on 16 cores for one head_dim; most of it goes into
@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from measure import (
@@ -36,7 +37,7 @@ from torch import Tensor
 
 from tinydrop_kernels.ops import apply_law
 from tinydrop_kernels.ops.kernels import attention as kernel
-from tinydrop_kernels.ops.kernels.attention import LONG, Tile
+from tinydrop_kernels.ops.kernels.attention_tiles import LONG, Tile, tile_for
 from tinydrop_kernels.policy import DropPolicy
 
 BATCH, HEADS = 256, 16
@@ -75,7 +76,7 @@ class Problem(NamedTuple):
 
     def shipped(self, lengths: Tensor) -> Tile:
         longest, mean = int(lengths.max()), int(lengths.sum()) // len(lengths)
-        return kernel.tile_for(longest, longest, mean, self.head_dim, self.dtype == torch.float32, self.has_bias)
+        return tile_for(longest, longest, mean, self.head_dim, self.dtype == torch.float32, self.has_bias)
 
     def tiles(self) -> list[Tile]:
         """What is tried. float32 runs without tensor cores, and takes twice the registers for a tile."""
@@ -116,12 +117,11 @@ def argument_sets(problem: Problem, lengths: Tensor, rotate: bool) -> list[tuple
 @contextmanager
 def tiled(tile: Tile) -> Iterator[None]:
     """The kernel's launches have this tile."""
-    table, kernel.tile_for = kernel.tile_for, lambda *_: tile
     kernel.plan.cache_clear()
     try:
-        yield
+        with mock.patch.object(kernel, "tile_for", lambda *_: tile):
+            yield
     finally:
-        kernel.tile_for = table
         kernel.plan.cache_clear()
 
 

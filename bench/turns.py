@@ -2,7 +2,8 @@
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 WARM_UPS = 3 if CUDA else 1  # rounds
 STREAMED = 4  # calls at least that follow one another without waiting, on CUDA
+
+LATE = "the deadline came"
 
 Profile = list[tuple[str, int, float]]  # of each kernel, or operator on CPU: name, launches and microseconds
 
@@ -104,7 +107,16 @@ def warm_up(way: Way) -> None:
         way.call(way.batches[0])
         synchronize()
     way.peak_bytes = torch.cuda.max_memory_allocated() - held
-    way.launches = sum(count for _, count, _ in profiled(lambda: way.call(way.batches[0])))
+
+
+def look_at(way: Way, keeps_profile: bool) -> None:
+    """Count a call's launches and, if it is to be kept, how long each kernel takes."""
+    way.turn_to(0)
+    found = profiled(lambda: way.call(way.batches[0]))
+    if CUDA:
+        way.launches = sum(count for _, count, _ in found)
+    if keeps_profile:
+        way.profile = found
 
 
 def timed_round(way: Way, clock: Callable[[], float]) -> None:
@@ -123,7 +135,10 @@ def timed_round(way: Way, clock: Callable[[], float]) -> None:
 
 
 def streamed_round(way: Way) -> None:
-    """On CUDA: calls that are not waited for, so that the host prepares the next one while the device works."""
+    """On CUDA: calls that are not waited for, so that the host prepares the next one while the device works.
+
+    What turns to another batch is timed too: a copy of some microseconds, which only an image that exits would notice.
+    """
     calls, host = max(STREAMED, len(way.batches)), 0.0
     synchronize()
     start = time.perf_counter()
@@ -143,24 +158,27 @@ def take_turns(
     rounds: int,
     clock: Callable[[], float],
     is_late: Callable[[], bool],
-    profile_too: Sequence[str],
-) -> list[int | None]:
+    profile_too: Sequence[str] | None,
+) -> Iterator[list[int | None]]:
     """Warm up, then time every way in every round.
 
     Args:
         ways: are written into.
         rounds: fewer, but two, where it gets late.
         clock: seconds.
-        is_late: whether the deadline has come.
-        profile_too: names of ways of which a call is profiled in the end.
+        is_late: whether the deadline has come; a way that is not warm by then is not measured.
+        profile_too: names of ways whose profile is kept. Nothing must be timed in the process afterwards, since a
+            profiler leaves later launches slower; None profiles nothing, and counts no launches.
 
-    Returns:
-        The GPU's clock before and after, in MHz.
+    Yields:
+        After each round and at the end, the GPU's clock before and now, in MHz.
     """
     for way in ways:
+        if is_late():
+            way.why_not = LATE
         way.attempt(warm_up)
     spin()
-    clocks = [clock_mhz() if CUDA else None]
+    before = clock_mhz() if CUDA else None
     for turn in range(rounds):
         if turn >= 2 and is_late():
             break
@@ -168,16 +186,14 @@ def take_turns(
             way.attempt(lambda way: timed_round(way, clock))
             if CUDA:
                 way.attempt(streamed_round)
-    clocks.append(clock_mhz() if CUDA else None)
-
-    def look_at(way: Way) -> None:
-        way.turn_to(0)
-        way.profile = profiled(lambda: way.call(way.batches[0]))
-
+        yield [before, clock_mhz() if CUDA else None]
+    if profile_too is None:
+        return
     for way in ways:
-        if way.name in profile_too:
-            way.attempt(look_at)
-    return clocks
+        if way.why_not is None and (CUDA or way.name in profile_too):
+            with suppress(Exception):  # its figures are there
+                look_at(way, way.name in profile_too)
+    yield [before, clock_mhz() if CUDA else None]
 
 
 def figures(way: Way, dense: Sequence[Way], dense_round_flops: int) -> dict[str, Any]:

@@ -76,14 +76,14 @@ class Cluttered(Dataset):
         left = int(rng.integers(photograph.shape[1] - side + 1))
         crop = torch.from_numpy(photograph[top : top + side, left : left + side]).permute(2, 0, 1)[None]
         crop = F.interpolate(crop, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", align_corners=False, antialias=True)
-        crop = crop[0].permute(1, 2, 0).numpy()
-        return 0.6 * (crop[:, ::-1] if rng.random() < 0.5 else crop)  # darker than the strokes
+        pixels = crop[0].permute(1, 2, 0).numpy()
+        return 0.6 * (pixels[:, ::-1] if rng.random() < 0.5 else pixels)  # darker than the strokes
 
     def _stroke(self, rng, index, size) -> np.ndarray:
         """The digit at ``size`` pixels, rotated by up to 15 degrees: ``(size, size)`` opacities in [0, 1]."""
         angle = float(rng.uniform(-np.pi / 12, np.pi / 12))
         rotation = torch.tensor([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0]]).float()
-        grid = F.affine_grid(rotation[None], (1, 1, int(size), int(size)), align_corners=False)
+        grid = F.affine_grid(rotation[None], [1, 1, int(size), int(size)], align_corners=False)
         return F.grid_sample(self.strokes[index][None, None], grid, align_corners=False)[0, 0].numpy()
 
 

@@ -14,6 +14,7 @@ import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -52,7 +53,7 @@ class Scene:
     """Models, images normalised for the target, and what is known about them."""
 
     title: str
-    model: torch.nn.Module
+    model: Any  # timm's
     guidance: torch.nn.Module
     images: torch.Tensor
     labels: torch.Tensor | None

@@ -14,6 +14,7 @@ import argparse
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -46,7 +47,7 @@ def patch_labels(labels: torch.Tensor, boxes: torch.Tensor, grid: int, patch: in
 
 
 @torch.no_grad()
-def start_local(model: nn.Module) -> None:
+def start_local(model: Any) -> None:
     """Start with attention to the neighbourhood, which a ViT takes long to learn from few images.
 
     Positions begin as sines and cosines, and queries and keys as nearly the same projection, so that a token looks at
@@ -102,7 +103,7 @@ class Cnn(nn.Module):
         return F.cross_entropy(logits, labels), logits
 
 
-def train(trainee: nn.Module, steps: int, peak_lr: float) -> nn.Module:
+def train(trainee: Any, steps: int, peak_lr: float) -> nn.Module:
     """AdamW with warm-up and cosine decay, in bfloat16 autocast; returns the timm model in eval mode."""
     decayed = [p for p in trainee.parameters() if p.ndim > 1]
     others = [p for p in trainee.parameters() if p.ndim <= 1]

@@ -21,11 +21,11 @@ class Classify:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list]:
         # Ray's arrays are read-only, which the predictor minds as little as images of different sizes.
         rows = self.predictor.predict_batch(batch["image"])
-        best = [row.top[0] for row in rows]
+        best = [row.top[0] if row else None for row in rows]  # None of what cannot be read
         return {
             "path": list(batch["path"]),
-            "class": [candidate.name for candidate in best],
-            "probability": [candidate.probability for candidate in best],
+            "class": [candidate and candidate.name for candidate in best],
+            "probability": [candidate and candidate.probability for candidate in best],
         }
 
 

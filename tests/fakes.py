@@ -55,6 +55,9 @@ class FakePatched(torch.nn.Module):
         guidance = SimpleNamespace(model=SimpleNamespace(pretrained_cfg={"architecture": "tiny"}))
         self.tinydrop = SimpleNamespace(
             dense=self.dense,
+            num_classes=CLASSES,
+            multi_label=False,
+            normalization=((0.0,) * in_chans, (1.0,) * in_chans),
             report=self.report,
             last=None,
             policy=DropPolicy(),

@@ -3,6 +3,8 @@
 import timm
 import torch
 
+from tinydrop_kernels import derived
+
 
 def tiny_vit(**options) -> torch.nn.Module:
     """A ViT of timm's own class, small enough for every test: 4 x 4 patches of 8 pixels, 2 blocks, 5 classes."""
@@ -57,3 +59,9 @@ def varied_images(batch: int, size: int = 32) -> torch.Tensor:
     """Images that differ enough, in colour and coarse shape, for a random guidance model to tell them apart."""
     coarse = torch.nn.functional.interpolate(torch.randn(batch, 3, 4, 4), size=size, mode="nearest")
     return 2 * coarse + 2 * torch.randn(batch, 3, 1, 1) + 0.1 * torch.randn(batch, 3, size, size)
+
+
+def packed_of(weight):
+    """What is kept of a weight in oneDNN's layout, or None."""
+    kept = derived._kept.get(weight)
+    return kept and kept.values.get("packed by oneDNN")

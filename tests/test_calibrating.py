@@ -12,7 +12,7 @@ from timm.models import save_for_hf
 
 import tinydrop_kernels as tdk
 from tinydrop_kernels import calibrating, cli
-from tinydrop_kernels.checkpoints import load_model
+from tinydrop_kernels.checkpoints import class_names, load_model
 
 NAMES = ["ant", "bee", "cat", "dog", "eel"]
 
@@ -90,7 +90,7 @@ def test_labels_are_found_by_name_or_by_place(folder, tmp_path):
         ([""], None),
     ):
         files = [tmp_path / name / "image.png" for name in names]
-        assert calibrating.folder_labels(tmp_path, files, model) == expected
+        assert calibrating.folder_labels(tmp_path, files, class_names(model)) == expected
 
 
 @pytest.mark.parametrize(

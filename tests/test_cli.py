@@ -277,6 +277,23 @@ def test_options_make_the_policy(chosen):
     fixed = tdk.DropPolicy.fixed(0.5, tau=tdk.DropPolicy.tau)
     assert chosen("--keep-ratio", 0.5) == fixed
     assert chosen("--keep-ratio", 0.5, "--tau", "none", "--blend", 0.2) == replace(fixed, tau=None, blend=0.2)
+    assert chosen("--second-look", 0, 0) == tdk.DropPolicy(second_look=None)
+    assert chosen("--multi-label", "--gamma", 3) == tdk.DropPolicy(None, 3.0, blend=0.0, second_look=None)
+    assert chosen("--multi-label", "--keep-ratio", 0.5) == tdk.DropPolicy.fixed(0.5)
+
+
+def test_many_labels(checkpoints, photos):
+    """Scores of sigmoids, each by itself; what mixes answers is refused."""
+    result = classify(checkpoints, photos / "b.png", "--multi-label", "--keep-ratio", 1)
+    row = json.loads(result.stdout.splitlines()[0])
+    image = torch.from_numpy(np.array(Image.open(photos / "b.png").convert("RGB"))).permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.inference_mode():
+        scores = load_model(str(checkpoints / "target"))(image)[0].sigmoid()
+    told = {entry["name"]: entry["probability"] for entry in row["top"]}
+    assert told == pytest.approx(dict(zip(NAMES, scores.tolist(), strict=True)), abs=1e-3)
+    assert abs(sum(told.values()) - 1) > 0.1
+    result = classify(checkpoints, photos / "b.png", "--multi-label", "--tau", 0.9)
+    assert result.exit_code == 1 and "with multi_label=True nothing exits" in result.output
 
 
 def test_guidance_is_loaded_before_the_large_model(photos, monkeypatch):

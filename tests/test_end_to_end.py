@@ -219,7 +219,7 @@ class TestTurns:
     def test_all_take_turns_and_the_fastest_dense_is_the_rival(self):
         calls: list[str] = []
         ways, clock = ticking({"dense": 4.0, "dense-compiled": 3.0, "ours": 1.0}, calls)
-        turns.take_turns(ways, 2, clock, lambda: False, ())
+        assert list(turns.take_turns(ways, 2, clock, lambda: False, None)) == [[None, None]] * 2
         assert calls == ["dense"] * 2 + ["dense-compiled"] * 2 + ["ours"] * 2 + calls[6:]
         assert calls[6:] == calls[:6] * 2
         figures = turns.figures(ways[2], ways[:2], 60)
@@ -228,13 +228,28 @@ class TestTurns:
 
     def test_one_that_fails_costs_no_other(self):
         ways, clock = ticking({"dense": 4.0, "tome": 6.0}, [])
-        turns.take_turns(ways, 3, clock, lambda: False, ())
+        list(turns.take_turns(ways, 3, clock, lambda: False, None))
         assert ways[1].why_not == "RuntimeError: out of memory" and ways[0].round_seconds == [8.0] * 3
 
     def test_late_is_two_rounds(self):
         ways, clock = ticking({"dense": 1.0}, [])
-        turns.take_turns(ways, 30, clock, lambda: True, ())
+        list(turns.take_turns(ways, 30, clock, lambda: clock() > 0, None))
         assert len(ways[0].round_seconds) == 2
+
+    def test_what_is_not_warm_in_time_is_not_measured(self):
+        ways, clock = ticking({"dense": 1.0, "dense-compiled": 1.0}, [])
+        list(turns.take_turns(ways, 2, clock, lambda: clock() > 0, None))
+        assert [way.why_not for way in ways] == [None, "the deadline came"] and ways[0].round_seconds == [2.0] * 2
+
+    def test_the_profiler_comes_last(self, monkeypatch):
+        calls: list[str] = []
+        ways, clock = ticking({"dense": 1.0, "ours": 1.0}, calls)
+        monkeypatch.setattr(turns, "profiled", lambda call: (call(), calls.append("profiled")) and [("kernel", 3, 7.0)])
+        list(turns.take_turns(ways, 2, clock, lambda: False, None))
+        assert "profiled" not in calls
+        list(turns.take_turns(ways, 2, clock, lambda: False, ["ours"]))
+        assert calls[-2:] == ["ours", "profiled"] and calls.count("profiled") == 1
+        assert ways[0].profile is None and ways[1].profile == [("kernel", 3, 7.0)]
 
 
 class TestCommand:
@@ -259,6 +274,23 @@ class TestCommand:
         self.run(monkeypatch, "--show", file, "--plot", picture)
         assert capsys.readouterr().out == printed and "|20 %|8|" in printed and "|launches|us|share|" in printed
         assert picture.read_bytes().startswith(b"\x89PNG")
+
+    def test_a_kill_costs_one_round(self, monkeypatch, tmp_path):
+        """What was measured until then is in the file, whole."""
+        file, rounds = tmp_path / "found.json", []
+
+        def killed(way, clock):
+            rounds.append(way.name)
+            if len(rounds) > 2:
+                raise KeyboardInterrupt
+            timed(way, clock)
+
+        timed = turns.timed_round
+        monkeypatch.setattr(turns, "timed_round", killed)
+        options = ("--mixes", 20, "--batches", 8, "--rounds", 3, "--ways", "dense", "resolution")
+        with pytest.raises(KeyboardInterrupt):
+            self.run(monkeypatch, "--smoke", "--json", file, *options)
+        assert [row["calls"] for row in json.loads(file.read_text())["rows"]] == [1, 1]
 
     def test_after_the_deadline_every_row_says_so(self, monkeypatch, tmp_path, capsys):
         file = tmp_path / "found.json"

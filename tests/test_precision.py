@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tinydrop_kernels import precision
 from tinydrop_kernels.precision import fast_dtype
 
 
@@ -13,7 +14,16 @@ from tinydrop_kernels.precision import fast_dtype
 def test_cpu(monkeypatch, avx512, amx, wanted):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(precision, "DTYPES", {torch.float32, torch.bfloat16})
     assert fast_dtype("cpu") == wanted
+
+
+def test_a_cpu_of_which_torch_or_onednn_does_not_know(monkeypatch):
+    """A torch that has renamed its question, and instructions that are there and forbidden."""
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(precision, "DTYPES", {torch.float32})
+    assert fast_dtype("cpu") == torch.float32
 
 
 @pytest.mark.parametrize(("native", "wanted"), [(True, torch.bfloat16), (False, torch.float32)])

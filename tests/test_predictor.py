@@ -213,7 +213,7 @@ def test_models_that_cannot_predict_are_refused():
     with pytest.raises(ValueError, match="model: this VisionTransformer is not patched"):
         Predictor(tiny_vit())
     model = FakePatched()
-    model.num_classes = 0
+    model.tinydrop.num_classes = 0
     with pytest.raises(ValueError, match="model: got one without classes"):
         Predictor(model)
     with pytest.raises(ValueError, match="model: it takes images of 5 channels, expected 1"):
@@ -228,10 +228,15 @@ def test_numbers_out_of_range_are_refused(name, value):
         Predictor(FakePatched(), **{name: value})
 
 
-def test_answers_are_those_of_the_patched_model():
+@pytest.mark.parametrize("said_by", ["pretrained_cfg", "patch"])
+def test_answers_are_those_of_the_patched_model(said_by):
     """The real thing, at a size that is not the one of its configuration."""
-    model = tdk.patch(tiny_vit(), tiny_guidance(), tdk.DropPolicy.fixed(0.5))
-    model.pretrained_cfg |= {"mean": (0.5,) * 3, "std": (0.25,) * 3, "input_size": (3, 224, 224), "crop_pct": 1.0}
+    model, normalization = tiny_vit(), {"mean": (0.5,) * 3, "std": (0.25,) * 3}
+    model.pretrained_cfg |= {"input_size": (3, 224, 224), "crop_pct": 1.0}
+    if said_by == "pretrained_cfg":
+        model.pretrained_cfg |= normalization
+    told = normalization if said_by == "patch" else {}
+    tdk.patch(model, tiny_guidance(), tdk.DropPolicy.fixed(0.5), **told)
     pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
     predictor = Predictor(model, compare_dense=True)
     rows = list(predictor.predict(pixels))
@@ -243,3 +248,33 @@ def test_answers_are_those_of_the_patched_model():
         assert torch.tensor([c.probability for c in row.top]).allclose(probability.sort(descending=True)[0], atol=1e-5)
         assert row.kept == 8 and row.dense.label == label
     assert predictor.report.images == 2 and predictor.report.mean_keep == 0.5
+
+
+def test_a_head_replaced_by_hand_has_no_names_of_imagenet():
+    model = tiny_vit(num_classes=1000)
+    model.head = torch.nn.Linear(32, 5)
+    assert model.num_classes == 1000
+    predictor = Predictor(tdk.patch(model, tiny_guidance()), top=9)
+    (row,) = predictor.predict([grey(80, 32, 32, 3)])
+    assert sorted(candidate.name for candidate in row.top) == ["0", "1", "2", "3", "4"]
+    model.head = torch.nn.Linear(32, 7)
+    model.tinydrop.policy = tdk.DropPolicy.fixed(0.5)
+    (row,) = predictor.predict([grey(80, 32, 32, 3)])
+    assert sorted(candidate.name for candidate in row.top) == ["0", "1", "2", "3", "4", "5", "6"]
+
+
+def test_scores_of_many_labels():
+    """Each class by itself: several are sure at once."""
+    model = tiny_vit()
+    model.head.bias.data += 3.0
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    policy = tdk.DropPolicy(tau=None, gamma=0.0, min_keep=1.0, blend=0.0, second_look=None)
+    predictor = Predictor(tdk.patch(model, tiny_guidance(), policy, multi_label=True), top=5, compare_dense=True)
+    for seen in predictor.batches(pixels):
+        scores = model.tinydrop.dense(seen.images.clone()).sigmoid()
+        assert (scores > 0.5).sum() > 2
+        for row, score in zip(seen.rows, scores, strict=True):
+            expected = score.sort(descending=True)
+            assert [candidate.label for candidate in row.top] == expected.indices.tolist()
+            assert torch.tensor([c.probability for c in row.top]).allclose(expected.values, atol=1e-5)
+            assert row.dense.probability == pytest.approx(expected.values[0].item(), abs=1e-5)

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from tinydrop_kernels import answers
-from tinydrop_kernels.families import Family, beit, eva, vit
+from tinydrop_kernels.families import Family
+from tinydrop_kernels.families.vit import Vit
 
 
 def misspelt_call(family: Family, model: object, tokens: Tensor) -> object:
@@ -14,6 +14,5 @@ def forgotten_argument(family: Family, model: object, images: Tensor, indices: T
     return family.embed(model, images, indices)  # type: ignore[call-arg]
 
 
-def modules() -> list[Family]:
-    no_family: Family = answers  # type: ignore[assignment]
-    return [vit, beit, eva, no_family]
+def families() -> list[Family]:
+    return [Vit(), Family()]  # type: ignore[abstract]

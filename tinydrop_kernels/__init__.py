@@ -3,7 +3,7 @@
 import timm, tinydrop_kernels as tdk
 model = timm.create_model("vit_base_patch16_224.augreg_in21k_ft_in1k", pretrained=True).eval()
 tdk.patch(model)          # the same call, the same shape of answer, the same state_dict
-logits = model(images)
+answers = model(images)   # log-probabilities, since some images are answered by the guidance model
 print(model.tinydrop.report())
 tdk.unpatch(model)        # exactly the model as it was
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tinydrop_kernels.families import UnsupportedModelError
     from tinydrop_kernels.guidance import Guidance, GuidanceError
     from tinydrop_kernels.ops import Saliency
-    from tinydrop_kernels.patching import patch, unpatch
+    from tinydrop_kernels.patching import dense, patch, unpatch
     from tinydrop_kernels.pipeline import Pipeline
     from tinydrop_kernels.policy import DropPolicy
     from tinydrop_kernels.policyfile import CalibratedPolicy, PolicyFileError
@@ -43,6 +43,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "compare_with_dense",
+    "dense",
     "ops",
     "patch",
     "unpatch",
@@ -63,6 +64,7 @@ _HOMES = {
     "UnsupportedModelError": "families",
     "calibrate": "calibration",
     "compare_with_dense": "timing",
+    "dense": "patching",
     "patch": "patching",
     "unpatch": "patching",
 }

@@ -14,6 +14,7 @@ from tinydrop_kernels.calibration import COSTS, Answers, gather
 from tinydrop_kernels.calibration.frontier import check_drawable, draw, frontier, write_csv
 from tinydrop_kernels.checkpoints import check_spec, class_names, load_model
 from tinydrop_kernels.guidance import DEFAULT_GUIDANCE
+from tinydrop_kernels.head import count_classes
 from tinydrop_kernels.images import image_files, image_transform, load_image
 from tinydrop_kernels.ops.types import TimmModule
 from tinydrop_kernels.options import DEFAULT_DEVICE, DEFAULT_MODEL, DTYPES, tell_skipped, usable
@@ -123,9 +124,10 @@ def calibrate(
         small = [load_model(spec, "guidance") for spec in guidance]
         options: dict[str, Any] = {"img_size": img_size} if img_size else {}
         vit = load_model(model, **options).to(target_device, DTYPES[dtype])
-        check_classifier(vit)
+        classes = count_classes(vit)
+        check_classifier(classes)
         files = image_files([data], lambda path, reason: tell_skipped(str(path), reason))
-        labels = None if no_labels else folder_labels(data, files, vit)
+        labels = None if no_labels else folder_labels(data, files, class_names(vit, classes))
         by = "accuracy" if labels else "agreement with the dense model, for want of labels; it bounds the accuracy lost"
         click.echo(f"{len(files)} images, judged by {by}")
         batches = _Batches(_Files(files, vit), labels, batch_size, workers)
@@ -161,15 +163,24 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinydrop_kernels"
 
 
-def folder_labels(data: Path, files: Sequence[Path], model: TimmModule) -> list[int] | None:
-    """The class of each file, by its folder's name, or by the folder's place where there is one for each class."""
+def folder_labels(data: Path, files: Sequence[Path], known: Sequence[str]) -> list[int] | None:
+    """Return the class of each file: by its folder's name, or by its place where there is a folder for each class.
+
+    Args:
+        data: the folder of all.
+        files: in it or in folders of it.
+        known: names of the classes.
+
+    Returns:
+        Numbers of classes, or None where the folders are not those of the classes.
+    """
     folders = [file.relative_to(data).parts[0] if file.parent != data else "" for file in files]
-    known, names = class_names(model), sorted(set(folders) - {""})
+    names = sorted(set(folders) - {""})
     if "" in folders or not names:
         return None
     if set(names) <= set(known):
         numbers = {name: known.index(name) for name in names}
-    elif len(names) == model.num_classes:
+    elif len(names) == len(known):
         numbers = {name: number for number, name in enumerate(names)}
     else:
         return None

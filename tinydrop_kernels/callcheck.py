@@ -1,15 +1,33 @@
-"""What is refused before any work is done: images, policies, and what has become of a patched model."""
+"""Refusals before any work is done: of arguments, images, policies, and of what has become of a patched model."""
+
+import math
+from collections.abc import Iterable
+from numbers import Real
 
 import torch
 from torch import Tensor
 
-from tinydrop_kernels.families import Family, UnsupportedModelError
+from tinydrop_kernels.families import Family
 from tinydrop_kernels.ops.types import TimmModule
-from tinydrop_kernels.policy import DropPolicy
+from tinydrop_kernels.policy import UNMIXED, DropPolicy
+from tinydrop_kernels.torch_internals import transforms
+
+NO_MIX = ", ".join(f"{name}={value}" for name, value in UNMIXED.items())
 
 
-def check_call(model: TimmModule, family: Family, images: Tensor) -> None:
-    """Raise ValueError, TypeError or UnsupportedModelError where a patched model cannot be called with the images."""
+def check_images(model: TimmModule, family: Family, images: Tensor) -> None:
+    """Raise where a patched model cannot be called with the images.
+
+    Raises:
+        ValueError, TypeError: the images.
+        RuntimeError: a transform of torch's is at work that the operators do not know.
+    """
+    unknown = [name for name in transforms() if name != "grad"]  # the operators have backward passes alone
+    if unknown:
+        raise RuntimeError(
+            f"model: a patched model does not work under {unknown[-1]}; use reverse mode on whole batches "
+            "(torch.func.grad, vjp, jacrev), or unpatch it"
+        )
     weight = next(model.parameters())
     if not isinstance(images, Tensor):
         raise TypeError(f"images: got {type(images).__name__}, expected a Tensor")
@@ -24,23 +42,59 @@ def check_call(model: TimmModule, family: Family, images: Tensor) -> None:
     castable = images.is_floating_point() and torch.is_autocast_enabled(images.device.type)
     if images.dtype != weight.dtype and not castable:
         raise TypeError(f"images: got {images.dtype}, expected the model's {weight.dtype}")
-    changed = family.find_change(model)
-    if changed:
-        raise UnsupportedModelError(f"model: since it was patched, {changed}; unpatch it, and patch it again")
     family.check_images(model, images)
 
 
-def check_classes(policy: DropPolicy, target: int, guidance: int) -> None:
-    """Raise ValueError where a policy mixes the answers of models of so many classes that cannot be mixed."""
+def check_policy(policy: DropPolicy, target: int, guidance: int, multi_label: bool) -> None:
+    """Raise ValueError where a policy mixes answers that cannot be mixed.
+
+    Args:
+        policy: any.
+        target, guidance: classes of the two models.
+        multi_label: whether the target's head is one of sigmoids.
+    """
     if not policy.mixes_answers:
         return
+    if multi_label:
+        raise ValueError(
+            f"policy: got {policy}, but with multi_label=True nothing exits, is blended or looked at twice: scores of "
+            f"sigmoids are no probabilities of one class; expected {NO_MIX}"
+        )
     if target != guidance:
         raise ValueError(
             f"guidance: it knows {guidance} classes and the model {target}, so its answers cannot stand for the "
-            "model's; expected a guidance of the same classes, or a policy with tau=None, blend=0, second_look=None"
+            f"model's; expected a guidance of the same classes, or a policy with {NO_MIX}"
         )
     if target == 1:
         raise ValueError(
-            "policy: the confidence of a single class is always 1, so every image would exit; expected tau=None, "
-            "blend=0, second_look=None for a model of one class"
+            f"policy: the confidence of a single class is always 1, so every image would exit; expected {NO_MIX} for "
+            "a model of one class"
         )
+
+
+def check_answers(policy: DropPolicy, target: Tensor, guidance: Tensor) -> None:
+    """Raise ValueError where the answers of a policy that mixes them are not of the same classes after all."""
+    if policy.mixes_answers and target.shape[1] != guidance.shape[1]:
+        raise ValueError(
+            f"model: it answered {target.shape[1]} classes, expected the guidance's {guidance.shape[1]}; something on "
+            "its head changes what the head says"
+        )
+
+
+def check_statistic(name: str, values: Iterable[float], channels: int) -> tuple[float, ...]:
+    """Return a mean or a standard deviation of each channel as floats.
+
+    Args:
+        name: ``"mean"`` or ``"std"``.
+        values: finite numbers, one for each channel; a standard deviation is above 0.
+        channels: how many.
+
+    Raises:
+        ValueError: they are not.
+    """
+    found = tuple(values) if isinstance(values, Iterable) else ()
+    numbers = all(isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) for value in found)
+    if len(found) != channels or not numbers or (name == "std" and min(found) <= 0):
+        above = " above 0" if name == "std" else ""
+        raise ValueError(f"{name}: got {values!r}, expected {channels} finite numbers{above}, one for each channel")
+    return tuple(float(value) for value in found)

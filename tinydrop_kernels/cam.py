@@ -13,6 +13,7 @@ from tinydrop_kernels.ops.registry import HALF
 from tinydrop_kernels.ops.saliency import top_classes
 from tinydrop_kernels.ops.tracing import eager
 from tinydrop_kernels.ops.types import TimmModule
+from tinydrop_kernels.torch_internals import transforms
 
 Head = Callable[..., Tensor]  # from the features, and what else it needs, to logits (batch, classes)
 
@@ -126,11 +127,19 @@ def class_gradient(
     Returns:
         logits ``(batch, num_classes)``, and the gradient in the features' shape and dtype; neither has a graph.
     """
-    with torch.inference_mode(False), torch.enable_grad():
-        features = _without_graph(features).requires_grad_()
+
+    def mixture(features: Tensor) -> tuple[Tensor, Tensor]:
         logits = head(features, *tree_map(_without_graph, args), **tree_map(_without_graph, kwargs or {}))
         index, share = top_classes(logits.detach(), classes)
-        (gradient,) = torch.autograd.grad((logits.gather(1, index) * share).sum(), features)
+        return (logits.gather(1, index) * share).sum(), logits
+
+    with torch.inference_mode(False), torch.enable_grad():
+        features = _without_graph(features)
+        if transforms():  # in which no tensor can be made to require a gradient
+            gradient, logits = torch.func.grad(mixture, has_aux=True)(features)
+        else:
+            total, logits = mixture(features.requires_grad_())
+            (gradient,) = torch.autograd.grad(total, features)
     return logits.detach(), gradient
 
 

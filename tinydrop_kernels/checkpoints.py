@@ -144,12 +144,18 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(told)}"
 
 
-def class_names(model: TimmModule) -> list[str]:
-    """What the classes are called: the checkpoint's own names, ImageNet's where it has its classes, else numbers."""
+def class_names(model: TimmModule, classes: int | None = None) -> list[str]:
+    """Return the names of the classes: the checkpoint's own, ImageNet's where it has its classes, else numbers.
+
+    Args:
+        model: the model.
+        classes: how many it answers, where that may not be its ``num_classes``.
+    """
+    classes = model.num_classes if classes is None else classes
     own = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
-    if own and len(own) == model.num_classes:
+    if own and len(own) == classes:
         return list(own)
-    subset = infer_imagenet_subset(model) if model.num_classes else None
+    subset = infer_imagenet_subset({"num_classes": classes}) if classes else None
     if subset:
         return list(ImageNetInfo(subset).label_descriptions())
-    return [str(index) for index in range(model.num_classes)]
+    return [str(index) for index in range(classes)]

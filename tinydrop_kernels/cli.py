@@ -180,4 +180,4 @@ def info(device: str) -> None:
     for name, (implementation, reason) in running.items():
         click.echo(f"{name:22s}{implementation}: {reason}")
     extension = ops.cuda_extension
-    click.echo(f"{'CUDA C++ extension':22s}{'built' if extension.available() else extension.WHY_NOT}")
+    click.echo(f"{'CUDA C++ extension':22s}{'built, experimental' if extension.available() else extension.WHY_NOT}")

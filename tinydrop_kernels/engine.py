@@ -2,25 +2,27 @@
 
 import dataclasses
 import threading
+import warnings
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
-from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from tinydrop_kernels import ops
-from tinydrop_kernels.answers import blended, in_doubt
-from tinydrop_kernels.callcheck import check_call, check_classes
+from tinydrop_kernels.answers import answers_of, in_doubt, log_probabilities
+from tinydrop_kernels.callcheck import check_answers, check_images, check_policy
 from tinydrop_kernels.compiling import for_any_size
-from tinydrop_kernels.families import Family, family_of
-from tinydrop_kernels.families.grids import coarser_grids
+from tinydrop_kernels.derived import settle
+from tinydrop_kernels.families import Family, UnsupportedModelError, family_of, find_mismatch
+from tinydrop_kernels.families.checks import hooks_on_packed_rows
 from tinydrop_kernels.features import features_in_place
 from tinydrop_kernels.flops import count_flops
 from tinydrop_kernels.graphs import MOST_IMAGES, Graphs, has_graphs
 from tinydrop_kernels.guidance import Guidance, Guided
-from tinydrop_kernels.images import per_channel
+from tinydrop_kernels.head import count_classes, linear_width
+from tinydrop_kernels.images import Normalization
 from tinydrop_kernels.ops import Packed, Part, Selection
 from tinydrop_kernels.ops.packing import Packing, lay_out, pack_alike
 from tinydrop_kernels.ops.registry import forced_backend
@@ -31,6 +33,10 @@ from tinydrop_kernels.policy import DropPolicy
 from tinydrop_kernels.report import Call, Report
 from tinydrop_kernels.target import embed_parts, through_target
 from tinydrop_kernels.timing import timed_stage
+from tinydrop_kernels.torch_internals import hooks_of, is_own
+from tinydrop_kernels.watch import Watch
+
+WAY_OUT = "run the model within tinydrop_kernels.dense(model), or unpatch it"
 
 
 class TinyDrop:
@@ -42,6 +48,10 @@ class TinyDrop:
     Attributes:
         guidance: the guidance model.
         policy: may be replaced between calls.
+        num_classes: of the model's own answer, asked of its head; 0 where that is ``nn.Identity``. Not
+            ``model.num_classes``, which stays what it was when a head is replaced by hand.
+        multi_label: the head is one of sigmoids; no policy that mixes answers is taken.
+        normalization: mean and standard deviation of each channel, as the images come.
         compiled: run the blocks through ``torch.compile``.
         graphs: the CUDA graphs that calls are replayed from, and how many were; None to do without.
         timed: measure the wall time of each stage of the next calls (synchronises the device at each).
@@ -50,27 +60,38 @@ class TinyDrop:
     set_attributes: list[tuple[nn.Module, str, object]]  # what patching has set on which module
 
     def __init__(
-        self, model: TimmModule, guidance: Guidance, policy: DropPolicy, compiled: bool, graphs: Graphs | None
+        self,
+        model: TimmModule,
+        guidance: Guidance,
+        policy: DropPolicy,
+        compiled: bool,
+        graphs: Graphs | None,
+        multi_label: bool,
+        normalization: Normalization,
     ):
         self._model = model
         self._family: Family = family_of(model)
         self.guidance = guidance
+        self.multi_label = multi_label
+        self.normalization = normalization
         self.policy = policy
         self.compiled = compiled
         self.graphs = graphs
         self.timed = False
         self._of_thread = threading.local()
-        config = resolve_model_data_config(model)
-        self._mean = per_channel(config["mean"], model.in_chans)
-        self._std = per_channel(config["std"], model.in_chans)
+        self._watch: Watch | None = None  # the model as it was inspected last
+        self._guidance_watch: Watch | None = None
+        self._levels: dict[Grid, list[Grid]] = {}
+        self._warned: set[str] = set()  # names of modules
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_of_thread", "_family")}
+        ours_alone = ("_of_thread", "_watch", "_guidance_watch")
+        return {name: value for name, value in vars(self).items() if name not in ours_alone}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._of_thread = threading.local()
-        self._family = family_of(self._model)  # a Python module, which neither pickles nor copies
+        self._watch = self._guidance_watch = None
 
     @property
     def policy(self) -> DropPolicy:
@@ -81,8 +102,13 @@ class TinyDrop:
     def policy(self, policy: DropPolicy) -> None:
         if not isinstance(policy, DropPolicy):
             raise TypeError(f"policy: got {type(policy).__name__}, expected a DropPolicy")
-        check_classes(policy, self._model.num_classes, self.guidance.num_classes)
+        self._inspect_head()
+        self._check_policy(policy)
         self._policy = policy
+
+    def _inspect_head(self) -> None:
+        """Find out how many classes the model's head has now."""
+        self.num_classes = count_classes(self._model)
 
     @property
     def last(self) -> Call | None:
@@ -101,29 +127,52 @@ class TinyDrop:
         call = self.last
         if call is None:
             raise RuntimeError("no image has gone through the patched model in this thread yet")
-        return Report.of(call, self._family, self._model, self._guidance_flops)
+        guidance = self.guidance
+        guidance_flops = count_flops(guidance.model, (guidance.in_chans, *guidance.input_size))
+        return Report.of(call, self._family, self._model, guidance_flops)
 
-    @cached_property
-    def _guidance_flops(self) -> int:
-        return count_flops(self.guidance.model, (self.guidance.in_chans, *self.guidance.input_size))
+    def refresh(self) -> None:
+        """Forget everything that was computed from weights of the model and of the guidance, or recorded.
+
+        Call it after weights were written through ``.data``, which cannot be noticed in a process that has not trained.
+        Call it when training is over, too: until then, nothing that is computed from weights is kept between calls
+        (:mod:`tinydrop_kernels.derived`).
+        """
+        settle(self._model)
+        settle(self.guidance)
+        if self.graphs is not None:
+            self.graphs.clear()
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether this thread is within :func:`tinydrop_kernels.dense` of the model."""
+        return getattr(self._of_thread, "is_dense", False)
+
+    @is_dense.setter
+    def is_dense(self, value: bool) -> None:
+        self._of_thread.is_dense = value
 
     @eager_outside
     def __call__(self, images: Tensor) -> Tensor:
-        """Logits ``(batch, classes)`` of images ``(batch, channels, height, width)`` normalised for the target."""
+        """Answer images ``(batch, channels, height, width)``, normalised for the target: ``(batch, classes)``.
+
+        Log-probabilities where the policy mixes answers, else the target's own logits; in the target's dtype.
+        """
         self.check(images)
         if len(images) == 0:
             self._of_thread.last = None
-            return self.dense(images)
+            logits = self.dense(images)
+            return log_probabilities(logits, logits.dtype) if self.policy.mixes_answers else logits
         return self.run(images, self.plan(images))
 
     def dense(self, images: Tensor) -> Tensor:
-        """The model's own answer, with nothing dropped and nobody exiting."""
+        """Return the model's own logits, with nothing dropped and nobody exiting."""
         logits: Tensor = self._model.forward_head(self._model.forward_features(images))
         return logits
 
     def guide(self, images: Tensor, policy: DropPolicy | None = None) -> Guided:
         """What the guidance model says of the images, which a plan is made from, by the model's policy or another."""
-        guided: Guided = self.guidance(images, self._mean, self._std, (policy or self.policy).saliency)
+        guided: Guided = self.guidance(images, *self.normalization, (policy or self.policy).saliency)
         return guided
 
     @eager_outside
@@ -161,6 +210,8 @@ class TinyDrop:
     @eager_outside
     def ask(self, images: Tensor, guided: Guided | None = None, policy: DropPolicy | None = None) -> Asked:
         """The first half of :meth:`plan`, in which the host does not wait for a GPU."""
+        if policy is not None:
+            self._check_policy(policy)
         policy, seconds = policy or self.policy, dict[str, float]()
         levels = self.levels(self._family.grid_size(self._model, images))
         found = None
@@ -194,11 +245,15 @@ class TinyDrop:
         self, images: Tensor, policy: DropPolicy, levels: list[Grid]
     ) -> tuple[Tensor, Selection, Packing] | None:
         guidance, prefix = self.guidance, self._family.num_prefix_tokens(self._model)
-        if self.graphs is None or guidance._forward_hooks or guidance._forward_pre_hooks:
+        if self.graphs is None or any(hooks_of(guidance)):
             return None
-        self.graphs.front.check(guidance.model)
+        watch = self._guidance_watch
+        if watch is None or watch.model is not guidance or not (watch.same_parts() and watch.same_state()):
+            watch = self._guidance_watch = Watch(guidance, lambda: (guidance.mean, guidance.std, guidance.input_size))
+        self.graphs.front.check(watch)
+        kind = (images.shape, images.dtype, policy.law, policy.saliency, guidance, self.normalization)
         return self.graphs.front.answer(  # type: ignore[no-any-return]
-            (images.shape, images.dtype, policy.law, policy.saliency, guidance, tuple(levels), prefix),
+            (*kind, tuple(levels), prefix),
             lambda static: self._front(static, None, policy, levels, {}),
             lambda: (torch.zeros_like(images),),
             lambda static: static.copy_(images),
@@ -209,14 +264,16 @@ class TinyDrop:
         """The second half of :meth:`plan`: reads back what the device has found."""
         policy, logits, selection, packing, seconds = asked
         if self.graphs is not None:
-            self.graphs.blocks.check(self._model)  # while the device is still at work
+            self.graphs.blocks.check(self.check_model())  # while the device is still at work
         with self._stage(seconds, "pack", logits):
             packed, parts = packing.read()
         return Plan(policy, logits, selection, packing.grids, packed, parts, seconds)
 
     def levels(self, grid: Grid) -> list[Grid]:
-        """The grids that an image of this dense one may have; itself alone where others make no sense to the model."""
-        return [grid] if self._family.patch_size(self._model) is None else coarser_grids(grid)
+        """Return the grids that an image of this dense one may have, dense first."""
+        if grid not in self._levels:
+            self._levels[grid] = self._family.levels(self._model, grid)
+        return self._levels[grid]
 
     @eager_outside
     def run(self, images: Tensor, plan: Plan) -> Tensor:
@@ -228,31 +285,31 @@ class TinyDrop:
         """The first half of :meth:`run`, in which the host does not wait for a GPU."""
         logits = plan.guidance_logits
         if not plan.parts:
-            return Running(images, plan, logits.new_empty(0, dtype=torch.long), logits[:0])
+            kind = images.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else images.dtype
+            return Running(images, plan, logits.new_empty(0, dtype=torch.long), logits[:0].to(dtype))
         staying = torch.cat([part.images for part in plan.parts]).long()
         reduced = self._through_target(images, plan.selection.indices, plan.packed, plan.parts, plan.seconds)
-        return Running(images, plan, staying, blended(reduced, logits[staying], plan.policy.blend))
+        check_answers(plan.policy, reduced, logits)
+        return Running(images, plan, staying, answers_of(reduced, logits[staying], plan.policy))
 
     @eager_outside
     def finish(self, running: Running) -> Tensor:
         """The second half of :meth:`run`: a second look where the policy wants one, which reads back again."""
         images, plan, staying, answers = running
         second_look = torch.zeros_like(plan.selection.counts, dtype=torch.bool)
-        logits, bars = plan.guidance_logits, plan.policy.second_look
-        if plan.parts:
-            if bars is not None:
-                with self._stage(plan.seconds, "second look", images):
-                    answers, again = self._look_again(images, answers, staying, plan, bars)
-                second_look[staying] = again
-            has_exits = len(staying) < len(images)  # otherwise the guidance may know other classes
-            logits = logits.to(answers.dtype) if has_exits else torch.empty_like(answers)
-            logits = logits.index_copy(0, staying, answers)
-        else:  # of the target's precision, as any other answer
-            kind = images.device.type
-            logits = logits.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else images.dtype)
+        bars = plan.policy.second_look if plan.parts else None
+        if bars is not None:
+            with self._stage(plan.seconds, "second look", images):
+                answers, again = self._look_again(images, answers, staying, plan, bars)
+            second_look[staying] = again
+        if len(staying) < len(images):  # otherwise the guidance may know other classes
+            exits = log_probabilities(plan.guidance_logits, answers.dtype)
+        else:
+            exits = torch.empty_like(answers)
         happened = (plan.selection, plan.levels, plan.guidance_logits, second_look, plan.seconds)
-        self._of_thread.last = Call(*happened, read_backs=1 + (bool(plan.parts) and bars is not None))
-        return logits
+        self._of_thread.last = Call(*happened, read_backs=1 + (bars is not None))
+        return exits.index_copy(0, staying, answers)
 
     @eager_outside
     def _through_target(
@@ -280,13 +337,69 @@ class TinyDrop:
         prefix = self._family.num_prefix_tokens(self._model)
         everything, packed, parts = pack_alike(len(chosen), dense, grid, prefix, images.device)
         logits = self._through_target(images[chosen], everything, packed, parts, {})
-        return answers.index_copy(0, doubtful, blended(logits, guided[chosen], plan.policy.blend)), again
+        return answers.index_copy(0, doubtful, answers_of(logits, guided[chosen], plan.policy)), again
 
     @eager
     def check(self, images: Tensor) -> None:
         """Raise before any work is done where the images, or what has become of the model, do not fit."""
-        check_call(self._model, self._family, images)
-        check_classes(self.policy, self._model.num_classes, self.guidance.num_classes)
+        check_images(self._model, self._family, images)
+        self.check_model()
+        self._check_policy(self.policy)
+
+    def _check_policy(self, policy: DropPolicy) -> None:
+        check_policy(policy, self.num_classes, self.guidance.num_classes, self.multi_label)
+
+    def check_model(self) -> Watch:
+        """Inspect the model if something in it has changed since it was inspected last.
+
+        Raises:
+            UnsupportedModelError: it is no longer supported.
+        """
+        watch = self._watch
+        if watch is not None and watch.same_parts() and watch.same_state() and watch.same_hooks():
+            return watch
+        is_tried = watch is not None and watch.same_parts()
+        self._refuse_changes(is_tried)
+        if watch is None or not (is_tried and watch.same_state()):
+            return self.remember()
+        watch.note_hooks()  # the same watch still, since graphs outlive hooks that come and go
+        self._warn_of_packed_rows()
+        return watch
+
+    def _refuse_changes(self, is_tried: bool) -> None:
+        model, family = self._model, self._family
+        self._inspect_head()
+        reason = family.unsupported_reason(model)
+        if not (reason or all(is_own(vars(attention).get("forward")) for attention in family.attentions(model))):
+            reason = "an attention that was replaced"
+        if not (reason or is_tried):
+            with torch.inference_mode(), torch.autocast(next(model.parameters()).device.type, enabled=False):
+                reason = find_mismatch(family, model)
+            if reason and self._watch is not None:
+                reason = f"{', '.join(self._watch.new_parts())} exchanged, and {reason}"
+        if reason:
+            raise UnsupportedModelError(f"model: since it was patched, it has {reason}; undo that, or {WAY_OUT}")
+        self._levels = {}
+
+    def remember(self) -> Watch:
+        """Take the model as it is for inspected."""
+        self._warn_of_packed_rows()
+        self._watch = Watch(self._model, self._settings)
+        return self._watch
+
+    def _settings(self) -> tuple[Any, ...]:
+        return self._family.settings(self._model), linear_width(self._model)
+
+    def _warn_of_packed_rows(self) -> None:
+        """Warn once of each module whose hooks see other shapes than in timm."""
+        names = [name for name in hooks_on_packed_rows(self._model) if name not in self._warned]
+        if names:
+            self._warned.update(names)
+            warnings.warn(
+                f"hooks on {', '.join(names)} of a patched model are handed packed rows, (tokens of all images, dim), "
+                f"where timm hands (batch, tokens, dim); to see what timm would hand them, {WAY_OUT}",
+                stacklevel=2,
+            )
 
     def _replays(self, images: Tensor) -> bool:
         """Whether graphs could take the call: they hold no gradients, no autocast, no stages; references read back."""

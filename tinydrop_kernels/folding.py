@@ -20,6 +20,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from tinydrop_kernels.cam import agree
 from tinydrop_kernels.onednn import is_pointwise, run_packed
 from tinydrop_kernels.ops.types import TimmModule
+from tinydrop_kernels.torch_internals import has_hooks
 
 
 def copied(model: TimmModule) -> TimmModule:
@@ -72,8 +73,7 @@ def _pairs(
                 pairs.append((first, module))
 
     for module in model.modules():
-        plain = not (module._forward_hooks or module._forward_pre_hooks)
-        if plain and (is_first(module) or is_second(module)):
+        if not has_hooks(module) and (is_first(module) or is_second(module)):
             handles.append(module.register_forward_hook(called))
     try:
         model.forward_head(model.forward_features(images))

@@ -5,6 +5,8 @@ once, but at fixed addresses, in fixed sizes and without a read-back. So there a
 read-back of a batch: guidance, selection and packing, recorded by the shape of the images; and blocks and head, by a
 bucket of rows (:mod:`tinydrop_kernels.buckets`).
 
+Experimental: tests play recordings on a CPU, and no GPU has recorded one yet.
+
 A kind of call that is met for the first time runs without a graph, the second time it is recorded, which takes as long
 as a few calls. Of each stage so many graphs are kept, the least recently used goes first; the graphs of a stage share
 their memory, so that they take little more than the largest of them.
@@ -13,15 +15,15 @@ their memory, so that they take little more than the largest of them.
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from tinydrop_kernels.ops.registry import forced_backend
 from tinydrop_kernels.ops.tracing import eager
+from tinydrop_kernels.watch import Watch
 
 DEVICES = ("cuda",)
 MOST_GRAPHS = 16  # of a stage
@@ -65,7 +67,8 @@ class StageGraphs:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._found: OrderedDict[Hashable, Recording | None] = OrderedDict()
-        self._watched: _Watched | None = None
+        self._watch: Watch | None = None
+        self._pointers: list[int] = []
         self._recorder: Any = None
         self._stream: Any = None  # of the last replay
         self.recorded = self.replayed = self.not_replayed = 0
@@ -79,18 +82,20 @@ class StageGraphs:
             self._found.clear()
             self._recorder = None
 
-    def check(self, model: nn.Module) -> None:
-        """Forget what was recorded of the model, which the stage runs, where it is no longer as it was then.
+    def check(self, watch: Watch) -> None:
+        """Discard all recordings if a module, weight or mode of the model was exchanged after they were made.
 
-        A graph reads weights where they were, and runs nothing in Python. So none is kept when a module, a weight or a
-        mode was exchanged, and none is replayed while modules within the model have hooks. What was changed in place is
-        where it was.
+        A graph reads weights where they were, and runs nothing in Python. Values that were changed in place are where
+        they were.
+
+        Args:
+            watch: of the model that the stage runs; another one means that the model has changed.
         """
-        watched = self._watched
-        if watched is None or watched.model is not model or watched.state != watched.now():
-            if watched is not None:
+        pointers = watch.pointers()
+        if watch is not self._watch or pointers != self._pointers:
+            if self._watch is not None:
                 self.clear()
-            self._watched = _Watched(model)
+            self._watch, self._pointers = watch, pointers
 
     @eager
     def answer(
@@ -111,7 +116,7 @@ class StageGraphs:
         """
         kind = (kind, forced_backend(), torch.is_inference_mode_enabled())
         with self._lock:
-            if self._watched is None or self._watched.has_hooks():
+            if self._watch is None or self._watch.has_hooks():
                 self.not_replayed += 1
                 return None
             is_new, recording = kind not in self._found, self._found.get(kind)
@@ -189,27 +194,3 @@ class Recorder:
             finally:
                 torch._C._cuda_clearCublasWorkspaces()
         return Recording(inputs, outputs, graph.replay)
-
-
-class _Watched:
-    """What a graph of a model would not see change."""
-
-    def __init__(self, model: nn.Module):
-        self.model, modules = model, list(model.modules())
-        self._attributes = [vars(module) for module in modules]
-        self._children = [module._modules for module in modules if module._modules]
-        self._tensors = [named for module in modules for named in (module._parameters, module._buffers) if named]
-        within = modules[1:]  # a stage calls parts of the model, not the model
-        self._hooks = [hooks for module in within for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        self.state = self.now()
-
-    def has_hooks(self) -> bool:
-        return any(self._hooks)
-
-    def now(self) -> tuple[Any, ...]:
-        children = list(chain.from_iterable(named.values() for named in self._children))
-        tensors = chain.from_iterable(named.values() for named in self._tensors)
-        pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-        modes = [named["training"] for named in self._attributes]
-        forwards = [named["forward"] for named in self._attributes if "forward" in named]
-        return children, pointers, modes, forwards

@@ -27,6 +27,7 @@ from tinydrop_kernels.ops.registry import HALF
 from tinydrop_kernels.ops.saliency import saliency_map
 from tinydrop_kernels.ops.tracing import eager
 from tinydrop_kernels.ops.types import Saliency, TimmModule
+from tinydrop_kernels.torch_internals import ieee_float32
 
 DEFAULT_GUIDANCE = "efficientformer_l1.snap_dist_in1k"
 PLAIN_CAM = Saliency()
@@ -99,8 +100,8 @@ class Guidance(nn.Module):
         if not getattr(model, "num_classes", 0):
             raise GuidanceError(f"guidance: got {kind} with num_classes=0, expected a classifier")
         config = resolve_model_data_config(model)
-        self.identity = identity_of(model)  # before it is folded
-        self.num_classes = model.num_classes
+        self.num_classes = model.num_classes  # held against what the head answers by _checked_logits
+        self.identity = identity_of(model, self.num_classes)  # before it is folded
         self.in_chans = getattr(model, "in_chans", config["input_size"][0])
         fixed_size = getattr(getattr(model, "patch_embed", None), "img_size", None)
         size = fixed_size or config["input_size"][1:] if input_size is None else input_size
@@ -188,11 +189,13 @@ class Guidance(nn.Module):
             images = images * scale + offset
         return images.contiguous(memory_format=torch.channels_last)  # convolutions are faster on it (docs/decisions.md)
 
+    @ieee_float32()
     @torch.no_grad()
     def _probe(self) -> None:
         """Find the layout of the feature map and the kind of the head by trying them; then fold the model.
 
-        In float32 whatever the model's own dtype, so that the verdict and the weights do not hang on it.
+        In float32 and not in TF32, whatever the model's own dtype and the user's settings, so that the verdict and the
+        weights do not depend on them.
         """
         own = next(self.model.parameters())
         dtype = own.dtype

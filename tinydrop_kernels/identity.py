@@ -18,10 +18,14 @@ class Identity(NamedTuple):
     dtype: str
 
 
-def identity_of(model: TimmModule) -> Identity:
-    """Name, classes, weights and dtype of a timm model.
+def identity_of(model: TimmModule, classes: int) -> Identity:
+    """Return name, classes, weights and dtype of a timm model.
 
     The fingerprint is of the weights rounded to bfloat16: a model and its copy in bfloat16 are one model.
+
+    Args:
+        model: the model.
+        classes: how many it answers, since its ``num_classes`` may be stale.
 
     Raises:
         ValueError: the model is on the meta device, and has no weights.
@@ -37,4 +41,4 @@ def identity_of(model: TimmModule) -> Identity:
     config = getattr(model, "pretrained_cfg", None) or {}
     name = ".".join(filter(None, (config.get("architecture"), config.get("tag")))) or type(model).__name__
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    return Identity(name, model.num_classes, digest.hexdigest()[:16], dtype)
+    return Identity(name, classes, digest.hexdigest()[:16], dtype)

@@ -14,6 +14,7 @@ from torch import Tensor
 from tinydrop_kernels.ops.types import TimmModule
 
 ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
+Normalization: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation of each channel
 MODES = {1: "L", 3: "RGB"}  # by number of channels
 
 
@@ -84,7 +85,7 @@ def _as_uint8(pixels: np.ndarray) -> np.ndarray:
 
 
 def image_transform(model: TimmModule) -> Callable[[Image.Image], Tensor]:
-    """timm's own preprocessing of a model, at the size that the model has now.
+    """Return timm's own preprocessing of a model, at the size and with the normalization that the model has now.
 
     Returns:
         From a PIL image to float32 ``(channels, height, width)``.
@@ -98,9 +99,18 @@ def image_transform(model: TimmModule) -> Callable[[Image.Image], Tensor]:
         raise ValueError(f"model: it takes images of {channels} channels, expected 1 (grey) or 3 (colour)")
     size = getattr(getattr(model, "patch_embed", None), "img_size", None) or config["input_size"][1:]
     config["input_size"] = (channels, *size)
-    config |= {name: per_channel(config[name], channels) for name in ("mean", "std")}
+    config["mean"], config["std"] = normalization_of(model, channels)
     transform: Callable[[Image.Image], Tensor] = create_transform(**config)
     return transform
+
+
+def normalization_of(model: TimmModule, channels: int) -> Normalization:
+    """Return how images for a model are normalized: as ``patch`` was told, else as its ``pretrained_cfg`` says."""
+    if hasattr(model, "tinydrop"):
+        own: Normalization = model.tinydrop.normalization
+        return own
+    config = resolve_model_data_config(model)
+    return per_channel(config["mean"], channels), per_channel(config["std"], channels)
 
 
 def per_channel(statistic: tuple[float, ...], channels: int) -> tuple[float, ...]:

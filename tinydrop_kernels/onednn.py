@@ -4,28 +4,34 @@ Weights can be packed: laid out as oneDNN reads them, once and not at every call
 layers too, and GELU is applied to what a layer gives before it is written.
 """
 
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import register_flop_formula
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+from tinydrop_kernels.derived import derived, keeps
 from tinydrop_kernels.ops.registry import LIBRARY, wants_gradient
 from tinydrop_kernels.ops.types import TimmModule
 
-HAS_ONEDNN = torch.backends.mkldnn.is_available()
+
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Return whether oneDNN multiplies in this dtype on this CPU, found out by a tiny product.
+
+    It has bfloat16 where the processor does. No list of processors tells that, and torch's own question is wrong where
+    an environment variable forbids instructions. A torch that has renamed these private operators has none for us.
+    """
+    try:
+        x = torch.ones(2, 16, dtype=dtype)
+        packed = torch.ops.mkldnn._reorder_linear_weight(x, None)
+        products = [torch.ops.mkldnn._linear_pointwise(x, w, None, "gelu", [], "none") for w in (x, packed)]
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    return all(product.shape == (2, 2) for product in products)
 
 
-class _Packed(NamedTuple):
-    address: int
-    version: int
-    packed: Any  # opaque: it neither copies nor pickles, so it is kept apart from the weight
-
-
-_packed = WeakTensorKeyDictionary()  # of each weight
+DTYPES = frozenset(filter(_multiplies, (torch.float32, torch.bfloat16)))  # that oneDNN has here
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -41,8 +47,8 @@ def run_linear(layer: nn.Linear, x: Tensor) -> Tensor:
 def run_packed(layer: nn.Linear | nn.Conv2d, x: Tensor, activation: str = "none") -> Tensor:
     """The layer's forward with packed weights where it can be, anywhere else as torch has it.
 
-    The weights are packed at the first call, and again after they were changed or moved; a change through ``.data``
-    is not seen. Many threads may call it.
+    The weights are packed at the first call and again after they changed (:mod:`tinydrop_kernels.derived` tells which
+    changes are noticed). Many threads may call it.
 
     Args:
         layer: linear, or a convolution for which :func:`is_pointwise`.
@@ -69,11 +75,6 @@ def is_pointwise(layer: nn.Module) -> bool:
     return size == stride == (1, 1) and layer.groups == 1 and layer.padding in ((0, 0), "valid", "same")
 
 
-def is_own(forward: object) -> bool:
-    """Whether a layer's ``forward`` is one of these functions, bound to it."""
-    return isinstance(forward, partial) and forward.func in (run_linear, run_packed)
-
-
 def linears(model: TimmModule) -> list[nn.Linear]:
     """The linear layers of the blocks that are torch's own."""
     blocks = model.blocks if hasattr(model, "blocks") else model.layers
@@ -84,11 +85,11 @@ def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         x.is_cpu
         and weight.is_cpu
-        and x.dtype == weight.dtype in (torch.float32, torch.bfloat16)
+        and x.dtype == weight.dtype
+        and x.dtype in DTYPES
         and type(weight) in (Tensor, nn.Parameter)  # no subclass, which may mean anything by a product
         and weight.layout == torch.strided
         and x.numel() > 0
-        and HAS_ONEDNN
         and not torch.is_autocast_enabled("cpu")
         and not wants_gradient(x, weight, bias)
     )
@@ -102,31 +103,28 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, pa
 
 
 def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, packs: bool) -> Tensor:
-    packs = packs and not weight.is_inference()  # whose changes are not counted
-    laid_out = _packed_weight(weight) if packs else weight.flatten(1)
+    laid_out = _packed_weight(weight) if packs and keeps(weight) else weight.flatten(1)
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, laid_out, bias, activation, [], "none")
     return out
 
 
 def _packed_weight(weight: Tensor) -> Any:
-    known: _Packed | None = _packed.get(weight)
-    if known is None or (known.address, known.version) != (weight.data_ptr(), weight._version):
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().flatten(1), None)
-        known = _Packed(weight.data_ptr(), weight._version, packed)
-        _packed[weight] = known
-    return known.packed
+    pack = torch.ops.mkldnn._reorder_linear_weight
+    return derived(weight, "packed by oneDNN", lambda: pack(weight.detach().flatten(1), None))
 
 
-if HAS_ONEDNN:
-    LIBRARY.define("onednn_linear(Tensor x, Tensor weight, Tensor? bias, str activation, bool packs) -> Tensor")
-    LIBRARY.impl("onednn_linear", _by_onednn, "CPU")
-    torch.library.register_fake(
-        "tinydrop::onednn_linear",
-        lambda x, weight, bias, activation, packs: x.new_empty(*x.shape[:-1], weight.shape[0]),
-        lib=LIBRARY,
-    )
+LIBRARY.define("onednn_linear(Tensor x, Tensor weight, Tensor? bias, str activation, bool packs) -> Tensor")
+LIBRARY.impl("onednn_linear", _by_onednn, "CPU")
+torch.library.register_fake(
+    "tinydrop::onednn_linear",
+    lambda x, weight, bias, activation, packs: x.new_empty(*x.shape[:-1], weight.shape[0]),
+    lib=LIBRARY,
+)
 
-    @register_flop_formula(torch.ops.mkldnn._linear_pointwise, get_raw=True)
-    def _flops(x: Tensor, *others: Any, out_val: Tensor) -> int:
-        """torch's counter does not know it."""
-        return 2 * x.numel() * out_val.shape[-1]
+
+def _flops(x: Tensor, *others: Any, out_val: Tensor) -> int:
+    return 2 * x.numel() * out_val.shape[-1]
+
+
+if DTYPES and torch.ops.mkldnn._linear_pointwise not in flop_registry:  # torch's counter does not know it, yet
+    register_flop_formula(torch.ops.mkldnn._linear_pointwise, get_raw=True)(_flops)

@@ -14,8 +14,9 @@ from tqdm import tqdm
 from tinydrop_kernels import ops
 from tinydrop_kernels.checkpoints import check_spec, load_model
 from tinydrop_kernels.guidance import DEFAULT_GUIDANCE
+from tinydrop_kernels.head import count_classes
 from tinydrop_kernels.patching import patch
-from tinydrop_kernels.policy import DropPolicy
+from tinydrop_kernels.policy import UNMIXED, DropPolicy
 from tinydrop_kernels.precision import fast_dtype
 from tinydrop_kernels.predictor import Predictor, check_classifier
 
@@ -108,6 +109,12 @@ OPTIONS = (
         metavar="CLASSES NORM CENTRE",
         help="What ranks the patches: Grad-CAM of so many classes, weights of the feature's norm and of the centre.",
     ),
+    click.option(
+        "--multi-label",
+        is_flag=True,
+        help="The model's head is one of sigmoids: by default nothing exits, blends or looks twice, and rows have "
+        "each class's own score.",
+    ),
     click.option("--batch-size", type=click.IntRange(min=1), default=32),
     click.option("--device", default=DEFAULT_DEVICE),
     click.option(
@@ -118,7 +125,9 @@ OPTIONS = (
     ),
     click.option("--compile", is_flag=True, help="Compile the models: the first batches take minutes."),
     click.option(
-        "--graphs", is_flag=True, help="On a GPU: CUDA graphs, so that small batches do not wait for the host."
+        "--graphs",
+        is_flag=True,
+        help="Experimental, on a GPU: CUDA graphs, so that small batches do not wait for the host.",
     ),
     click.option("--prepack", is_flag=True, help="On CPU: faster, for the memory of the model's weights once more."),
     click.option("--workers", type=click.IntRange(min=0), default=0, help="Processes that load images."),
@@ -150,6 +159,7 @@ def make_predictor(
     prepack: bool,
     workers: int,
     stages: bool,
+    multi_label: bool,
     compare_dense: bool,
     **policy: Any,
 ) -> Predictor:
@@ -159,7 +169,7 @@ def make_predictor(
         click.ClickException: they do not fit, or the models cannot be loaded.
     """
     try:
-        law = policy_file or chosen_policy(context, keep_ratio, policy)
+        law = policy_file or chosen_policy(context, keep_ratio, multi_label, policy)
         given = [name for name in ("keep_ratio", *policy) if _was_given(context, name)]
         if policy_file and given:
             option = f"--{given[0].replace('_', '-')}"
@@ -168,8 +178,8 @@ def make_predictor(
         check_spec(model)
         small = load_model(guidance, "guidance")  # before the large one: nobody should wait for it to hear of a mistake
         vit = load_model(model, **options).to(usable(device), DTYPES.get(dtype) or fast_dtype(device))
-        check_classifier(vit)  # patch() would speak of the guidance
-        ways = {"compile": compile, "graphs": graphs, "prepack": prepack}
+        check_classifier(count_classes(vit))  # patch() would speak of the guidance
+        ways: dict[str, Any] = {"compile": compile, "graphs": graphs, "prepack": prepack, "multi_label": multi_label}
         patch(vit, small, law, guidance_size=guidance_size, **ways).tinydrop.timed = stages
         return Predictor(
             vit,
@@ -183,10 +193,16 @@ def make_predictor(
         raise click.ClickException(str(error)) from None
 
 
-def chosen_policy(context: click.Context, keep_ratio: float | None, options: dict[str, Any]) -> DropPolicy:
+def chosen_policy(
+    context: click.Context, keep_ratio: float | None, multi_label: bool, options: dict[str, Any]
+) -> DropPolicy:
     """The policy of the options; what was not given on the command line stays as the kind of policy has it."""
     options["saliency"] = ops.Saliency(*options["saliency"])
     given = {name for name in options if _was_given(context, name)}
+    if options["second_look"] == (0, 0):
+        options["second_look"] = None
+    if multi_label:
+        options |= {name: value for name, value in UNMIXED.items() if name not in given}
     if keep_ratio is None:
         return DropPolicy(**options)
     for name in ("gamma", "min_keep"):

@@ -8,7 +8,7 @@ removed again. The guidance model is not a submodule, so the ``state_dict`` is u
 import copy
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -17,17 +17,24 @@ import torch
 from torch import Tensor, nn
 from torch.jit import is_tracing  # type: ignore[attr-defined]
 
+from tinydrop_kernels.callcheck import check_statistic
 from tinydrop_kernels.checkpoints import load_model
+from tinydrop_kernels.copying import reduced
+from tinydrop_kernels.derived import note_training
 from tinydrop_kernels.engine import TinyDrop
 from tinydrop_kernels.families import Family, UnsupportedModelError, family_of, find_mismatch
 from tinydrop_kernels.graphs import Graphs, has_graphs
 from tinydrop_kernels.guidance import DEFAULT_GUIDANCE, Guidance
+from tinydrop_kernels.head import count_classes, in_eval_mode
 from tinydrop_kernels.identity import identity_of
+from tinydrop_kernels.images import normalization_of
 from tinydrop_kernels.onednn import linears, run_linear, run_packed
 from tinydrop_kernels.ops.registry import HAS_TRITON
 from tinydrop_kernels.ops.types import TimmModule
-from tinydrop_kernels.policy import DropPolicy
+from tinydrop_kernels.policy import UNMIXED, DropPolicy
 from tinydrop_kernels.policyfile import CalibratedPolicy
+from tinydrop_kernels.timing import check_patched
+from tinydrop_kernels.torch_internals import is_own
 
 
 def patch(
@@ -39,30 +46,47 @@ def patch(
     compile: bool = False,
     prepack: bool = False,
     graphs: bool = False,
+    multi_label: bool = False,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> TimmModule:
     """Make a timm model drop tokens, in place.
 
-    The model is called as before and answers in the same shape; ``model.tinydrop`` tells what it did. In ``train()``
-    mode it runs dense. ``forward_features``, ``forward_head`` and ``forward_intermediates`` stay timm's own, dense.
+    The model is called as before and answers in the same shape and dtype; ``model.tinydrop`` tells what it did. Where
+    the policy can exit, blend or look twice, as by default, every row is log-probabilities, of the same softmax and
+    argmax as logits. With any other policy the answer is the target's own logits, untouched. In ``train()`` mode the
+    model runs dense and answers timm's logits. ``forward_features``, ``forward_head`` and ``forward_intermediates``
+    stay timm's own, dense.
+
+    What is computed from weights is kept between calls, until they change. A change through ``.data`` is not seen in a
+    process that has not trained: call ``model.tinydrop.refresh()`` after it, and when training is over.
 
     Args:
         model: a supported timm model (:mod:`tinydrop_kernels.families`).
         guidance: the tiny classifier: a timm name or a checkpoint (:func:`checkpoints.load_model`), a timm model, or
             a :class:`Guidance`. A copy of it is taken, moved to the model's device and dtype, and follows the model
             from then on. It must know the same classes unless the policy mixes no answers.
-        policy: a :class:`DropPolicy`; by default ``DropPolicy()``, which for a model without classes, or with one,
-            neither exits nor blends. Or what ``calibrate`` found, or the file of it: then the guidance model is fed
-            images of the size that was found best, and other models than those it was found with are refused.
+        policy: a :class:`DropPolicy`; by default ``DropPolicy()``, which neither exits, blends nor looks twice where
+            the model has no classes, one, or many labels. The head itself is asked for its classes, not
+            ``num_classes``; an ``nn.Identity`` has none. Or what ``calibrate`` found, or the file of it: then the
+            guidance model is fed images of the size that was found best, and other models than those it was found with
+            are refused.
         guidance_size: size of the images that the guidance model is fed, if not its own: one number, or height and
             width. Less costs less and sees less: what that does to accuracy hangs on the images.
         compile: run the guidance model and the target's blocks through ``torch.compile``, for any number of images and
             tokens. The first batch of several images and the first of one then take a minute or more each.
         prepack: of a model on CPU, keep the weights of the blocks' linear layers in oneDNN's own layout too: faster,
-            the more so the fewer tokens there are, for as much memory again. A change of weights through ``.data`` is
-            not seen.
-        graphs: on a GPU, without gradients and autocast, replay guidance, selection and packing, and the target's
-            blocks and head, from CUDA graphs: small batches do not wait for the host (:mod:`tinydrop_kernels.graphs`).
-            The first two calls of a kind take longer; ``str(model.tinydrop.graphs)`` tells how many were replayed.
+            the more so the fewer tokens there are, for as much memory again.
+        graphs: experimental, since no GPU has run it yet. On a GPU, without gradients and autocast, replay guidance,
+            selection and packing, and the target's blocks and head, from CUDA graphs: small batches do not wait for the
+            host (:mod:`tinydrop_kernels.graphs`). The first two calls of a kind take longer;
+            ``str(model.tinydrop.graphs)`` tells how many were replayed.
+        multi_label: the model's head is one of sigmoids, whose answers are read class by class. Only policies that
+            neither exit, blend nor look twice are taken then, now and later.
+        mean, std: how the images come normalised, one number for each channel, where that is not as the model's
+            ``pretrained_cfg`` says. From it the guidance model's own normalisation is made. If it is wrong, the
+            guidance model sees images too bright or too pale: exits, blends and the choice of patches suffer, and the
+            target itself does not notice.
 
     Returns:
         The model.
@@ -73,9 +97,9 @@ def patch(
         CheckpointError: the guidance model's weights cannot be loaded.
         GuidanceError: the guidance model has no classes or no feature map, or does not take the size.
         PolicyFileError: the policy's file cannot be read, or it is for another model or guidance.
-        ValueError, TypeError: an argument out of range; a model that is patched already; guidance with other classes;
-            prepacking of a model that was made in inference mode; graphs of a model that is not on a GPU, or without
-            Triton.
+        ValueError, TypeError: an argument out of range; a model that is patched already; guidance with other classes; a
+            policy that mixes answers for a multi-label model; prepacking of a model that was made in inference mode;
+            graphs of a model that is not on a GPU, or without Triton.
     """
     if isinstance(getattr(model, "tinydrop", None), TinyDrop):
         raise ValueError("model: it is patched already; change model.tinydrop.policy, or unpatch it first")
@@ -83,17 +107,27 @@ def patch(
         raise UnsupportedModelError("model: it is compiled; patch the model, then compile it")
     family = family_of(model)
     with _naming_what_is_missing(model):
+        if any(is_own(vars(attention).get("forward")) for attention in family.attentions(model)):
+            raise UnsupportedModelError(
+                "model: its blocks are those of a model that is patched already, or copies of them; unpatch that one "
+                "first, or build this one anew"
+            )
         reason = family.unsupported_reason(model)
-    if reason:
-        raise UnsupportedModelError(f"model: {type(model).__name__} with {reason}")
+        if reason:
+            raise UnsupportedModelError(f"model: {type(model).__name__} with {reason}")
+        classes = count_classes(model)
+    own_mean, own_std = normalization_of(model, model.in_chans)
+    normalization = (
+        own_mean if mean is None else check_statistic("mean", mean, model.in_chans),
+        own_std if std is None else check_statistic("std", std, model.in_chans),
+    )
     calibrated = CalibratedPolicy.load(policy) if isinstance(policy, str | os.PathLike) else policy
     if isinstance(calibrated, CalibratedPolicy):
         policy = calibrated.policy
     else:
         policy, calibrated = calibrated, None
     if policy is None:
-        single = model.num_classes < 2
-        policy = DropPolicy(tau=None, blend=0.0, second_look=None) if single else DropPolicy()
+        policy = DropPolicy(**UNMIXED) if classes < 2 or multi_label else DropPolicy()
     if isinstance(guidance, str):
         guidance = load_model(guidance, "guidance")
     elif not isinstance(guidance, nn.Module):
@@ -117,12 +151,13 @@ def patch(
         else:
             guidance = copy.deepcopy(guidance)
         if calibrated is not None:
-            calibrated.check(identity_of(model), guidance.identity)
+            calibrated.check(identity_of(model, classes), guidance.identity)
             guidance = guidance.at_size(calibrated.input_size)
     if guidance.in_chans != model.in_chans:
         raise ValueError(f"guidance: it sees {guidance.in_chans} channels and the model {model.in_chans}")
     guidance.compiled = guidance.compiled or compile
-    tinydrop = TinyDrop(model, guidance.eval(), policy, compile, Graphs() if graphs else None)
+    recorded = Graphs() if graphs else None
+    tinydrop = TinyDrop(model, guidance.eval(), policy, compile, recorded, multi_label, normalization)
     _follow(model, guidance)
     run = run_packed if prepack else run_linear
     tinydrop.set_attributes = [
@@ -131,26 +166,54 @@ def patch(
         (model, "_apply", partial(_apply, model)),
         (model, "extra_repr", partial(_extra_repr, model)),
         (model, "_replicate_for_data_parallel", _refuse_data_parallel),
+        (model, "__prepare_scriptable__", _refuse_scripting),
+        (model, "__reduce_ex__", partial(reduced, model)),
         *((attention, "forward", partial(family.attend, attention)) for attention in family.attentions(model)),
         *((linear, "forward", partial(run, linear)) for linear in (linears(model) if device.type == "cpu" else [])),
     ]
     try:
         for module, name, value in tinydrop.set_attributes:
             setattr(module, name, value)
+        tinydrop.refresh()
         with _naming_what_is_missing(model):
             reason = None if next(model.parameters()).is_meta else _tried(family, model)
         if reason:
             raise UnsupportedModelError(f"model: {type(model).__name__} with {reason}")
+        tinydrop.remember()
     except BaseException:  # an interrupt too must leave the model as it was
         unpatch(model)
         raise
-    if policy.coarsen and family.patch_size(model) is None:
+    image = torch.empty(1, model.in_chans, *model.patch_embed.img_size, device="meta")
+    if policy.coarsen and len(tinydrop.levels(family.grid_size(model, image))) == 1:
         warnings.warn(
             f"{type(model).__name__} with {type(model.patch_embed).__name__} keeps its dense grid, since its stem or "
             "its windows fit images of no other size: besides exits, only what the policy drops is saved (coarsen < 1)",
             stacklevel=2,
         )
     return model
+
+
+@contextmanager
+def dense(model: TimmModule) -> Iterator[TimmModule]:
+    """Run a patched model as timm's own within the ``with`` block, in this thread.
+
+    For hooks that want timm's shapes, profilers and summaries: nothing is dropped and no image exits, but modules are
+    called as timm calls them.
+
+    Raises:
+        ValueError: the model is not patched.
+
+    Example:
+        >>> with tinydrop_kernels.dense(model):
+        ...     attention_maps = record(model, images)
+    """
+    check_patched(model)
+    tinydrop = model.tinydrop
+    before, tinydrop.is_dense = tinydrop.is_dense, True
+    try:
+        yield model
+    finally:
+        tinydrop.is_dense = before
 
 
 def unpatch(model: TimmModule) -> TimmModule:
@@ -182,15 +245,9 @@ def _naming_what_is_missing(model: TimmModule) -> Iterator[None]:
 
 @torch.inference_mode()
 def _tried(family: Family, model: TimmModule) -> str | None:
-    """The trial on noise, in eval mode without autocast; every module's mode is put back."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        with torch.autocast(next(model.parameters()).device.type, enabled=False):
-            return find_mismatch(family, model)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    """The trial on noise, in eval mode without autocast."""
+    with in_eval_mode(model), torch.autocast(next(model.parameters()).device.type, enabled=False):
+        return find_mismatch(family, model)
 
 
 def _forward(model: TimmModule, x: Tensor, *masks: object, **named_masks: object) -> Tensor:
@@ -198,6 +255,8 @@ def _forward(model: TimmModule, x: Tensor, *masks: object, **named_masks: object
         raise RuntimeError("model: a patched model cannot be traced or exported; use torch.compile, or unpatch it")
     logits: Tensor
     if model.training:
+        note_training()
+    if model.training or model.tinydrop.is_dense:
         logits = type(model).forward(model, x, *masks, **named_masks)
         return logits
     if any(mask is not None and mask is not False for mask in (*masks, *named_masks.values())):
@@ -227,6 +286,10 @@ def _extra_repr(model: TimmModule) -> str:
     tinydrop = model.tinydrop
     told = f"tinydrop: guided by {type(tinydrop.guidance.model).__name__}, {tinydrop.policy}"
     return "\n".join(filter(None, (own, told)))
+
+
+def _refuse_scripting() -> None:
+    raise RuntimeError("model: a patched model cannot be scripted by torch.jit; use torch.compile, or unpatch it")
 
 
 def _refuse_data_parallel() -> None:

@@ -18,7 +18,7 @@ class Answered(NamedTuple):
     """A batch that has been through."""
 
     images: Tensor  # as the model took them, on its device
-    logits: Tensor  # (batch, classes); on a GPU they may still be on their way
+    logits: Tensor  # (batch, classes), on the scale of a call's answer; on a GPU they may still be on their way
     call: Call  # what happened to them
 
 
@@ -27,12 +27,12 @@ class Pipeline:
 
     On a GPU, guidance, selection and packing of a batch run on a stream of their own beside the target's work on the
     batch before, and so does the copy of images that come from the host (pinned memory, or it waits); loading goes on
-    beside both. An answer comes when the guidance of the next batch is at work, so two batches are in memory. On other
-    devices, batches go through one after the other.
+    beside both. An answer comes when the guidance of the next batch is at work, so two batches are in memory. This
+    overlap is experimental, since no GPU has run it yet. On other devices, batches go through one after the other.
 
     Args:
         model: patched, in eval mode.
-        overlap: whether they overlap; by default where the device has streams.
+        overlap: whether they overlap; by default where the device has streams. False is the plain way.
 
     Attributes:
         overlaps: whether they do.

@@ -38,4 +38,4 @@ class Running(NamedTuple):
     images: Tensor
     plan: Plan
     staying: Tensor  # (segments,): their places in the batch
-    answers: Tensor  # (segments, classes), blended
+    answers: Tensor  # (segments, classes): log-probabilities where the policy mixes answers, else logits

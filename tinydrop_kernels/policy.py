@@ -3,10 +3,12 @@
 import math
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
 from tinydrop_kernels.ops import Law, Saliency
 
 CALM = Saliency(classes=5, norm=1.0, centre=1.0)
+UNMIXED: dict[str, Any] = {"tau": None, "blend": 0.0, "second_look": None}  # arguments that mix no answers
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,10 @@ class DropPolicy:
     The defaults are for a target that nobody calibrated: resolution alone, never below two fifths of the patches, a
     blend and a second look (docs/accuracy.md tells how they were chosen).
 
+    With a policy that can exit, blend or look twice, every row of an answer is log-probabilities: the softmax and the
+    argmax of logits, on one scale. With any other policy the answer is the target's own logits, untouched. A head of
+    sigmoids needs one of the latter (``patch(multi_label=True)``).
+
     Args:
         tau: exit threshold in (0, 1], or None for no early exit (the budget is taken with tau = 1 then). Exits, a blend
             and a second look need a guidance model of the target's classes.
@@ -28,8 +34,7 @@ class DropPolicy:
         min_keep: least fraction of the dense patches spent, in (0, 1].
         coarsen: the share of the cut that a coarser grid takes, in [0, 1]. 0 drops alone, as the paper does; 1 is
             resolution alone.
-        blend: weight in [0, 1) of the guidance model's probabilities in the answer for an image that does not exit. The
-            answer is log-probabilities then; with 0 it is the target's logits, untouched.
+        blend: weight in [0, 1) of the guidance model's probabilities in the answer for an image that does not exit.
         second_look: ``(t1, t2)`` in [0, 1], or None. An answer from a reduced image stands if its confidence is above
             t2, or if it is the guidance model's own and above t1; the other images go through the target dense.
         saliency: what makes a patch salient.
@@ -104,7 +109,7 @@ class DropPolicy:
 
     @property
     def mixes_answers(self) -> bool:
-        """Whether the guidance model's answers bear on the target's, so that both must know the same classes."""
+        """True of a policy that can exit, blend or look twice: both models must know the same classes then."""
         return self.tau is not None or self.blend > 0 or self.second_look is not None
 
 

@@ -2,15 +2,19 @@
 
 import torch
 
+from tinydrop_kernels.onednn import DTYPES
+
 
 def fast_dtype(device: torch.device | str) -> torch.dtype:
-    """bfloat16 where the device computes in it, else float32.
+    """Return bfloat16 if the device computes in it, else float32.
 
-    On a CPU that takes AVX512-BF16 or AMX; one without either emulates bfloat16, slower than float32.
+    On a CPU that takes AVX512-BF16 or AMX, and a oneDNN that uses them: others emulate bfloat16, slower than float32.
     """
     kind = torch.device(device).type
     if kind == "cuda":
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        has_bfloat16 = kind == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+        asked = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
+        is_native = any(is_supported is not None and is_supported() for is_supported in asked)
+        has_bfloat16 = kind == "cpu" and is_native and torch.bfloat16 in DTYPES
     return torch.bfloat16 if has_bfloat16 else torch.float32

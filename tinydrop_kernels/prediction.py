@@ -15,12 +15,17 @@ class Candidate(NamedTuple):
 
     label: int  # its number
     name: str
-    probability: float
+    probability: float  # of a softmax over the answer; of a multi-label model the class's own sigmoid
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a patched model said of one image, and what it looked at to say so."""
+    """The answer of a patched model for one image, and what it looked at.
+
+    ``top`` is the model's answer as probabilities, never logits: the guidance model's where ``exited``, else the
+    target's, blended where the policy blends. A patched model answers log-probabilities or, where its policy mixes
+    nothing, the target's logits; in the row both are on one scale.
+    """
 
     index: int  # place among the inputs
     name: str  # the path; "#index" for an image that came without one

@@ -27,6 +27,9 @@ from tinydrop_kernels.timing import check_eval, check_patched, timed, wait_for, 
 class Predictor:
     """Classifies images with a patched model and keeps account.
 
+    Probabilities are of a softmax over the model's answer; of one patched with ``multi_label=True`` they are the scores
+    of its sigmoids, each class by itself.
+
     The first batch goes through twice, because the first call of a process sets things up; that call is not timed.
 
     Args:
@@ -63,7 +66,7 @@ class Predictor:
         on_unreadable: Callable[[str, str], None] | None = None,
     ):
         check_patched(model)
-        check_classifier(model)
+        check_classifier(model.tinydrop.num_classes)
         for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0), ("top", top, 1)):
             if value < least:
                 raise ValueError(f"{name}: got {value}, expected a number >= {least}")
@@ -74,7 +77,7 @@ class Predictor:
         self.compare_dense = compare_dense
         self.progress = progress
         self.on_unreadable = on_unreadable or _warn
-        self.names = class_names(model)
+        self.names = class_names(model, model.tinydrop.num_classes)
         self.report: Report | None = None
         self.agreeing = 0
         self.overlaps = False
@@ -190,6 +193,8 @@ class Predictor:
     def _seen(self, batch: "_Batch", answered: Answered, seconds: float) -> Seen:
         images, logits, call = answered
         tinydrop = self.model.tinydrop
+        if len(self.names) != logits.shape[1]:  # the head was replaced meanwhile
+            self.names = class_names(self.model, logits.shape[1])
         report = replace(tinydrop.report(), wall_seconds=seconds)
         dense: Sequence[Candidate | None] = [None] * len(images)
         guidance = dense
@@ -208,7 +213,7 @@ class Predictor:
         return [first for first, *_ in self._candidates(logits, 1)]
 
     def _candidates(self, logits: Tensor, top: int) -> list[tuple[Candidate, ...]]:
-        probabilities = logits.float().softmax(1)
+        probabilities = logits.float().sigmoid() if self.model.tinydrop.multi_label else logits.float().softmax(1)
         values, classes = (tensor.tolist() for tensor in probabilities.topk(min(top, probabilities.shape[1])))
         return [
             tuple(Candidate(c, self.names[c], p) for c, p in zip(row, ps, strict=True))
@@ -216,9 +221,9 @@ class Predictor:
         ]
 
 
-def check_classifier(model: TimmModule) -> None:
+def check_classifier(classes: int) -> None:
     """Raise ValueError if a model has no classes."""
-    if not getattr(model, "num_classes", 0):
+    if not classes:
         raise ValueError("model: got one without classes (num_classes=0), expected a classifier")
 
 

@@ -38,12 +38,10 @@ def embed_parts(
         is_whole = len(part.images) == len(images)  # in their own order then
         pixels, kept = (t if is_whole else t.index_select(0, part.images) for t in (images, indices))
         if part.grid != dense:
-            patch = family.patch_size(model)
-            assert patch is not None  # or there would be one grid
-            pixels = resized_images(pixels, patch, dense, part.grid)
+            pixels = resized_images(pixels, family.patch_size(model), dense, part.grid)
         kept = kept[:, : rows * columns]
         tokens.append(family.embed(model, pixels, kept, part.cu_seqlens, part.total, part.grid))
-        if family.READS_POSITIONS:
+        if family.reads_positions:
             positions.append(ops.patch_positions(kept, part.cu_seqlens, part.total, prefix))
     if positions:
         packed = packed._replace(positions=torch.cat(positions))
@@ -73,7 +71,7 @@ def through_target(
     with stage("embed"):
         tokens, packed = embed_parts(model, family, images, indices, packed, parts)
     # Of a family that asks where each token is, the layout is more than cu_seqlens.
-    if graphs is not None and not family.READS_POSITIONS and packed.total <= MOST_ROWS:
+    if graphs is not None and not family.reads_positions and packed.total <= MOST_ROWS:
         logits = _replayed(graphs, model, family, encode, tokens, packed, family.grid_size(model, images))
         if logits is not None:
             return logits

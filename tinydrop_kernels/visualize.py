@@ -6,10 +6,9 @@ from typing import TypeAlias
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from timm.data import resolve_model_data_config
 from torch import Tensor
 
-from tinydrop_kernels.images import per_channel
+from tinydrop_kernels.images import normalization_of
 from tinydrop_kernels.ops.types import TimmModule
 from tinydrop_kernels.report import Call
 
@@ -26,15 +25,11 @@ def as_pictures(model: TimmModule, images: Tensor) -> list[Image.Image]:
     """Images as they went into the model, turned back into pictures: resized, cropped, upright, and in 8 bits.
 
     Args:
-        model: the timm model, whose mean and standard deviation are undone.
+        model: the timm model, whose normalization is undone.
         images: floating ``(batch, channels, height, width)``.
     """
-    config = resolve_model_data_config(model)
     channels = images.shape[1]
-    mean, std = (
-        torch.tensor(per_channel(config[name], channels), device=images.device)[:, None, None]
-        for name in ("mean", "std")
-    )
+    mean, std = (torch.tensor(own, device=images.device)[:, None, None] for own in normalization_of(model, channels))
     pixels = ((images.float() * std + mean).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [_rgb(image[..., 0] if channels == 1 else image) for image in pixels]
 

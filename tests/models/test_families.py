@@ -223,7 +223,7 @@ def test_exits_answer_with_the_guidance_model():
         raw = resized * std[:, None, None] + mean[:, None, None]
         own = vit.tinydrop.guidance
         normalised = (raw - torch.tensor(own.mean)[:, None, None]) / torch.tensor(own.std)[:, None, None]
-        torch.testing.assert_close(out, guidance(normalised), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(out, guidance(normalised).log_softmax(1), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def overridden():
         (lambda: tiny_vit(attn_layer="diff"), "DiffAttention"),
         (lambda: tiny_vit(global_pool="prr"), "prr"),
         (lambda: tiny_vit(global_pool=""), "global_pool=''"),
-        (overridden, "forward_features is not timm's"),
+        (overridden, "forward_features that is not timm's"),
     ],
 )
 def test_unsupported_parts_are_refused_by_name(build, reason):
@@ -379,10 +379,10 @@ def test_a_projection_that_is_more_than_its_weight_is_called(change, after):
     ("options", "change", "reason"),
     [
         ({}, mlp_that_mixes_tokens, "blocks that are not timm's"),
-        ({"global_pool": "map"}, hook_on_pool, "hooks on attn_pool"),
-        ({}, hook_on_blocks, "hooks on blocks"),
+        ({"global_pool": "map"}, hook_on_pool, "on attn_pool,"),
+        ({}, hook_on_blocks, "hooks or a forward of its own on blocks"),
         ({}, drop_of_its_own, "patch_drop of type Doubled"),
-        ({}, hook_on_patch_drop, "patch_drop of type Identity, or with hooks"),
+        ({}, hook_on_patch_drop, "on patch_drop,"),
         ({}, nearly_nothing, "blocks that are not timm's"),
         ({}, nearly_nothing_in_half, "blocks that are not timm's"),
         ({}, not_a_number, "weights that are not finite"),

@@ -56,6 +56,16 @@ def test_guidance_is_counted_where_it_is():
     assert next(guidance.parameters()).device.type == "cpu", "counting leaves the model where it is"
 
 
+def test_another_guidance_is_counted_anew():
+    model, images = tdk.patch(tiny_vit(), tiny_guidance()), varied_images(4)
+    model(images)
+    first = model.tinydrop.report().guidance_flops
+    model.tinydrop.guidance = model.tinydrop.guidance.at_size((64, 64))
+    model(images)
+    guidance, image = model.tinydrop.guidance.model, torch.randn(1, 3, 64, 64)
+    assert model.tinydrop.report().guidance_flops == 4 * counted(guidance, image) < first
+
+
 def test_a_stem_is_counted_once(monkeypatch):
     """Counting takes a copy of the module, which costs more than the call it is told of."""
     model, images = make("convolutional stem")

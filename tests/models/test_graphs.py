@@ -237,6 +237,20 @@ def test_what_becomes_of_the_guidance_is_seen():
     assert model.tinydrop.graphs.front.recorded == 2 and model.tinydrop.graphs.blocks.recorded == 1
 
 
+@pytest.mark.parametrize("name", ["class_weight", "mean"])
+@torch.no_grad()
+def test_what_the_guidance_is_beside_its_model_is_seen(name):
+    """Selection reads the rows of the head, and preprocessing the mean, from the graph too."""
+    model, images = patched(), images_of(4)
+    for _ in range(3):
+        model(images)
+    guidance = model.tinydrop.guidance
+    setattr(guidance, name, guidance.class_weight * 2 if name == "class_weight" else (0.1, 0.2, 0.3))
+    for _ in range(3):
+        assert_same(model, images)
+    assert model.tinydrop.graphs.front.recorded == 2 and model.tinydrop.graphs.blocks.recorded == 1
+
+
 @torch.no_grad()
 def test_another_guidance_is_watched_in_its_turn():
     model, images = patched(), images_of(4)

@@ -1,4 +1,4 @@
-"""Whole patched models on the Triton kernels, in the interpreter, against the same models on the reference."""
+"""Whole patched models on the Triton kernels, compiled or interpreted, against the same models on the reference."""
 
 import collections
 import sys
@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tinydrop_kernels as tdk
 from tinydrop_kernels import ops
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.mark.parametrize(
@@ -32,9 +34,15 @@ from tinydrop_kernels import ops
 )
 def test_same_answers_as_the_reference(key):
     model, images = make(key)
+    assert_same_on_the_kernels(model.to(DEVICE), images.to(DEVICE))
+
+
+def assert_same_on_the_kernels(model, images):
+    """In logits and in what was kept, of images that exit and take grids of their own."""
     tdk.patch(model, tiny_guidance(), tdk.DropPolicy(tau=0.6, gamma=1.0, min_keep=0.1, coarsen=0.5, second_look=None))
     with torch.inference_mode():
-        wanted = model(images)
+        with ops.use_backend("reference"):
+            wanted = model(images)
         kept = model.tinydrop.last.selection.indices
         with ops.use_backend("triton"):
             out = model(images)
@@ -76,7 +84,8 @@ def test_one_read_from_the_device_per_batch(monkeypatch, options, second_look):
     """On the kernels a batch reads values back once, in pack, and once more to know how many images take a second look.
     Counted are the calls of the package and of timm, not the interpreter's own."""
     policy = tdk.DropPolicy(0.6, 1.0, 0.1, 0.5, second_look=second_look)
-    vit = tdk.patch(tiny_vit(**options), tiny_guidance(sharpness=4.0), policy)
+    vit = tdk.patch(tiny_vit(**options).to(DEVICE), tiny_guidance(sharpness=4.0), policy)
+    batches = [varied_images(4).to(DEVICE) for _ in range(2)]
     reads: collections.Counter = collections.Counter()
 
     def counting(name, method):
@@ -90,11 +99,11 @@ def test_one_read_from_the_device_per_batch(monkeypatch, options, second_look):
         return read
 
     with torch.inference_mode(), ops.use_backend("triton"):
-        vit(varied_images(4))
+        vit(batches[0])
         for name in READS:
             monkeypatch.setattr(torch.Tensor, name, counting(name, getattr(torch.Tensor, name)))
         with SizesFromValues() as sizes:
-            vit(varied_images(4))
+            vit(batches[1])
         assert not vit.tinydrop.last.exited.all()
         assert vit.tinydrop.last.second_look.any() == (second_look is not None)
     assert sizes.found == ([] if second_look is None else ["aten.nonzero.default"])

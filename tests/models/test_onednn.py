@@ -3,21 +3,23 @@
 import copy
 import io
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
 import torch
-from helpers import tiny_guidance, tiny_vit
+from helpers import packed_of, tiny_guidance, tiny_vit
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import tinydrop_kernels as tdk
 from tinydrop_kernels import onednn
-from tinydrop_kernels.onednn import _packed, run_linear, run_packed
+from tinydrop_kernels.onednn import run_linear, run_packed
 
 DROP_HALF = tdk.DropPolicy.fixed(0.5)
-needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+needs_onednn = pytest.mark.skipif(not onednn.DTYPES, reason="this torch has no oneDNN")
 
 
 def check(layer, x, activation="none"):
@@ -38,11 +40,11 @@ def test_agrees_with_torch_and_packs_once(dtype, bias, monkeypatch):
     linear = nn.Linear(24, 40, bias).to(dtype)
     for rows in (50, 1, 7, 200):
         check(linear, torch.randn(rows, 24).to(dtype))
-        known = _packed[linear.weight]
+        known = packed_of(linear.weight)
     check(linear, torch.randn(2, 3, 24).to(dtype))
     check(linear, torch.randn(24, 50).to(dtype).T)
     check(linear, torch.randn(9, 48).to(dtype)[:, ::2])
-    assert _packed[linear.weight] is known
+    assert packed_of(linear.weight) is known
 
 
 @needs_onednn
@@ -74,14 +76,14 @@ def test_pointwise_convolutions_and_gelu(dtype, activation):
         with torch.no_grad():
             assert run_packed(conv, images, activation).is_contiguous(memory_format=torch.channels_last)
     check(linear, torch.randn(50, 24).to(dtype), activation)
-    assert conv.weight in _packed and linear.weight in _packed
+    assert packed_of(conv.weight) is not None and packed_of(linear.weight) is not None
     with torch.no_grad():
         conv.weight.mul_(2)
     check(conv, images, activation)
     other = nn.Conv2d(24, 40, 1).to(dtype)
     check(other, torch.randn(3, 24, 5, 7).to(dtype), activation)
     check(other.double(), torch.randn(3, 24, 5, 7).double(), activation)
-    assert other.weight not in _packed, "what is not channels-last, or float64, is torch's"
+    assert packed_of(other.weight) is None, "what is not channels-last, or float64, is torch's"
 
 
 @pytest.mark.parametrize("options", [{"stride": 2}, {"padding": 1}, {"groups": 2}], ids=str)
@@ -107,10 +109,10 @@ def test_compiled_it_packs_too_and_sees_changed_weights():
         x = torch.randn(rows, 24)
         with torch.no_grad():
             torch.testing.assert_close(compiled(linear, x, "gelu"), nn.functional.gelu(linear(x)))
-            known = _packed[linear.weight]
+            known = packed_of(linear.weight)
             linear.weight.mul_(2)
             torch.testing.assert_close(compiled(linear, x, "gelu"), nn.functional.gelu(linear(x)))
-            assert _packed[linear.weight] is not known
+            assert packed_of(linear.weight) is not known
 
 
 @needs_onednn
@@ -119,7 +121,7 @@ def test_flops_are_counted_as_torch_counts_its_own():
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         run_packed(linear, x)
         run_linear(linear, x)
-    assert linear.weight in _packed and counter.get_total_flops() == 2 * (2 * 2 * 50 * 24 * 40)
+    assert packed_of(linear.weight) is not None and counter.get_total_flops() == 2 * (2 * 2 * 50 * 24 * 40)
 
 
 def test_weights_that_are_more_than_their_numbers_are_left_to_torch():
@@ -141,12 +143,12 @@ def test_every_patched_model_runs_by_onednn(images, monkeypatch):
     model = tdk.patch(tiny_vit(), tiny_guidance(), DROP_HALF)
     with torch.inference_mode():
         expected = model(images)
-        assert model.blocks[0].mlp.fc1.weight not in _packed
-        monkeypatch.setattr(onednn, "HAS_ONEDNN", False)
+        assert packed_of(model.blocks[0].mlp.fc1.weight) is None
+        monkeypatch.setattr(onednn, "DTYPES", frozenset())
         torch.testing.assert_close(model(images), expected)
         monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *_: pytest.fail("called"))
         model(images)
-        monkeypatch.setattr(onednn, "HAS_ONEDNN", True)
+        monkeypatch.setattr(onednn, "DTYPES", frozenset([torch.float32]))
         model.tinydrop.dense(images)  # timm's own
         with pytest.raises(pytest.fail.Exception, match="called"):
             model.blocks[0].mlp(torch.randn(5, 32))  # packed tokens
@@ -156,7 +158,7 @@ def test_every_patched_model_runs_by_onednn(images, monkeypatch):
 def test_other_precisions_are_left_to_torch(dtype):
     linear = nn.Linear(24, 40).to(dtype)
     check(linear, torch.randn(50, 24).to(dtype))
-    assert linear.weight not in _packed
+    assert packed_of(linear.weight) is None
 
 
 def test_what_else_is_left_to_torch():
@@ -169,7 +171,7 @@ def test_what_else_is_left_to_torch():
     with torch.inference_mode():
         made = nn.Linear(24, 40)
         check(made, x)
-    assert linear.weight not in _packed and made.weight not in _packed
+    assert packed_of(linear.weight) is None and packed_of(made.weight) is None
 
 
 @needs_onednn
@@ -186,13 +188,13 @@ def test_a_patched_model(images):
         expected = wanted(images)
         for other in (model, *others):
             torch.testing.assert_close(other(images), expected)
-            assert other.blocks[0].mlp.fc1.weight in _packed
+            assert packed_of(other.blocks[0].mlp.fc1.weight) is not None
         assert model.tinydrop.report().flops == wanted.tinydrop.report().flops
         with ThreadPoolExecutor(4) as threads:
             for answer in threads.map(model, [images] * 16):
                 torch.testing.assert_close(answer, expected)
     torch.save(model, file)
-    assert copy.deepcopy(model).blocks[0].mlp.fc1.weight not in _packed, "packed weights are nobody's to copy"
+    assert packed_of(copy.deepcopy(model).blocks[0].mlp.fc1.weight) is None, "packed weights are nobody's to copy"
     tdk.unpatch(model)
     assert before == {name: set(vars(module)) for name, module in vit.named_modules()}
 
@@ -206,7 +208,7 @@ def test_stages_of_blocks():
     model = tdk.patch(swin, guidance, DROP_HALF, prepack=True)
     with torch.inference_mode():
         torch.testing.assert_close(model(images), wanted(images))
-    assert all(layer.weight in _packed for layer in model.layers.modules() if type(layer) is nn.Linear)
+    assert all(packed_of(layer.weight) is not None for layer in model.layers.modules() if type(layer) is nn.Linear)
 
 
 def test_a_model_made_in_inference_mode_is_refused():
@@ -216,3 +218,54 @@ def test_a_model_made_in_inference_mode_is_refused():
     with pytest.raises(ValueError, match="^prepack: got a model made in inference mode"):
         tdk.patch(vit, tiny_guidance(), DROP_HALF, prepack=True)
     assert tdk.patch(vit, tiny_guidance(), DROP_HALF)
+
+
+ELSEWHERE = {
+    "renamed": "torch.ops.__dict__['mkldnn'] = types.SimpleNamespace()",
+    "refused": "torch.ops.__dict__['mkldnn'] = types.SimpleNamespace(_reorder_linear_weight=refuse)",
+    "counted by torch": (
+        "torch.utils.flop_counter.register_flop_formula(torch.ops.mkldnn._linear_pointwise, get_raw=True)(print)"
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ELSEWHERE)
+def test_another_torch(kind):
+    """What is private in torch may be gone, refuse, or be counted: models are patched all the same."""
+    program = f"""
+import types, torch, torch.utils.flop_counter
+def refuse(*_):
+    raise RuntimeError("could not create a primitive descriptor")
+{ELSEWHERE[kind]}
+import tinydrop_kernels as tdk, timm
+from tinydrop_kernels import onednn
+assert bool(onednn.DTYPES) == ({kind!r} == "counted by torch")
+model = timm.create_model("test_vit", num_classes=5).eval()
+images = torch.randn(2, 3, 160, 160)
+with torch.no_grad():
+    wanted = model(images)
+    tdk.patch(model, timm.create_model("test_byobnet", num_classes=5), tdk.DropPolicy.fixed(1.0), prepack=True)
+    torch.testing.assert_close(model(images), wanted, atol=1e-4, rtol=1e-4)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("way", ["before", "after"])
+def test_bfloat16_where_onednn_has_none(images, monkeypatch, way):
+    """As on a CPU without AVX512-BF16 and AMX: the layers are torch's."""
+    monkeypatch.setattr(onednn, "DTYPES", frozenset([torch.float32]))
+    monkeypatch.setattr(onednn, "_by_onednn", lambda x, *_: pytest.fail(f"called in {x.dtype}"))
+    vit = tiny_vit()
+    if way == "before":
+        vit.bfloat16()
+        monkeypatch.setattr(onednn, "DTYPES", frozenset())  # the guidance is folded in float32
+    tdk.patch(vit, tiny_guidance().bfloat16(), tdk.DropPolicy.fixed(1.0), prepack=True) if way == "before" else None
+    if way == "after":
+        monkeypatch.undo()
+        tdk.patch(vit, tiny_guidance(), tdk.DropPolicy.fixed(1.0), prepack=True)
+        monkeypatch.setattr(onednn, "DTYPES", frozenset([torch.float32]))
+        vit.bfloat16()
+    with torch.no_grad():
+        out, dense = vit(images.bfloat16()), vit.tinydrop.dense(images.bfloat16())
+    torch.testing.assert_close(out, dense, atol=0.05, rtol=0.05)

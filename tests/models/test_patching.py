@@ -187,10 +187,11 @@ def test_autocast(patched, images):
 
 def test_inference_mode_and_no_grad_agree(patched, images):
     wanted = patched(images)
-    with torch.no_grad():
-        assert torch.equal(patched(images), wanted.detach())
+    with torch.no_grad():  # oneDNN's products, where torch's own carry the gradient
+        without = patched(images)
+    torch.testing.assert_close(without, wanted.detach(), atol=1e-5, rtol=1e-5)
     with torch.inference_mode():
-        assert torch.equal(patched(images), wanted.detach())
+        assert torch.equal(patched(images), without)
 
 
 def test_gradients_flow_through_the_target(patched, images):

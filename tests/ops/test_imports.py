@@ -1,4 +1,4 @@
-"""Who may import whom: every import of the package points down."""
+"""Who may import whom, in six rules."""
 
 import ast
 import functools
@@ -16,43 +16,19 @@ import tinydrop_kernels
 
 ROOT = Path(tinydrop_kernels.__file__).parent
 FACE = "tinydrop_kernels"  # the package's own __init__, which is lazy and may name everything
-# The lowest first; a module belongs where it is found first, and may import what is in lower rooms.
-ROOMS = (
-    ("version", "compiling", "precision", "ops.types", "ops.tracing", "_C"),
-    ("ops.kernels", "ops.kernels.*"),
-    ("ops.registry", "ops.saliency", "ops.cuda_extension"),
-    ("ops.gather", "ops.attention_reference"),
-    ("ops.select", "ops.packing", "ops.embed", "ops.pool", "ops.attention"),
-    ("ops",),
-    ("policy", "identity", "flops", "answers", "images", "rowfile", "graphs"),
-    ("policyfile",),
-    ("cam", "checkpoints", "onednn"),
-    ("folding",),
-    ("guidance",),
-    ("families.base",),
-    ("families.grids", "families.blocks"),
-    ("families.checks", "families.embedding", "families.pools", "families.rotary", "families.windows"),
-    ("families.costs", "families.swin_checks", "families.swin_costs"),
-    ("families.*",),
-    ("families",),
-    ("buckets", "plan"),
-    ("report", "target", "features", "callcheck"),
-    ("timing",),
-    ("engine",),
-    ("patching", "prediction", "pipeline"),
-    ("predictor", "visualize"),
-    ("calibration.table", "calibration.bounds"),
-    ("calibration.sweep", "calibration.collection"),
-    ("calibration.sequence", "calibration.frontier"),
-    ("calibration",),
-    ("page",),
-    ("gallery",),
-    ("options",),
-    ("calibrating",),
-    ("cli",),
-    ("__main__",),
+GROUND = ("version", "torch_internals", "_C")  # may be imported from anywhere
+USERS = (
+    "__main__",
+    "cli",
+    "options",
+    "calibrating",
+    "page",
+    "gallery",
+    "visualize",
+    "predictor",
+    "prediction",
+    "rowfile",
 )
-NEIGHBOURS = ("ops.kernels.",)  # these may import one another, without a circle
 
 
 def modules() -> dict[str, Path]:
@@ -67,13 +43,6 @@ def modules() -> dict[str, Path]:
 
 
 MODULES = modules()
-
-
-def room_of(name: str) -> int:
-    for number, patterns in enumerate(ROOMS):
-        if any(fnmatchcase(name, pattern) for pattern in patterns):
-            return number
-    raise AssertionError(f"{name}: in none of the rooms, see {__file__}")
 
 
 def text_of(node: ast.expr) -> str:
@@ -123,18 +92,38 @@ def edges() -> list[tuple[str, str]]:
     ]
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_every_module_has_a_room(name):
-    room_of(name)
+def within(name: str, *folders: str) -> bool:
+    return any(name == folder or name.startswith(f"{folder}.") for folder in folders)
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_imports_point_down(name):
-    for importer, goal in edges():
-        if importer != name or (all(one.startswith(NEIGHBOURS) for one in (name, goal)) and name != goal):
-            continue
-        assert goal, f"{name} imports from the face of the package"
-        assert room_of(goal) < room_of(name), f"{name} imports {goal}, which is not below it"
+def offenders(is_forbidden) -> list[str]:
+    return [f"{importer} imports {goal or 'the face'}" for importer, goal in edges() if is_forbidden(importer, goal)]
+
+
+def test_the_operators_import_operators_alone():
+    assert not offenders(lambda importer, goal: within(importer, "ops") and not within(goal, "ops", *GROUND))
+
+
+def test_kernels_are_imported_by_the_registry_and_by_kernels_alone():
+    """By the first when one is launched."""
+    found = offenders(lambda importer, goal: within(goal, "ops.kernels") and not within(importer, "ops.kernels"))
+    assert found and all(line.startswith("ops.registry ") for line in found)
+
+
+def test_families_know_models_and_operators_alone():
+    assert not offenders(
+        lambda importer, goal: (
+            within(importer, "families") and not within(goal, "families", "ops", "onednn", "derived", "flops", *GROUND)
+        )
+    )
+
+
+def test_nothing_below_knows_its_users():
+    assert not offenders(lambda importer, goal: within(goal, *USERS) and not within(importer, *USERS))
+
+
+def test_nobody_imports_the_face():
+    assert not offenders(lambda importer, goal: not goal)
 
 
 def test_there_is_no_circle():

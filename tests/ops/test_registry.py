@@ -241,6 +241,8 @@ def test_which_attention_runs_with_the_extension(monkeypatch):
     assert first_that_fits(64, torch.float16) == "cuda"
     monkeypatch.setattr(registry, "HAS_TRITON", True)
     registry._preference.cache_clear()
-    assert first_that_fits(64, torch.bfloat16) == "cuda"
+    assert first_that_fits(64, torch.bfloat16) == "triton"
     assert first_that_fits(64, torch.float32) == "triton"
+    with use_backend("cuda"):
+        assert first_that_fits(64, torch.bfloat16) == "cuda"
     assert first_that_fits(64, torch.float16, skip_keys=1) == "triton"

@@ -17,6 +17,7 @@ from tinydrop_kernels.calibration.sweep import judge
 from tinydrop_kernels.calibration.table import Table
 from tinydrop_kernels.checkpoints import load_model
 from tinydrop_kernels.guidance import Guidance
+from tinydrop_kernels.head import count_classes
 from tinydrop_kernels.identity import Identity, identity_of
 from tinydrop_kernels.ops.types import TimmModule
 from tinydrop_kernels.policy import DropPolicy
@@ -54,10 +55,10 @@ def calibrate(
     Args:
         model: a supported timm model in eval mode, not patched; it is put back as it was.
         guidance: as for ``patch``, of the same classes.
-        loader: batches ``(images, labels)``, images normalised for the model ``(n, channels, height, width)`` and
-            labels whole numbers ``(n,)``; or images alone: then the loss is the share of answers unlike the dense
-            model's, which bounds the accuracy lost. They should be a random sample of what the model will see, all of
-            it unseen in training.
+        loader: batches ``(images, labels)``, images ``(n, channels, height, width)`` normalised as the model's
+            ``pretrained_cfg`` says, and labels whole numbers ``(n,)``; or images alone: then the loss is the share of
+            answers unlike the dense model's, which bounds the accuracy lost. They should be a random sample of what the
+            model will see, all of it unseen in training.
         accuracy_drop: what may be lost of the dense model's accuracy, in (0, 1): 0.005 is half a point.
         confidence: that the certificate holds, in (0, 1).
         cost: what is saved, ``"flops"``, or ``"time"`` as it is measured on this device at the loader's batch size.
@@ -104,7 +105,7 @@ def gather(
     images: dict[str, Any] = {"count": len(table), "labelled": table.labels is not None, "contents": contents}
     if names is not None:
         images["names"] = hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()[:16]
-    return Answers(table, identity_of(model), [guidance.identity for guidance in made], images)
+    return Answers(table, identity_of(model, count_classes(model)), [guidance.identity for guidance in made], images)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from timm.data import resolve_model_data_config
 from torch import Tensor
 from tqdm import tqdm
 
@@ -104,10 +103,10 @@ class _Asking:
     def __init__(self, model: TimmModule, guidances: Sequence[Guidance], cache: Path | None, random_drop: bool):
         self.model = model
         self.tinydrop: TinyDrop = model.tinydrop
-        self.classes, self.cache, self.random_drop = model.num_classes, cache, random_drop
+        self.classes, self.cache, self.random_drop = model.tinydrop.num_classes, cache, random_drop
         self.weight = next(model.parameters())
-        config = resolve_model_data_config(model)
-        self.key = _hash(self.weight.device, config["mean"], config["std"], versions(), identity_of(model))
+        identity = identity_of(model, self.classes)
+        self.key = _hash(self.weight.device, *self.tinydrop.normalization, versions(), identity)
         self.views = [
             _Sized(number, sized.to(self.weight.device, self.weight.dtype), sized is guidance, self._key_of(sized))
             for number, guidance in enumerate(guidances)

@@ -147,7 +147,7 @@ class Table:
 
 
 def named_and_sure(target: Tensor, guidance: Tensor, blend: float) -> tuple[Tensor, Tensor]:
-    """The class that a blended answer names, int32 ``(n,)``, and its probability, as the engine sees them.
+    """Return the class that a blended answer names, int32 ``(n,)``, and its probability, as the engine sees them.
 
     Args:
         target, guidance: logits ``(n, classes)`` of the same images.

@@ -5,27 +5,15 @@ tokens, but queries, projection and MLP of the prefix tokens. Exact, and 7 % of 
 """
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any
 
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from tinydrop_kernels import ops
-from tinydrop_kernels.onednn import is_own, linear
+from tinydrop_kernels.onednn import linear
 from tinydrop_kernels.ops.types import Packed, TimmModule
-
-
-def attend(attention: TimmModule, x: Tensor, attn_mask: Any = None, is_causal: bool = False) -> Tensor:
-    """``timm.layers.Attention.forward`` on packed tokens ``(total, dim)`` when handed a layout; timm's otherwise."""
-    if not isinstance(attn_mask, Packed):
-        if isinstance(x, torch.fx.Proxy):
-            raise TypeError("model: a patched model cannot be traced by torch.fx; use torch.compile, or unpatch it")
-        dense: Tensor = type(attention).forward(attention, x, attn_mask=attn_mask, is_causal=is_causal)
-        return dense
-    query, key, value = attention.qkv(x).view(-1, 3, attention.num_heads, attention.head_dim).unbind(1)
-    return attend_projected(attention, x, query, key, value, attn_mask, attn_mask)
+from tinydrop_kernels.torch_internals import has_hooks
 
 
 def project_fused(attention: TimmModule, x: Tensor) -> tuple[Tensor, ...]:
@@ -47,27 +35,11 @@ def project_fused(attention: TimmModule, x: Tensor) -> tuple[Tensor, ...]:
     return heads
 
 
-def is_attend(forward: object, attend: Callable[..., Tensor] = attend) -> bool:
-    """Whether an attention's ``forward`` is a family's ``attend``, bound to it."""
-    return isinstance(forward, partial) and forward.func is attend
-
-
-def attentions(model: TimmModule) -> list[nn.Module]:
-    """See :class:`base.Family`."""
-    return [block.attn for block in model.blocks]
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module is more than its class's forward, however a linear layer is computed."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or ("forward" in vars(module) and not is_own(vars(module)["forward"]))
-
-
 def reads_prefix_alone(block: TimmModule) -> bool:
-    """Whether :func:`run_last_block` stands for the block: timm's plain one, with no hook that would miss rows."""
+    """Return whether :func:`run_last_block` stands for the block: timm's plain one, without hooks."""
     if type(block) is not Block or type(block.attn.qkv) is not nn.Linear:
         return False
-    return not any(has_hooks(m) for m in block.modules() if not is_attend(vars(m).get("forward")))
+    return not any(map(has_hooks, block.modules()))
 
 
 def run_last_block(block: TimmModule, tokens: Tensor, packed: Packed, num_prefix_tokens: int) -> tuple[Tensor, Packed]:

@@ -5,16 +5,6 @@ from tinydrop_kernels.flops import count_flops, linear_flops
 from tinydrop_kernels.ops.types import Grid, TimmModule
 
 
-def packed_flops(model: TimmModule, counts: list[int], grid: Grid) -> int:
-    """See :class:`base.Family`'s ``flops``. An attention pool reads prefix tokens too."""
-    return flops_of(model, counts, grid, is_packed=True)
-
-
-def dense_flops(model: TimmModule, images: int, grid: Grid) -> int:
-    """See :class:`base.Family`. An attention pool reads prefix tokens too."""
-    return images * flops_of(model, [grid[0] * grid[1]], grid, is_packed=False)
-
-
 def flops_of(
     model: TimmModule,
     counts: list[int],

@@ -11,47 +11,9 @@ from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from tinydrop_kernels import ops
-from tinydrop_kernels.families.blocks import has_hooks
 from tinydrop_kernels.families.grids import resampled_positions
 from tinydrop_kernels.ops.types import Grid, TimmModule
-
-
-def check_images(model: TimmModule, images: Tensor) -> None:
-    """See :class:`base.Family`."""
-    height, width = images.shape[-2:]
-    patch = model.patch_embed
-    if getattr(model, "dynamic_img_size", False):
-        rows, columns = patch.feat_ratio(as_scalar=False)
-        whole = patch.dynamic_img_pad or not (height % rows or width % columns)
-        if not (height and width and whole):
-            raise ValueError(f"images: got {height} x {width}, expected multiples of the patch {rows} x {columns}")
-    elif (height, width) != tuple(patch.img_size):
-        raise ValueError(f"images: got {height} x {width}, expected {patch.img_size[0]} x {patch.img_size[1]}")
-
-
-def grid_size(model: TimmModule, images: Tensor) -> Grid:
-    """See :class:`base.Family`."""
-    rows, columns = model.patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))
-    return rows, columns
-
-
-def num_prefix_tokens(model: TimmModule) -> int:
-    """See :class:`base.Family`."""
-    count: int = model.num_prefix_tokens
-    return count
-
-
-def few_patches(model: TimmModule, grid: Grid) -> int:
-    """See :class:`base.Family`'s ``trial_patches``: where blocks take any number of them."""
-    return min(3, grid[0] * grid[1])
-
-
-def patch_size(model: TimmModule) -> tuple[int, int] | None:
-    """See :class:`base.Family`."""
-    if not embeds_kept_only(model):
-        return None
-    height, width = model.patch_embed.proj.weight.shape[-2:]
-    return height, width
+from tinydrop_kernels.torch_internals import has_hooks
 
 
 def embeds_kept_only(model: TimmModule, with_norm: bool = False) -> bool:

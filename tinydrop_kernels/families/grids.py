@@ -1,17 +1,11 @@
 """Images and positions at a coarser grid: the patch size stays, the image gets smaller."""
 
-from collections.abc import Callable, Hashable
-from typing import Any
-
-import torch
 import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
+from tinydrop_kernels.derived import derived
 from tinydrop_kernels.ops.types import LEVELS, Grid
-
-_derived: Any = WeakIdKeyDictionary()  # first weight -> {key: (their state then, what was made of them)}
 
 
 def coarser_grids(dense: Grid) -> list[Grid]:
@@ -58,24 +52,3 @@ def resampled_positions(pos_embed: Tensor, old: Grid, new: Grid, num_prefix_toke
         return resampled
 
     return derived(pos_embed, (old, new), resample)
-
-
-def derived(weights: Tensor | tuple[Tensor, ...], key: Hashable, make: Callable[[], Tensor]) -> Tensor:
-    """What ``make`` computes from weights alone; kept until one of them changes, unless a gradient is to reach them.
-
-    Args:
-        weights: parameters or buffers, or one.
-        key: tells apart what is made of the same weights.
-        make: called where nothing is kept.
-    """
-    weights = (weights,) if isinstance(weights, Tensor) else weights
-    wanted = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
-    if wanted or torch.compiler.is_compiling() or any(weight.is_inference() for weight in weights):
-        return make()
-    state = [(weight._version, weight.data_ptr(), weight.dtype, weight.device) for weight in weights]
-    kept = _derived.setdefault(weights[0], {})
-    if kept.get(key, (None,))[0] != state:
-        with torch.inference_mode(False), torch.no_grad():
-            kept[key] = (state, make())
-    made: Tensor = kept[key][1]
-    return made

@@ -5,7 +5,6 @@ from timm.layers import AttentionPoolLatent
 from torch import Tensor
 
 from tinydrop_kernels import ops
-from tinydrop_kernels.families.blocks import has_hooks
 from tinydrop_kernels.ops.types import Packed, TimmModule
 
 POOLS = ("token", "avg", "max", "avgmax", "map")
@@ -21,16 +20,8 @@ def unsupported_pool(model: TimmModule, pools: tuple[str, ...] = POOLS) -> str |
         pool = model.attn_pool
         unknown = {name for name, _ in pool.named_children()} - _MAP_POOL_PARTS
         if type(pool) is not AttentionPoolLatent or pool.pos_embed is not None or pool.pool != "token" or unknown:
-            return "an attention pool other than timm's AttentionPoolLatent as SigLIP has it"
-        if has_hooks(pool):
-            return "hooks on attn_pool, whose parts are called one by one"
+            return "an attn_pool other than timm's AttentionPoolLatent as SigLIP has it"
     return None
-
-
-def dense_classify(model: TimmModule, tokens: Tensor) -> Tensor:
-    """See :class:`base.Family`."""
-    logits: Tensor = model.forward_head(tokens)
-    return logits
 
 
 def pool_segments(model: TimmModule, tokens: Tensor, packed: Packed, skip: int) -> Tensor:

@@ -9,7 +9,7 @@ import copy
 import torch
 from torch import Tensor
 
-from tinydrop_kernels.families.grids import derived
+from tinydrop_kernels.derived import derived
 from tinydrop_kernels.ops.tracing import eager
 from tinydrop_kernels.ops.types import Grid, Packed, Part, TimmModule
 
@@ -65,11 +65,10 @@ def _tables(rope: TimmModule, grids: list[Grid]) -> list[Tensor]:
 
 def _with_identity_at(rope: TimmModule, grid: Grid) -> Tensor:
     """One row more, of no turn: prefix tokens, whose position is -1, find it at the end."""
-    weight = next(rope.parameters(), None)
 
     def make() -> Tensor:
         embedded = embedding_at(rope, grid)
         sine, cosine = torch.zeros_like(embedded[..., :1, :]).chunk(2, -1)
         return torch.cat((embedded, torch.cat((sine, cosine + 1), -1)), -2)
 
-    return derived(next(rope.buffers()) if weight is None else weight, grid, make)
+    return derived((*rope.parameters(), *rope.buffers()), grid, make)

@@ -10,6 +10,7 @@ on what is passed over are refused.
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +20,12 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2
 from torch import Tensor, nn
 
 from tinydrop_kernels import ops
-from tinydrop_kernels.families import embedding, swin_costs
+from tinydrop_kernels.derived import derived
+from tinydrop_kernels.families import embedding, swin_checks, swin_costs
+from tinydrop_kernels.families.base import Family
 from tinydrop_kernels.families.blocks import project_fused
 from tinydrop_kernels.families.embedding import embeds_kept_only
-from tinydrop_kernels.families.grids import coarser_grids, derived
+from tinydrop_kernels.families.grids import coarser_grids
 from tinydrop_kernels.families.swin_checks import POOL_MODES, unsupported_swin
 from tinydrop_kernels.families.windows import (
     Order,
@@ -37,108 +40,123 @@ from tinydrop_kernels.families.windows import (
 from tinydrop_kernels.ops.tracing import eager, eager_outside
 from tinydrop_kernels.ops.types import Grid, Packed, Part, RelativeBias, TimmModule
 
-NAME = "SwinTransformer, SwinTransformerV2"
-READS_POSITIONS = True
-check_images = embedding.check_images
-flops = swin_costs.flops
-dense_flops = swin_costs.dense_flops
 _METHODS = ("forward", "forward_features", "forward_head")
 MAX_LOG_SCALE = math.log(100)  # of SwinV2's attention
 
 
-def accepts(model: nn.Module) -> bool:
-    """See :class:`base.Family`."""
-    return isinstance(model, SwinTransformer | SwinTransformerV2)
+class Swin(Family):
+    """Hierarchical transformers; a patch is a cell of the last stage's grid."""
 
+    name = "SwinTransformer, SwinTransformerV2"
+    reads_positions = True
 
-def unsupported_reason(model: TimmModule) -> str | None:
-    """See :class:`base.Family`."""
-    return unsupported_swin(model, _METHODS)
+    def accepts(self, model: nn.Module) -> bool:
+        return isinstance(model, SwinTransformer | SwinTransformerV2)
 
+    def unsupported_reason(self, model: TimmModule) -> str | None:
+        return unsupported_swin(model, _METHODS)
 
-def find_change(model: TimmModule) -> str | None:
-    """See :class:`base.Family`."""
-    return unsupported_swin(model, _METHODS[1:])
+    def settings(self, model: TimmModule) -> tuple[Any, ...]:
+        return swin_checks.settings(model)
 
+    def attentions(self, model: TimmModule) -> list[nn.Module]:
+        return []  # encode calls what they consist of
 
-def attentions(model: TimmModule) -> list[nn.Module]:
-    """See :class:`base.Family`. None: :func:`encode` calls what attentions consist of."""
-    return []
+    def grid_size(self, model: TimmModule, images: Tensor) -> Grid:
+        # The last stage's grid.
+        rows, columns = model.patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))
+        side = cell_side(model)
+        return rows // side, columns // side
 
+    def num_prefix_tokens(self, model: TimmModule) -> int:
+        return 0
 
-def attend(attention: TimmModule, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-    """See :class:`base.Family`. Stands in for no module's forward."""
-    raise NotImplementedError("no attention of a Swin Transformer is replaced")
+    def levels(self, model: TimmModule, grid: Grid) -> list[Grid]:
+        # The dense one alone too where timm would pad a coarser grid to whole windows.
+        if not embeds_kept_only(model, with_norm=True):
+            return [grid]
+        grids = coarser_grids(grid)
+        for number, (stage, side) in enumerate(stages_of(model)):
+            if not all(is_whole(cut_of(model, number, stage.blocks[0], own, side), own, side) for own in grids):
+                return [grid]
+        return grids
 
+    def patch_size(self, model: TimmModule) -> tuple[int, int]:
+        # Of a cell.
+        side = cell_side(model)
+        height, width = model.patch_embed.proj.weight.shape[-2:]
+        return height * side, width * side
 
-def grid_size(model: TimmModule, images: Tensor) -> Grid:
-    """See :class:`base.Family`. The last stage's grid."""
-    rows, columns = model.patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))
-    side = cell_side(model)
-    return rows // side, columns // side
+    def embed(
+        self, model: TimmModule, images: Tensor, indices: Tensor, cu_seqlens: Tensor, total: int, grid: Grid
+    ) -> Tensor:
+        # A cell's patches in Z-order: ``(total * patches of a cell, dim)``.
+        side = cell_side(model)
+        if not embeds_kept_only(model, with_norm=True):
+            cells = self.dense_embed(model, images).unflatten(1, (-1, side**2)).flatten(2)
+            kept = ops.gather_tokens(cells, cells.new_empty(len(cells), 0, cells.shape[2]), indices, cu_seqlens, total)
+            return kept.view(total * side**2, -1)
+        projection = model.patch_embed.proj
+        prefix = projection.weight.new_empty(0, projection.out_channels)
+        images, weight, bias, prefix = embedding.autocast(images, projection.weight, projection.bias, prefix)
+        numbers = patch_numbers(indices, grid, side).flatten(1)
+        tokens = ops.embed_tokens(images, weight, bias, prefix, None, numbers, cu_seqlens * side**2, total * side**2)
+        normed: Tensor = model.patch_embed.norm(tokens)
+        return normed
 
+    @eager_outside  # windows change from batch to batch; what knows nothing of them is compiled
+    def encode(
+        self, model: TimmModule, tokens: Tensor, packed: Packed, parts: list[Part], read_all: bool = False
+    ) -> tuple[Tensor, Packed]:
+        # Tokens enter as :func:`embed` gives them; one a cell remains.
+        assert packed.positions is not None
+        for number, (stage, side) in enumerate(stages_of(model)):
+            if merges(stage):
+                four = tokens.view(-1, 2, 2, tokens.shape[1]).transpose(1, 2)  # right before down, as timm's grids
+                tokens = stage.downsample(four).flatten(0, 2)
+            cuts = [tuple(cut_of(model, number, block, part.grid, side) for part in parts) for block in stage.blocks]
+            orders = {cut: order_by_windows(packed.positions, parts, cut, side) for cut in dict.fromkeys(cuts)}
+            at_hand = None
+            for block, cut in zip(stage.blocks, cuts, strict=True):
+                order = orders[cut]
+                if order is not at_hand:  # from one block's windows to the next one's
+                    rows = order.rows if at_hand is None else at_hand.places[order.rows]
+                    tokens, at_hand = tokens.index_select(0, rows), order
+                tokens = _run_block(block, tokens, order)
+            if at_hand is not None:
+                tokens = tokens.index_select(0, at_hand.places)
+        return model.norm(tokens), packed
 
-def num_prefix_tokens(model: TimmModule) -> int:
-    """See :class:`base.Family`."""
-    return 0
+    def classify(self, model: TimmModule, tokens: Tensor, packed: Packed) -> Tensor:
+        head = model.head
+        pool: str = head.global_pool.pool_type
+        rows = [ops.segment_pool(tokens, packed.cu_seqlens, mode) for mode in POOL_MODES[pool]]
+        pooled = torch.stack(rows).mean(dim=0) if pool == "avgmax" else torch.cat(rows, dim=1)
+        logits: Tensor = head.flatten(head.fc(head.drop(pooled)))
+        return logits
 
+    def dense_embed(self, model: TimmModule, images: Tensor) -> Tensor:
+        # In the order of :func:`embed`.
+        patches: Tensor = model.patch_embed(images).flatten(1, 2)
+        return patches[:, _raster(model, patches)]
 
-def patch_size(model: TimmModule) -> tuple[int, int] | None:
-    """See :class:`base.Family`. None too where timm would pad one of the coarser grids to whole windows."""
-    side, patches = cell_side(model), model.patch_embed.grid_size
-    for grid in coarser_grids((patches[0] // side, patches[1] // side)):
-        for number, (stage, own) in enumerate(stages_of(model)):
-            if not is_whole(cut_of(model, number, stage.blocks[0], grid, own), grid, own):
-                return None
-    if not embeds_kept_only(model, with_norm=True):
-        return None
-    height, width = model.patch_embed.proj.weight.shape[-2:]
-    return height * side, width * side
+    def dense_encode(self, model: TimmModule, tokens: Tensor) -> Tensor:
+        # From the order of :func:`embed` to one token a cell.
+        patches = torch.empty_like(tokens)
+        patches[:, _raster(model, tokens)] = tokens
+        encoded: Tensor = model.norm(model.layers(patches.unflatten(1, model.patch_embed.grid_size)))
+        return encoded.flatten(1, 2)
 
+    def dense_classify(self, model: TimmModule, tokens: Tensor) -> Tensor:
+        side, (rows, columns) = cell_side(model), model.patch_embed.grid_size
+        logits: Tensor = model.forward_head(tokens.unflatten(1, (rows // side, columns // side)))
+        return logits
 
-def trial_patches(model: TimmModule, grid: Grid) -> int:
-    """See :class:`base.Family`."""
-    return grid[0] * grid[1]
+    def flops(self, model: TimmModule, counts: list[int], grid: Grid) -> int:
+        return swin_costs.flops(model, counts, grid)
 
-
-def embed(model: TimmModule, images: Tensor, indices: Tensor, cu_seqlens: Tensor, total: int, grid: Grid) -> Tensor:
-    """See :class:`base.Family`. A cell's patches in Z-order: ``(total * patches of a cell, dim)``."""
-    side = cell_side(model)
-    if not embeds_kept_only(model, with_norm=True):
-        cells = dense_embed(model, images).unflatten(1, (-1, side**2)).flatten(2)
-        kept = ops.gather_tokens(cells, cells.new_empty(len(cells), 0, cells.shape[2]), indices, cu_seqlens, total)
-        return kept.view(total * side**2, -1)
-    projection = model.patch_embed.proj
-    prefix = projection.weight.new_empty(0, projection.out_channels)
-    images, weight, bias, prefix = embedding.autocast(images, projection.weight, projection.bias, prefix)
-    numbers = patch_numbers(indices, grid, side).flatten(1)
-    tokens = ops.embed_tokens(images, weight, bias, prefix, None, numbers, cu_seqlens * side**2, total * side**2)
-    normed: Tensor = model.patch_embed.norm(tokens)
-    return normed
-
-
-@eager_outside  # windows change from batch to batch; what knows nothing of them is compiled
-def encode(
-    model: TimmModule, tokens: Tensor, packed: Packed, parts: list[Part], read_all: bool = False
-) -> tuple[Tensor, Packed]:
-    """See :class:`base.Family`. Tokens enter as :func:`embed` gives them; one a cell remains."""
-    assert packed.positions is not None
-    for number, (stage, side) in enumerate(stages_of(model)):
-        if merges(stage):
-            four = tokens.view(-1, 2, 2, tokens.shape[1]).transpose(1, 2)  # right before down, as timm's grids
-            tokens = stage.downsample(four).flatten(0, 2)
-        cuts = [tuple(cut_of(model, number, block, part.grid, side) for part in parts) for block in stage.blocks]
-        orders = {cut: order_by_windows(packed.positions, parts, cut, side) for cut in dict.fromkeys(cuts)}
-        at_hand = None
-        for block, cut in zip(stage.blocks, cuts, strict=True):
-            order = orders[cut]
-            if order is not at_hand:  # from one block's windows to the next one's
-                rows = order.rows if at_hand is None else at_hand.places[order.rows]
-                tokens, at_hand = tokens.index_select(0, rows), order
-            tokens = _run_block(block, tokens, order)
-        if at_hand is not None:
-            tokens = tokens.index_select(0, at_hand.places)
-    return model.norm(tokens), packed
+    def dense_flops(self, model: TimmModule, images: int, grid: Grid) -> int:
+        return swin_costs.dense_flops(model, images, grid)
 
 
 @eager_outside
@@ -185,7 +203,8 @@ def _bias_table(attention: TimmModule, size: Grid) -> Tensor:
     if size == own:
         return table
     shape = ((2 * size[0] - 1) * (2 * size[1] - 1), attention.num_heads)
-    return derived(table, (own, size), lambda: resize_rel_pos_bias_table(table, size, shape, own))
+    resized: Tensor = derived(table, (own, size), lambda: resize_rel_pos_bias_table(table, size, shape, own))
+    return resized
 
 
 def _continuous_bias(attention: TimmModule, size: Grid) -> Tensor:
@@ -199,39 +218,8 @@ def _continuous_bias(attention: TimmModule, size: Grid) -> Tensor:
     return 16 * table.sigmoid()
 
 
-def classify(model: TimmModule, tokens: Tensor, packed: Packed) -> Tensor:
-    """See :class:`base.Family`."""
-    head = model.head
-    pool: str = head.global_pool.pool_type
-    rows = [ops.segment_pool(tokens, packed.cu_seqlens, mode) for mode in POOL_MODES[pool]]
-    pooled = torch.stack(rows).mean(dim=0) if pool == "avgmax" else torch.cat(rows, dim=1)
-    logits: Tensor = head.flatten(head.fc(head.drop(pooled)))
-    return logits
-
-
-def dense_embed(model: TimmModule, images: Tensor) -> Tensor:
-    """See :class:`base.Family`. In the order of :func:`embed`."""
-    patches: Tensor = model.patch_embed(images).flatten(1, 2)
-    return patches[:, _raster(model, patches)]
-
-
-def dense_encode(model: TimmModule, tokens: Tensor) -> Tensor:
-    """See :class:`base.Family`. From the order of :func:`embed` to one token a cell."""
-    patches = torch.empty_like(tokens)
-    patches[:, _raster(model, tokens)] = tokens
-    encoded: Tensor = model.norm(model.layers(patches.unflatten(1, model.patch_embed.grid_size)))
-    return encoded.flatten(1, 2)
-
-
 def _raster(model: TimmModule, tokens: Tensor) -> Tensor:
     """Each packed row's patch, where all cells are kept: int64 ``(patches,)``."""
     side, (rows, columns) = cell_side(model), model.patch_embed.grid_size
     cells = torch.arange(rows * columns // side**2, dtype=torch.int32, device=tokens.device)
     return patch_numbers(cells, (rows // side, columns // side), side).flatten().long()
-
-
-def dense_classify(model: TimmModule, tokens: Tensor) -> Tensor:
-    """See :class:`base.Family`."""
-    side, (rows, columns) = cell_side(model), model.patch_embed.grid_size
-    logits: Tensor = model.forward_head(tokens.unflatten(1, (rows // side, columns // side)))
-    return logits

@@ -1,4 +1,8 @@
-"""What of a Swin Transformer is looked at before it is patched, and at every call."""
+"""What is refused of a Swin Transformer when it is patched, and again when something in it has changed since then."""
+
+from itertools import chain
+from operator import attrgetter
+from typing import Any
 
 from timm.layers import ClassifierHead, SelectAdaptivePool2d
 from timm.models import swin_transformer, swin_transformer_v2
@@ -6,8 +10,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import nn
 
-from tinydrop_kernels.families.blocks import has_hooks
-from tinydrop_kernels.families.checks import foreign_method
+from tinydrop_kernels.families.checks import foreign_method, hooks_in_vain, random_in_eval
 from tinydrop_kernels.families.windows import cell_side, cut_of, is_whole, merges, stages_of
 from tinydrop_kernels.ops.types import TimmModule
 
@@ -20,18 +23,34 @@ POOL_MODES = {"avg": ["mean"], "max": ["max"], "avgmax": ["mean", "max"], "catav
 
 
 def unsupported_swin(model: TimmModule, methods: tuple[str, ...]) -> str | None:
-    """What of the model is not supported, or None; looks at attributes alone.
+    """Describe what of the model is not supported, or would be passed over; None if nothing is.
 
     Args:
         model: a ``SwinTransformer`` or ``SwinTransformerV2``.
         methods: which must be the class's own.
     """
     base = SwinTransformerV2 if isinstance(model, SwinTransformerV2) else SwinTransformer
-    return foreign_method(model, base, methods) or _foreign_part(model) or _padded(model) or _foreign_head(model)
+    return (
+        foreign_method(model, base, methods)
+        or _foreign_part(model)
+        or _padded(model)
+        or _foreign_head(model)
+        or hooks_in_vain(_not_called(model))
+        or random_in_eval(model)
+    )
+
+
+def settings(model: TimmModule) -> tuple[Any, ...]:
+    """See :class:`base.Family`. The names of the model's attributes too: a method replaced on it is one more."""
+    cuts = [_cut(block) for stage in model.layers for block in stage.blocks]
+    return model.dynamic_img_size, model.head.global_pool.pool_type, tuple(vars(model)), cuts
+
+
+_cut = attrgetter("input_resolution", "window_size", "shift_size")
 
 
 def _foreign_part(model: TimmModule) -> str | None:
-    """Which part is none that was read, or is passed over and not what timm made it, or None."""
+    """Describe the first part that this package does not know; None if it knows all."""
     if model.dynamic_img_size:
         return "dynamic_img_size, which makes windows of any image; supported are images of one size"
     for stage in model.layers:
@@ -43,21 +62,23 @@ def _foreign_part(model: TimmModule) -> str | None:
                 return f"blocks of {type(block).__name__} and {type(attention).__name__}; supported are timm's own"
             if attention._modules.keys() - _ATTENTION_PARTS or vars(block).keys() & {"_attn", "_calc_window_shift"}:
                 return "blocks or attentions with more than timm's parts, or other methods"
-            biased = getattr(attention, "cpb_mlp", ())
-            passed = (block, attention, attention.softmax, attention.attn_drop, biased, *biased)
-            if any(isinstance(module, nn.Module) and has_hooks(module) for module in passed):
-                return "hooks on a block or an attention, whose modules are called one by one"
-            dropouts = (attention.attn_drop, block.drop_path1, block.drop_path2)
-            if not model.training and any(d.training and _rate(d) for d in dropouts):
-                return "dropout in train mode, though the model is in eval mode"
-    if any(map(has_hooks, (model.layers, *model.layers, *(stage.blocks for stage in model.layers)))):
-        return "hooks on layers or blocks, whose modules are called one by one"
+            if type(attention.softmax) is not nn.Softmax or type(attention.attn_drop) is not nn.Dropout:
+                kinds = f"{type(attention.softmax).__name__} and {type(attention.attn_drop).__name__}"
+                return f"an attention's softmax and attn_drop of {kinds}, which the packed forward does not call"
     return None
 
 
-def _rate(dropout: TimmModule) -> float:
-    rate: float = getattr(dropout, "p", 0.0) or getattr(dropout, "drop_prob", 0.0) or 0.0
-    return rate
+def _not_called(model: TimmModule) -> dict[str, nn.Module]:
+    """Return the modules that are passed over, by name: containers, and what attention and pool consist of."""
+    head = model.head
+    called = [model.patch_embed, model.norm, head.drop, head.fc, head.flatten]
+    called += [stage.downsample for stage in model.layers if merges(stage)]
+    for block in (block for stage in model.layers for block in stage.blocks):
+        attention = block.attn
+        called += [block.norm1, block.norm2, block.mlp, block.drop_path1, block.drop_path2]
+        called += [attention.qkv, attention.proj, attention.proj_drop]
+    within = {model, *chain.from_iterable(module.modules() for module in called)}
+    return {name: module for name, module in model.named_modules() if module not in within}
 
 
 def _padded(model: TimmModule) -> str | None:
@@ -83,6 +104,4 @@ def _foreign_head(model: TimmModule) -> str | None:
         return f"a head of type {type(head).__name__}; supported is timm's ClassifierHead"
     if type(head.global_pool) is not SelectAdaptivePool2d or head.global_pool.pool_type not in POOL_MODES:
         return f"global_pool={head.global_pool.pool_type!r}; supported are {', '.join(POOL_MODES)}"
-    if any(map(has_hooks, (head, head.global_pool, head.global_pool.pool))):
-        return "hooks on head or its pool, whose modules are called one by one"
     return None

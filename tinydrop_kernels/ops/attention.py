@@ -205,20 +205,19 @@ def _not_on_cuda(device_type: str) -> str | None:
     return None if device_type == "cuda" else f"torch's varlen_attn has nothing for {device_type}"
 
 
-# No order among these has been measured on a GPU yet. Until it is, the extension comes first where it is built: by
-# counting, it issues the fewest instructions for ragged batches and long segments (docs/decisions.md). Then Triton,
-# which takes every dtype, layout and bias; then torch's, which has tiles for long segments; padding, which computes
-# what nobody needs, comes last.
+# No order among these has been measured on a GPU yet. Until it is, Triton's comes first, which takes every dtype,
+# layout and bias and is tested most; then the extension, where it is built, which is experimental; then torch's; and
+# last padding, which computes what is not needed. Whoever measures puts the winner first.
 _op = define(
     "varlen_attention(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
     "SymInt max_seqlen_q, SymInt max_seqlen_k, float? scale=None, Tensor? bias_table=None, Tensor? positions=None, "
     "SymInt[2] grid_size=[1, 1], SymInt skip_keys=0) -> Tensor",
     lambda query, *others: torch.empty_like(query, memory_format=torch.contiguous_format),
     [
+        triton(_triton, _triton_takes),
         Implementation(
             "cuda", "CUDA C++ extension", cuda_extension.launch, cuda_extension.missing_on, cuda_extension.takes
         ),
-        triton(_triton, _triton_takes),
         Implementation("torch", "torch's varlen_attn", _torch, _not_on_cuda, _torch_takes),
         reference(_reference, "scaled_dot_product_attention"),
     ],

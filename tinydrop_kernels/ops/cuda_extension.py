@@ -1,4 +1,4 @@
-"""The optional CUDA C++ extension, ``tinydrop_kernels._C`` (built by setup.py from ``csrc/``)."""
+"""The optional, experimental CUDA C++ extension, ``tinydrop_kernels._C`` (built by setup.py from ``csrc/``)."""
 
 import functools
 import importlib

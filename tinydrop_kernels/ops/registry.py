@@ -17,6 +17,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from tinydrop_kernels.torch_internals import in_forward_mode
+
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 HALF = (torch.float16, torch.bfloat16)
 BACKENDS = ("auto", "reference", "triton", "cuda", "torch")
@@ -106,6 +108,10 @@ class Operator:
         return first.name, "; ".join((first.what, *filter(None, reasons)))
 
     def __call__(self, *arguments: Any) -> Any:
+        if in_forward_mode():  # torch would take a tangent of zero for it
+            raise RuntimeError(
+                f"{self.name}: it has no forward-mode derivative; use reverse mode (torch.func.vjp, jacrev)"
+            )
         call = self.call(*arguments)
         for implementation in self.on(call[0].device.type):  # as choose, without a generator's time
             if implementation.takes(call):

@@ -1,0 +1,84 @@
+"""The trial on noise that every patch goes through, and every patched model in which a module was exchanged."""
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tinydrop_kernels import ops
+from tinydrop_kernels.families.base import Family
+from tinydrop_kernels.ops.packing import pack_alike
+from tinydrop_kernels.ops.types import Grid, Packed, Part, TimmModule
+from tinydrop_kernels.torch_internals import ieee_float32
+
+
+@ieee_float32()
+@sdpa_kernel(SDPBackend.MATH)
+def find_mismatch(family: Family, model: TimmModule) -> str | None:
+    """Describe the first stage of a patched model that differs from timm's when everything is kept; None if none does.
+
+    Catches what no list of supported parts can: a projection that is more than its weight, hooks that change what they
+    see, norms and MLPs that mix tokens, a timm that works otherwise. The embedding is tried on one image; the blocks
+    and the head on two sequences of a few tokens, which costs little more than reading the weights once, or on the
+    tokens of one image where timm's blocks take no fewer. In float32 nothing is rounded to TF32 meanwhile, and nothing
+    attends by torch's fused kernel, which adds up products of TF32: our kernels do neither.
+    """
+    parameter = next(model.parameters())
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(parameter.device, parameter.dtype)
+
+    image = noise(1, model.in_chans, *model.patch_embed.img_size)
+    grid = family.grid_size(model, image)
+    patches = grid[0] * grid[1]
+    indices, packed, parts = _everything(family, model, 1, patches, grid)
+    embedded = family.dense_embed(model, image)
+    tokens = family.embed(model, image, indices, parts[0].cu_seqlens, parts[0].total, grid)
+    if not _agrees(tokens, embedded[0]):
+        if not torch.isfinite(embedded).all():
+            return "weights that are not finite: its patch embedding answers NaN or infinity to noise"
+        return "a patch embedding that is not what its weights say"
+
+    few = family.trial_patches(model, grid)
+    if few < patches:
+        _, packed, parts = _everything(family, model, 2, few, grid)
+        embedded = embedded[:, : family.num_prefix_tokens(model) + few].expand(2, -1, -1)
+    sequences = noise(*embedded.shape)
+    encoded = family.dense_encode(model, sequences)
+    tokens, read = family.encode(model, sequences.flatten(0, 1), packed, parts)
+    rows = read.total // len(encoded)  # of each sequence, from its first on
+    if not _agrees(tokens, encoded[:, :rows].flatten(0, 1)):
+        if not torch.isfinite(encoded).all():
+            return "weights that are not finite: its blocks answer NaN or infinity to noise"
+        return "blocks that are not timm's, or that mix tokens elsewhere than in attention"
+    sequences = noise(*encoded.shape)
+    expected = family.dense_classify(model, sequences)
+    if not _agrees(family.classify(model, sequences[:, :rows].flatten(0, 1), read), expected):
+        if not torch.isfinite(expected).all():
+            return "weights that are not finite: its head answers NaN or infinity to noise"
+        return "a pool or head that is not timm's"
+    return None
+
+
+def _everything(
+    family: Family, model: TimmModule, images: int, patches: int, grid: Grid
+) -> tuple[Tensor, Packed, list[Part]]:
+    """Return indices and layout of images that all keep the first patches of the grid."""
+    prefix = family.num_prefix_tokens(model)
+    indices, packed, parts = pack_alike(images, patches, grid, prefix, next(model.parameters()).device)
+    positions = ops.patch_positions(indices, packed.cu_seqlens, packed.total, prefix)
+    return indices, packed._replace(positions=positions), parts
+
+
+def _agrees(out: Tensor, expected: Tensor) -> bool:
+    """Return whether two tensors are equal up to the rounding of their dtype.
+
+    Compared are the root mean square of the difference and, where rounding averages out, the scale.
+    """
+    if out.shape != expected.shape:
+        return False
+    spread, gain = (1e-5, 1e-5) if out.dtype in (torch.float32, torch.float64) else (2e-2, 2e-3)
+    out, expected = out.double().flatten(), expected.double().flatten()
+    power = expected.dot(expected)
+    off = out - expected
+    return bool(off.dot(off) <= spread**2 * power) and bool(off.dot(expected).abs() <= gain * power)

@@ -1,0 +1,108 @@
+"""Everything of torch that torch does not promise, and nothing else; each with a sentence on why it is needed.
+
+A name that this torch does not have is looked for with ``hasattr`` or ``getattr`` where it is used, never at import.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as _module
+from torch.utils.module_tracker import ModuleTracker
+
+_GLOBAL_HOOKS = (
+    "_global_forward_pre_hooks",
+    "_global_forward_hooks",
+    "_global_backward_pre_hooks",
+    "_global_backward_hooks",
+)
+
+# Of torch.backends, a parent before what follows it. oneDNN's own parent is left out: in torch 2.11 to 2.14, who sets
+# it sets that of all backends.
+_FLOAT32_SETTINGS = ("cudnn", "cudnn.conv", "cuda.matmul", "mkldnn.conv", "mkldnn.matmul")
+_one_at_a_time = threading.RLock()
+
+
+def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    """Return the dictionaries of a module's own hooks: forward, forward-pre, backward and backward-pre."""
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+
+
+def global_hooks() -> list[Callable[..., Any]]:
+    """Return the hooks that run at the call of every module, as ``register_module_forward_hook`` sets them.
+
+    Those of torch's ``ModuleTracker`` are left out: they only look, and ``FlopCounterMode`` sets them.
+    """
+    found = chain.from_iterable(getattr(_module, name, {}).values() for name in _GLOBAL_HOOKS)
+    return [hook for hook in found if not isinstance(getattr(hook, "__self__", None), ModuleTracker)]
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether calling a module runs more than its class's ``forward``.
+
+    That is a hook of its own, or a ``forward`` on the instance that patching has not set there. Hooks on every module
+    (:func:`global_hooks`) are looked for once a call, not here.
+    """
+    forward = vars(module).get("forward")
+    return any(hooks_of(module)) or not (forward is None or is_own(forward))
+
+
+def is_own(forward: object) -> bool:
+    """Return whether a ``forward`` on an instance was set there by this package: a partial of one of its functions."""
+    return isinstance(forward, partial) and str(getattr(forward.func, "__module__", "")).startswith("tinydrop_kernels.")
+
+
+@contextmanager
+def ieee_float32() -> Iterator[None]:
+    """Compute float32 as float32 within, on every device; also a decorator.
+
+    cuDNN rounds what it convolves to TF32 unless it is forbidden, which is an error of 3e-4; cuBLAS and oneDNN round
+    where the user allows it. ``fp32_precision`` is torch's newest way to forbid it, and has moved before. The settings
+    are the process's: other threads compute in float32 meanwhile, too, and who enters here waits for the one within.
+    What followed its parent follows it again afterwards.
+    """
+    with _one_at_a_time:
+        changed: list[tuple[Any, str]] = []
+        try:
+            for setting in _float32_settings():
+                before = setting.fp32_precision
+                if before != "ieee":
+                    setting.fp32_precision = "ieee"
+                    changed.append((setting, before))
+            yield
+        finally:
+            for setting, before in reversed(changed):
+                setting.fp32_precision = before
+
+
+def _float32_settings() -> list[Any]:
+    settings: list[Any] = [torch.backends]
+    for name in _FLOAT32_SETTINGS:
+        setting: Any = torch.backends
+        for part in name.split("."):
+            setting = getattr(setting, part, None)
+        settings.append(setting)
+    return [setting for setting in settings if hasattr(setting, "fp32_precision")]
+
+
+def transforms() -> list[str]:
+    """Return the transforms around this call, the innermost last.
+
+    Returns:
+        Of ``torch.func`` ``"grad"`` (its vjp and jacrev too), ``"jvp"`` (its jacfwd and linearize too), ``"vmap"`` and
+        ``"functionalize"``; of ``torch.autograd`` ``"forward_ad"``. None of them where this torch does not say.
+    """
+    stack: Any = getattr(getattr(torch._C, "_functorch", None), "get_interpreter_stack", tuple)()
+    found = [interpreter.key().name.lower() for interpreter in stack or ()]
+    return ["forward_ad", *found] if in_forward_mode() else found
+
+
+def in_forward_mode() -> bool:
+    """Return whether tangents are computed around this call, also where ``torch.func`` has put its stack aside."""
+    level: int = getattr(torch.autograd.forward_ad, "_current_level", -1)
+    return level >= 0
