@@ -1,6 +1,7 @@
 """The guidance model: a tiny classifier that says what it sees, how sure it is, and where it looked."""
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ from tinydrop_kernels.torch_internals import ieee_float32
 
 DEFAULT_GUIDANCE = "efficientformer_l1.snap_dist_in1k"
 PLAIN_CAM = Saliency()
+PART = 8  # images for each thread on CPU: of more, activations lie in no cache (docs/decisions.md)
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation of each channel
 
@@ -147,7 +149,11 @@ class Guidance(nn.Module):
         """
         images = self._prepared(images, mean, std)
         trunk = for_any_batch(type(self)._trunk) if self.compiled else type(self)._trunk
-        features, args, kwargs = trunk(self, images)
+        if images.is_cpu and self._split is None:
+            parts = images.tensor_split(math.ceil(len(images) / (PART * torch.get_num_threads())) or 1)
+            features, args, kwargs = torch.cat([trunk(self, part)[0] for part in parts]), (), {}
+        else:
+            features, args, kwargs = trunk(self, images)
         cells = self._layout.cells(features)
         if self.cam is Cam.ROWS:
             return Guided(self._head(features), cells, None)

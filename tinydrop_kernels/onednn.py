@@ -1,37 +1,35 @@
-"""Linear layers on CPU by oneDNN: its float32 is faster than MKL's, which torch takes (docs/decisions.md).
+"""Linear layers on CPU by the library that is faster there, oneDNN or MKL, where torch takes MKL (docs/decisions.md).
 
-Weights can be packed: laid out as oneDNN reads them, once and not at every call. Then 1 x 1 convolutions are linear
-layers too, and GELU is applied to what a layer gives before it is written.
+Weights can be packed: laid out as the library reads them, once and not at every call. Then 1 x 1 convolutions are
+linear layers too, and oneDNN applies GELU to what a layer gives before it is written.
 """
 
+import functools
+import time
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import flop_registry, register_flop_formula
+from torch.utils.flop_counter import register_flop_formula
 
 from tinydrop_kernels.derived import derived, keeps
 from tinydrop_kernels.ops.registry import LIBRARY, wants_gradient
 from tinydrop_kernels.ops.types import TimmModule
+from tinydrop_kernels.torch_internals import (
+    has_mkl_packing,
+    has_onednn_linear,
+    mkl_linear,
+    mkl_packed,
+    onednn_linear,
+    onednn_packed,
+)
 
-
-def _multiplies(dtype: torch.dtype) -> bool:
-    """Return whether oneDNN multiplies in this dtype on this CPU, found out by a tiny product.
-
-    It has bfloat16 where the processor does. No list of processors tells that, and torch's own question is wrong where
-    an environment variable forbids instructions. A torch that has renamed these private operators has none for us.
-    """
-    try:
-        x = torch.ones(2, 16, dtype=dtype)
-        packed = torch.ops.mkldnn._reorder_linear_weight(x, None)
-        products = [torch.ops.mkldnn._linear_pointwise(x, w, None, "gelu", [], "none") for w in (x, packed)]
-    except (AttributeError, RuntimeError, TypeError):
-        return False
-    return all(product.shape == (2, 2) for product in products)
-
-
-DTYPES = frozenset(filter(_multiplies, (torch.float32, torch.bfloat16)))  # that oneDNN has here
+HAS_ONEDNN = torch.backends.mkldnn.is_available()
+# Of a product of fewer rows, reading the weights takes the time, which oneDNN does faster on every CPU that was tried.
+MANY_ROWS = 512
+# A smaller weight stays oneDNN's, since its narrow layers, and GELU within the product, are the faster there.
+LARGE_WEIGHT = 512 * 512
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -85,46 +83,77 @@ def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         x.is_cpu
         and weight.is_cpu
-        and x.dtype == weight.dtype
-        and x.dtype in DTYPES
+        and x.dtype == weight.dtype in (torch.float32, torch.bfloat16)
         and type(weight) in (Tensor, nn.Parameter)  # no subclass, which may mean anything by a product
         and weight.layout == torch.strided
         and x.numel() > 0
+        and HAS_ONEDNN
         and not torch.is_autocast_enabled("cpu")
         and not wants_gradient(x, weight, bias)
     )
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, packs: bool) -> Tensor:
-    # compiled, by an operator of our own: inductor takes oneDNN's for weights that never change alone
-    run = torch.ops.tinydrop.onednn_linear if torch.compiler.is_compiling() else _by_onednn
-    out: Tensor = run(x, weight, bias, activation, packs)
+    out: Tensor = torch.ops.tinydrop.cpu_linear(x, weight, bias, activation, packs)
     return out
 
 
-def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, packs: bool) -> Tensor:
-    laid_out = _packed_weight(weight) if packs and keeps(weight) else weight.flatten(1)
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, laid_out, bias, activation, [], "none")
-    return out
+def _by_faster_library(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, packs: bool) -> Tensor:
+    """The operator, opaque to Inductor, which would take oneDNN for weights that never change alone, and else MKL."""
+    matrix, packs = weight.flatten(1), packs and keeps(weight)
+    if not has_onednn_linear(x.dtype):
+        out = F.linear(x, matrix, bias)
+    elif packs and _is_mkls(matrix):
+        out = mkl_linear(x, _packed_weight(weight), matrix, bias)
+    elif packs:
+        return onednn_linear(x, _packed_weight(weight), bias, activation)
+    elif x.dtype == torch.float32 and x.numel() >= MANY_ROWS * x.shape[-1] and is_torch_faster():
+        out = F.linear(x, matrix, bias)
+    else:
+        return onednn_linear(x, matrix, bias, activation)
+    return F.gelu(out) if activation == "gelu" else out
+
+
+@functools.cache
+def is_torch_faster() -> bool:
+    """Return whether float32 products of many rows are faster by torch, that is MKL, than by oneDNN; measured once.
+
+    It takes 50 ms of a core with AVX512. The choice changes no more than an answer's rounding.
+    """
+    x = weight = torch.ones(768, 768)  # in caches; smaller ones mislead, as either library packs them at each call
+    seconds: dict[Any, list[float]] = {F.linear: [], onednn_linear: []}
+    for _ in range(3):
+        for product, taken in seconds.items():
+            start = time.process_time()  # not the clock's, since a busy machine interrupts one more than the other
+            product(x, weight, None)
+            taken.append(time.process_time() - start)
+    return min(seconds[F.linear]) < min(seconds[onednn_linear])
+
+
+def _is_mkls(matrix: Tensor) -> bool:
+    """Whether a weight is packed by MKL."""
+    is_large = matrix.dtype == torch.float32 and matrix.numel() >= LARGE_WEIGHT
+    return is_large and has_mkl_packing() and is_torch_faster()
+
+
+def _pack(matrix: Tensor) -> Any:
+    return mkl_packed(matrix.contiguous()) if _is_mkls(matrix) else onednn_packed(matrix)
 
 
 def _packed_weight(weight: Tensor) -> Any:
-    pack = torch.ops.mkldnn._reorder_linear_weight
-    return derived(weight, "packed by oneDNN", lambda: pack(weight.detach().flatten(1), None))
+    return derived(weight, "packed for products on CPU", lambda: _pack(weight.detach().flatten(1)))
 
 
-LIBRARY.define("onednn_linear(Tensor x, Tensor weight, Tensor? bias, str activation, bool packs) -> Tensor")
-LIBRARY.impl("onednn_linear", _by_onednn, "CPU")
+LIBRARY.define("cpu_linear(Tensor x, Tensor weight, Tensor? bias, str activation, bool packs) -> Tensor")
+LIBRARY.impl("cpu_linear", _by_faster_library, "CPU")
 torch.library.register_fake(
-    "tinydrop::onednn_linear",
+    "tinydrop::cpu_linear",
     lambda x, weight, bias, activation, packs: x.new_empty(*x.shape[:-1], weight.shape[0]),
     lib=LIBRARY,
 )
 
 
+@register_flop_formula(torch.ops.tinydrop.cpu_linear, get_raw=True)
 def _flops(x: Tensor, *others: Any, out_val: Tensor) -> int:
+    """Count as torch counts its own linear layers."""
     return 2 * x.numel() * out_val.shape[-1]
-
-
-if DTYPES and torch.ops.mkldnn._linear_pointwise not in flop_registry:  # torch's counter does not know it, yet
-    register_flop_formula(torch.ops.mkldnn._linear_pointwise, get_raw=True)(_flops)

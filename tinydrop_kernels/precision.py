@@ -2,7 +2,7 @@
 
 import torch
 
-from tinydrop_kernels.onednn import DTYPES
+from tinydrop_kernels.torch_internals import has_onednn_linear
 
 
 def fast_dtype(device: torch.device | str) -> torch.dtype:
@@ -16,5 +16,5 @@ def fast_dtype(device: torch.device | str) -> torch.dtype:
     else:
         asked = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
         is_native = any(is_supported is not None and is_supported() for is_supported in asked)
-        has_bfloat16 = kind == "cpu" and is_native and torch.bfloat16 in DTYPES
+        has_bfloat16 = kind == "cpu" and is_native and has_onednn_linear(torch.bfloat16)
     return torch.bfloat16 if has_bfloat16 else torch.float32

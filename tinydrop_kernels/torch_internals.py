@@ -3,6 +3,7 @@
 A name that this torch does not have is looked for with ``hasattr`` or ``getattr`` where it is used, never at import.
 """
 
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,8 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.nn.modules import module as _module
 from torch.utils.module_tracker import ModuleTracker
 
@@ -26,6 +28,9 @@ _GLOBAL_HOOKS = (
 # it sets that of all backends.
 _FLOAT32_SETTINGS = ("cudnn", "cudnn.conv", "cuda.matmul", "mkldnn.conv", "mkldnn.matmul")
 _one_at_a_time = threading.RLock()
+
+# Weights that are packed for many rows are the fastest for any number of them, and right for any (docs/decisions.md).
+MKL_ROWS = 4096
 
 
 def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
@@ -106,3 +111,81 @@ def in_forward_mode() -> bool:
     """Return whether tangents are computed around this call, also where ``torch.func`` has put its stack aside."""
     level: int = getattr(torch.autograd.forward_ad, "_current_level", -1)
     return level >= 0
+
+
+@functools.cache
+def has_onednn_linear(dtype: torch.dtype) -> bool:
+    """Return whether :func:`onednn_linear` answers on this CPU, weights packed and not; a tiny product a process tells.
+
+    The operators are meant for torch's compiler alone, so a release may rename them. On a CPU without AVX512 oneDNN has
+    no bfloat16. Only an attempt reveals that: torch's own check asks the processor, and oneDNN may be told to use less.
+    """
+    if not all(hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight")):
+        return False
+    x, weight = _exact(3, dtype), _exact(8, dtype)
+    try:
+        answers = [onednn_linear(x, laid_out, None) for laid_out in (weight, onednn_packed(weight))]
+    except RuntimeError:
+        return False
+    return all(torch.equal(answer, F.linear(x, weight)) for answer in answers)
+
+
+def onednn_linear(x: Tensor, weight: Any, bias: Tensor | None, activation: str = "none") -> Tensor:
+    """Apply a linear layer by oneDNN where :func:`has_onednn_linear` says that it can.
+
+    Args:
+        x: ``(..., in_features)``.
+        weight: ``(out_features, in_features)``, as it is or from :func:`onednn_packed`.
+        bias: ``(out_features,)``.
+        activation: ``"none"`` or ``"gelu"``, the exact one.
+    """
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none")
+    return out
+
+
+def onednn_packed(weight: Tensor) -> Any:
+    """Return a copy of ``(out_features, in_features)`` as oneDNN reads it, which can neither be copied nor pickled."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, None)
+
+
+@functools.cache
+def has_mkl_packing() -> bool:
+    """Return whether :func:`mkl_linear` answers, for any number of rows; tiny products, once a process, tell.
+
+    The operators are meant for torch's compiler alone, and a torch without MKL has none.
+    """
+    if not all(hasattr(torch.ops.mkl, name) for name in ("_mkl_linear", "_mkl_reorder_linear_weight")):
+        return False
+    weight = _exact(8, torch.float32)
+    try:
+        packed = mkl_packed(weight)
+        return all(
+            torch.equal(mkl_linear(x, packed, weight, None), F.linear(x, weight))
+            for x in (_exact(rows, torch.float32) for rows in (1, 50, 400))
+        )
+    except RuntimeError:
+        return False
+
+
+def mkl_linear(x: Tensor, packed: Any, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Apply a linear layer in float32 by MKL.
+
+    Args:
+        x: ``(..., in_features)``.
+        packed: :func:`mkl_packed` of the weight.
+        weight: ``(out_features, in_features)``.
+        bias: ``(out_features,)``.
+    """
+    rows = x.numel() // x.shape[-1]
+    out: Tensor = torch.ops.mkl._mkl_linear(x, packed, weight, bias, rows)  # does without packed for other rows
+    return out
+
+
+def mkl_packed(weight: Tensor) -> Any:
+    """Return a copy of ``(out_features, in_features)`` as MKL reads it; the copy can neither be copied nor pickled."""
+    return torch.ops.mkl._mkl_reorder_linear_weight(weight, MKL_ROWS)
+
+
+def _exact(rows: int, dtype: torch.dtype) -> Tensor:
+    """Small integers ``(rows, 16)``, whose products are exact in every dtype."""
+    return (torch.arange(rows * 16) % 3).view(rows, 16).to(dtype)

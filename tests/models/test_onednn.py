@@ -17,9 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import tinydrop_kernels as tdk
 from tinydrop_kernels import onednn
 from tinydrop_kernels.onednn import run_linear, run_packed
+from tinydrop_kernels.torch_internals import has_onednn_linear, onednn_linear
 
 DROP_HALF = tdk.DropPolicy.fixed(0.5)
-needs_onednn = pytest.mark.skipif(not onednn.DTYPES, reason="this torch has no oneDNN")
+needs_onednn = pytest.mark.skipif(not has_onednn_linear(torch.float32), reason="this torch has no oneDNN")
 
 
 def check(layer, x, activation="none"):
@@ -144,11 +145,11 @@ def test_every_patched_model_runs_by_onednn(images, monkeypatch):
     with torch.inference_mode():
         expected = model(images)
         assert packed_of(model.blocks[0].mlp.fc1.weight) is None
-        monkeypatch.setattr(onednn, "DTYPES", frozenset())
+        monkeypatch.setattr(onednn, "has_onednn_linear", lambda dtype: False)
         torch.testing.assert_close(model(images), expected)
-        monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *_: pytest.fail("called"))
+        monkeypatch.setattr(onednn, "onednn_linear", lambda *_: pytest.fail("called"))
         model(images)
-        monkeypatch.setattr(onednn, "DTYPES", frozenset([torch.float32]))
+        monkeypatch.setattr(onednn, "has_onednn_linear", lambda dtype: True)
         model.tinydrop.dense(images)  # timm's own
         with pytest.raises(pytest.fail.Exception, match="called"):
             model.blocks[0].mlp(torch.randn(5, 32))  # packed tokens
@@ -238,8 +239,8 @@ def refuse(*_):
     raise RuntimeError("could not create a primitive descriptor")
 {ELSEWHERE[kind]}
 import tinydrop_kernels as tdk, timm
-from tinydrop_kernels import onednn
-assert bool(onednn.DTYPES) == ({kind!r} == "counted by torch")
+from tinydrop_kernels.torch_internals import has_onednn_linear
+assert has_onednn_linear(torch.float32) == ({kind!r} == "counted by torch")
 model = timm.create_model("test_vit", num_classes=5).eval()
 images = torch.randn(2, 3, 160, 160)
 with torch.no_grad():
@@ -254,18 +255,17 @@ with torch.no_grad():
 @pytest.mark.parametrize("way", ["before", "after"])
 def test_bfloat16_where_onednn_has_none(images, monkeypatch, way):
     """As on a CPU without AVX512-BF16 and AMX: the layers are torch's."""
-    monkeypatch.setattr(onednn, "DTYPES", frozenset([torch.float32]))
-    monkeypatch.setattr(onednn, "_by_onednn", lambda x, *_: pytest.fail(f"called in {x.dtype}"))
-    vit = tiny_vit()
+
+    def product(x, *others):
+        assert x.dtype != torch.bfloat16
+        return onednn_linear(x, *others)
+
+    monkeypatch.setattr(onednn, "has_onednn_linear", lambda dtype: dtype != torch.bfloat16)
+    monkeypatch.setattr(onednn, "onednn_linear", product)
+    vit, guidance = tiny_vit(), tiny_guidance()
     if way == "before":
-        vit.bfloat16()
-        monkeypatch.setattr(onednn, "DTYPES", frozenset())  # the guidance is folded in float32
-    tdk.patch(vit, tiny_guidance().bfloat16(), tdk.DropPolicy.fixed(1.0), prepack=True) if way == "before" else None
-    if way == "after":
-        monkeypatch.undo()
-        tdk.patch(vit, tiny_guidance(), tdk.DropPolicy.fixed(1.0), prepack=True)
-        monkeypatch.setattr(onednn, "DTYPES", frozenset([torch.float32]))
-        vit.bfloat16()
+        vit, guidance = vit.bfloat16(), guidance.bfloat16()
+    tdk.patch(vit, guidance, tdk.DropPolicy.fixed(1.0), prepack=True).bfloat16()
     with torch.no_grad():
         out, dense = vit(images.bfloat16()), vit.tinydrop.dense(images.bfloat16())
     torch.testing.assert_close(out, dense, atol=0.05, rtol=0.05)
