@@ -1,7 +1,7 @@
 """Linear layers on CPU by the library that is faster there, oneDNN or MKL, where torch takes MKL (docs/decisions.md).
 
-Weights can be packed: laid out as the library reads them, once and not at every call. Then 1 x 1 convolutions are
-linear layers too, and oneDNN applies GELU to what a layer gives before it is written.
+Weights can be packed: laid out as oneDNN reads them, once and not at every call. Then 1 x 1 convolutions are linear
+layers too, and GELU is applied to what a layer gives before it is written.
 """
 
 import functools
@@ -16,20 +16,11 @@ from torch.utils.flop_counter import register_flop_formula
 from tinydrop_kernels.derived import derived, keeps
 from tinydrop_kernels.ops.registry import LIBRARY, wants_gradient
 from tinydrop_kernels.ops.types import TimmModule
-from tinydrop_kernels.torch_internals import (
-    has_mkl_packing,
-    has_onednn_linear,
-    mkl_linear,
-    mkl_packed,
-    onednn_linear,
-    onednn_packed,
-)
+from tinydrop_kernels.torch_internals import has_onednn_linear, onednn_linear, onednn_packed
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
 # Of a product of fewer rows, reading the weights takes the time, which oneDNN does faster on every CPU that was tried.
 MANY_ROWS = 512
-# A smaller weight stays oneDNN's, since its narrow layers, and GELU within the product, are the faster there.
-LARGE_WEIGHT = 512 * 512
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -103,8 +94,6 @@ def _by_faster_library(x: Tensor, weight: Tensor, bias: Tensor | None, activatio
     matrix, packs = weight.flatten(1), packs and keeps(weight)
     if not has_onednn_linear(x.dtype):
         out = F.linear(x, matrix, bias)
-    elif packs and _is_mkls(matrix):
-        out = mkl_linear(x, _packed_weight(weight), matrix, bias)
     elif packs:
         return onednn_linear(x, _packed_weight(weight), bias, activation)
     elif x.dtype == torch.float32 and x.numel() >= MANY_ROWS * x.shape[-1] and is_torch_faster():
@@ -130,18 +119,8 @@ def is_torch_faster() -> bool:
     return min(seconds[F.linear]) < min(seconds[onednn_linear])
 
 
-def _is_mkls(matrix: Tensor) -> bool:
-    """Whether a weight is packed by MKL."""
-    is_large = matrix.dtype == torch.float32 and matrix.numel() >= LARGE_WEIGHT
-    return is_large and has_mkl_packing() and is_torch_faster()
-
-
-def _pack(matrix: Tensor) -> Any:
-    return mkl_packed(matrix.contiguous()) if _is_mkls(matrix) else onednn_packed(matrix)
-
-
 def _packed_weight(weight: Tensor) -> Any:
-    return derived(weight, "packed for products on CPU", lambda: _pack(weight.detach().flatten(1)))
+    return derived(weight, "packed by oneDNN", lambda: onednn_packed(weight.detach().flatten(1)))
 
 
 LIBRARY.define("cpu_linear(Tensor x, Tensor weight, Tensor? bias, str activation, bool packs) -> Tensor")

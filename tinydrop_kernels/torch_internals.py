@@ -29,9 +29,6 @@ _GLOBAL_HOOKS = (
 _FLOAT32_SETTINGS = ("cudnn", "cudnn.conv", "cuda.matmul", "mkldnn.conv", "mkldnn.matmul")
 _one_at_a_time = threading.RLock()
 
-# Weights that are packed for many rows are the fastest for any number of them, and right for any (docs/decisions.md).
-MKL_ROWS = 4096
-
 
 def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
     """Return the dictionaries of a module's own hooks: forward, forward-pre, backward and backward-pre."""
@@ -146,44 +143,6 @@ def onednn_linear(x: Tensor, weight: Any, bias: Tensor | None, activation: str =
 def onednn_packed(weight: Tensor) -> Any:
     """Return a copy of ``(out_features, in_features)`` as oneDNN reads it, which can neither be copied nor pickled."""
     return torch.ops.mkldnn._reorder_linear_weight(weight, None)
-
-
-@functools.cache
-def has_mkl_packing() -> bool:
-    """Return whether :func:`mkl_linear` answers, for any number of rows; tiny products, once a process, tell.
-
-    The operators are meant for torch's compiler alone, and a torch without MKL has none.
-    """
-    if not all(hasattr(torch.ops.mkl, name) for name in ("_mkl_linear", "_mkl_reorder_linear_weight")):
-        return False
-    weight = _exact(8, torch.float32)
-    try:
-        packed = mkl_packed(weight)
-        return all(
-            torch.equal(mkl_linear(x, packed, weight, None), F.linear(x, weight))
-            for x in (_exact(rows, torch.float32) for rows in (1, 50, 400))
-        )
-    except RuntimeError:
-        return False
-
-
-def mkl_linear(x: Tensor, packed: Any, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Apply a linear layer in float32 by MKL.
-
-    Args:
-        x: ``(..., in_features)``.
-        packed: :func:`mkl_packed` of the weight.
-        weight: ``(out_features, in_features)``.
-        bias: ``(out_features,)``.
-    """
-    rows = x.numel() // x.shape[-1]
-    out: Tensor = torch.ops.mkl._mkl_linear(x, packed, weight, bias, rows)  # does without packed for other rows
-    return out
-
-
-def mkl_packed(weight: Tensor) -> Any:
-    """Return a copy of ``(out_features, in_features)`` as MKL reads it; the copy can neither be copied nor pickled."""
-    return torch.ops.mkl._mkl_reorder_linear_weight(weight, MKL_ROWS)
 
 
 def _exact(rows: int, dtype: torch.dtype) -> Tensor:
