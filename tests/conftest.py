@@ -40,6 +40,13 @@ def poison_empty(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def untrained(monkeypatch):
+    """What trained before in this process is forgotten: nothing would be kept of weights (``derived``)."""
+    if importlib.util.find_spec("timm") is not None:
+        monkeypatch.setattr("tinydrop_kernels.derived._training", 0)
+
+
+@pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
 

@@ -7,7 +7,6 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from tinydrop_kernels.families import Family
 from tinydrop_kernels.ops.types import TimmModule
 from tinydrop_kernels.policy import UNMIXED, DropPolicy
 from tinydrop_kernels.torch_internals import transforms
@@ -15,7 +14,7 @@ from tinydrop_kernels.torch_internals import transforms
 NO_MIX = ", ".join(f"{name}={value}" for name, value in UNMIXED.items())
 
 
-def check_images(model: TimmModule, family: Family, images: Tensor) -> None:
+def check_images(model: TimmModule, images: Tensor) -> None:
     """Raise where a patched model cannot be called with the images.
 
     Raises:
@@ -42,7 +41,6 @@ def check_images(model: TimmModule, family: Family, images: Tensor) -> None:
     castable = images.is_floating_point() and torch.is_autocast_enabled(images.device.type)
     if images.dtype != weight.dtype and not castable:
         raise TypeError(f"images: got {images.dtype}, expected the model's {weight.dtype}")
-    family.check_images(model, images)
 
 
 def check_policy(policy: DropPolicy, target: int, guidance: int, multi_label: bool) -> None:

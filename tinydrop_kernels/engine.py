@@ -342,8 +342,9 @@ class TinyDrop:
     @eager
     def check(self, images: Tensor) -> None:
         """Raise before any work is done where the images, or what has become of the model, do not fit."""
-        check_images(self._model, self._family, images)
+        check_images(self._model, images)
         self.check_model()
+        self._family.check_images(self._model, images)
         self._check_policy(self.policy)
 
     def _check_policy(self, policy: DropPolicy) -> None:
@@ -375,9 +376,9 @@ class TinyDrop:
         if not (reason or is_tried):
             with torch.inference_mode(), torch.autocast(next(model.parameters()).device.type, enabled=False):
                 reason = find_mismatch(family, model)
-            if reason and self._watch is not None:
-                reason = f"{', '.join(self._watch.new_parts())} exchanged, and {reason}"
         if reason:
+            new = [] if self._watch is None else self._watch.new_parts()
+            reason = f"{', '.join(new)} exchanged, and {reason}" if new else reason
             raise UnsupportedModelError(f"model: since it was patched, it has {reason}; undo that, or {WAY_OUT}")
         self._levels = {}
 

@@ -107,14 +107,14 @@ def patch(
         raise UnsupportedModelError("model: it is compiled; patch the model, then compile it")
     family = family_of(model)
     with _naming_what_is_missing(model):
+        reason = family.unsupported_reason(model)
+        if reason:
+            raise UnsupportedModelError(f"model: {type(model).__name__} with {reason}")
         if any(is_own(vars(attention).get("forward")) for attention in family.attentions(model)):
             raise UnsupportedModelError(
                 "model: its blocks are those of a model that is patched already, or copies of them; unpatch that one "
                 "first, or build this one anew"
             )
-        reason = family.unsupported_reason(model)
-        if reason:
-            raise UnsupportedModelError(f"model: {type(model).__name__} with {reason}")
         classes = count_classes(model)
     own_mean, own_std = normalization_of(model, model.in_chans)
     normalization = (

@@ -22,12 +22,6 @@ MODELS = {
 COARSER = tdk.DropPolicy.fixed(0.4, coarsen=1.0)
 
 
-@pytest.fixture(autouse=True)
-def untrained(monkeypatch):
-    """Whatever trained before, in this process, is forgotten."""
-    monkeypatch.setattr(derived_module, "_training", 0)
-
-
 def make(key):
     torch.manual_seed(0)
     name, options = MODELS[key]

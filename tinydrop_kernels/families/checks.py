@@ -13,7 +13,7 @@ from tinydrop_kernels.ops.types import TimmModule
 from tinydrop_kernels.torch_internals import global_hooks, has_hooks, is_own
 
 _PATCH_DROPS = (nn.Identity, PatchDropout, PatchDropoutWithIndices)
-_CONTAINERS = (nn.Sequential, nn.ModuleList)
+CONTAINERS = (nn.Sequential, nn.ModuleList)
 # Of dropout, PatchDropout and DropPath; and of timm's rotary embeddings, where they are jittered.
 _RATES = ("p", "prob", "drop_prob", "aug_active")
 
@@ -35,15 +35,16 @@ def foreign_block(model: TimmModule, block_types: tuple[type, ...], attentions: 
         block_types: types of blocks that are known.
         attentions: types of attentions that are known, and names of the modules that each may have.
     """
-    if type(model.blocks) not in _CONTAINERS:
-        return f"blocks in a {type(model.blocks).__name__}; supported are {_names(_CONTAINERS)}"
+    if type(model.blocks) not in CONTAINERS:
+        return f"blocks in a {type(model.blocks).__name__}; supported are {_names(CONTAINERS)}"
     for number, block in enumerate(model.blocks):
         if type(block) not in block_types or not _has_own_forward(block):
-            return f"blocks.{number} of type {type(block).__name__}; supported are timm's own {_names(block_types)}"
+            kind, supported = type(block).__name__, _names(block_types)
+            return f"blocks of type {kind}; supported are {supported} (blocks.{number} is none)"
         known = attentions.get(type(block.attn))
         if known is None or not _has_own_forward(block.attn):
-            kind = type(block.attn).__name__
-            return f"blocks.{number}.attn of type {kind}; supported are timm's own {_names(attentions)}"
+            kind, supported = type(block.attn).__name__, _names(attentions)
+            return f"attention of type {kind}; supported is timm's own {supported} (blocks.{number}.attn is none)"
         unknown = {name for name, _ in block.attn.named_children()} - known
         if unknown:
             return f"attention with {', '.join(sorted(unknown))}, which this version does not know"

@@ -10,7 +10,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import nn
 
-from tinydrop_kernels.families.checks import foreign_method, hooks_in_vain, random_in_eval
+from tinydrop_kernels.families.checks import CONTAINERS, foreign_method, hooks_in_vain, random_in_eval
 from tinydrop_kernels.families.windows import cell_side, cut_of, is_whole, merges, stages_of
 from tinydrop_kernels.ops.types import TimmModule
 
@@ -18,6 +18,8 @@ _STAGES = (swin_transformer.SwinTransformerStage, swin_transformer_v2.SwinTransf
 _BLOCKS = (swin_transformer.SwinTransformerBlock, swin_transformer_v2.SwinTransformerV2Block)
 _ATTENTIONS = (swin_transformer.WindowAttention, swin_transformer_v2.WindowAttention)
 _ATTENTION_PARTS = {"qkv", "attn_drop", "proj", "proj_drop", "softmax", "cpb_mlp"}
+# Parts of an attention that are not called, and what timm makes them.
+_PASSED_OVER = {"softmax": (nn.Softmax,), "attn_drop": (nn.Dropout,), "cpb_mlp": (nn.Sequential, type(None))}
 # What each pool averages or joins.
 POOL_MODES = {"avg": ["mean"], "max": ["max"], "avgmax": ["mean", "max"], "catavgmax": ["mean", "max"]}
 
@@ -43,7 +45,13 @@ def unsupported_swin(model: TimmModule, methods: tuple[str, ...]) -> str | None:
 def settings(model: TimmModule) -> tuple[Any, ...]:
     """See :class:`base.Family`. The names of the model's attributes too: a method replaced on it is one more."""
     cuts = [_cut(block) for stage in model.layers for block in stage.blocks]
-    return model.dynamic_img_size, model.head.global_pool.pool_type, tuple(vars(model)), cuts
+    return (
+        model.dynamic_img_size,
+        tuple(model.patch_embed.grid_size),
+        model.head.global_pool.pool_type,
+        tuple(vars(model)),
+        cuts,
+    )
 
 
 _cut = attrgetter("input_resolution", "window_size", "shift_size")
@@ -53,18 +61,25 @@ def _foreign_part(model: TimmModule) -> str | None:
     """Describe the first part that this package does not know; None if it knows all."""
     if model.dynamic_img_size:
         return "dynamic_img_size, which makes windows of any image; supported are images of one size"
-    for stage in model.layers:
+    if type(model.layers) not in CONTAINERS:
+        return f"layers in a {type(model.layers).__name__}; supported are timm's own"
+    for number, stage in enumerate(model.layers):
+        if type(stage) in _STAGES and type(stage.blocks) not in CONTAINERS:
+            return f"layers.{number}.blocks in a {type(stage.blocks).__name__}; supported are timm's own"
         if type(stage) not in _STAGES or not (merges(stage) or type(stage.downsample) is nn.Identity):
-            return f"{type(stage).__name__} beginning with {type(stage.downsample).__name__}; supported are timm's own"
-        for block in stage.blocks:
-            attention = block.attn
+            kind = f"{type(stage).__name__} beginning with {type(getattr(stage, 'downsample', None)).__name__}"
+            return f"layers.{number} of {kind}; supported are timm's own (layers.{number}.downsample)"
+        for place, block in enumerate(stage.blocks):
+            attention, where = block.attn, f"layers.{number}.blocks.{place}"
             if type(block) not in _BLOCKS or type(attention) not in _ATTENTIONS:
-                return f"blocks of {type(block).__name__} and {type(attention).__name__}; supported are timm's own"
+                kinds = f"{type(block).__name__} and {type(attention).__name__}"
+                return f"blocks of {kinds}; supported are timm's own ({where}, {where}.attn)"
             if attention._modules.keys() - _ATTENTION_PARTS or vars(block).keys() & {"_attn", "_calc_window_shift"}:
                 return "blocks or attentions with more than timm's parts, or other methods"
-            if type(attention.softmax) is not nn.Softmax or type(attention.attn_drop) is not nn.Dropout:
-                kinds = f"{type(attention.softmax).__name__} and {type(attention.attn_drop).__name__}"
-                return f"an attention's softmax and attn_drop of {kinds}, which the packed forward does not call"
+            for name, kinds in _PASSED_OVER.items():
+                part = getattr(attention, name, None)
+                if type(part) not in kinds:
+                    return f"{where}.attn.{name} of type {type(part).__name__}, which the packed forward does not call"
     return None
 
 
