@@ -85,7 +85,7 @@ def outcome(name: str) -> str:
             model.tinydrop.policy = tdk.DropPolicy.fixed(0.5, coarsen=1.0)
             out = model(images)
             grid, patch = model.tinydrop.last.grid_sizes[0], family.patch_size(model)
-            if patch is not None:
+            if len(model.tinydrop.levels(family.grid_size(model, images))) > 1:
                 size = (grid[0] * patch[0], grid[1] * patch[1])
                 untouched.set_input_size(img_size=size)
                 rows, columns = model.tinydrop.levels(family.grid_size(model, images))[0]

@@ -72,8 +72,8 @@ def _foreign_part(model: TimmModule) -> str | None:
         for place, block in enumerate(stage.blocks):
             attention, where = block.attn, f"layers.{number}.blocks.{place}"
             if type(block) not in _BLOCKS or type(attention) not in _ATTENTIONS:
-                kinds = f"{type(block).__name__} and {type(attention).__name__}"
-                return f"blocks of {kinds}; supported are timm's own ({where}, {where}.attn)"
+                found = f"{type(block).__name__} and {type(attention).__name__}"
+                return f"blocks of {found}; supported are timm's own ({where}, {where}.attn)"
             if attention._modules.keys() - _ATTENTION_PARTS or vars(block).keys() & {"_attn", "_calc_window_shift"}:
                 return "blocks or attentions with more than timm's parts, or other methods"
             for name, kinds in _PASSED_OVER.items():
@@ -117,6 +117,8 @@ def _foreign_head(model: TimmModule) -> str | None:
     head = model.head
     if type(head) is not ClassifierHead:
         return f"a head of type {type(head).__name__}; supported is timm's ClassifierHead"
-    if type(head.global_pool) is not SelectAdaptivePool2d or head.global_pool.pool_type not in POOL_MODES:
+    if type(head.global_pool) is not SelectAdaptivePool2d:
+        return f"head.global_pool of type {type(head.global_pool).__name__}; supported is timm's SelectAdaptivePool2d"
+    if head.global_pool.pool_type not in POOL_MODES:
         return f"global_pool={head.global_pool.pool_type!r}; supported are {', '.join(POOL_MODES)}"
     return None
