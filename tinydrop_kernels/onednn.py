@@ -25,7 +25,10 @@ MANY_ROWS = 512
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear``, by oneDNN where it can be."""
-    return _product(x, weight, bias, "none", False) if _takes(x, weight, bias) else F.linear(x, weight, bias)
+    if not _takes(x, weight, bias):
+        return F.linear(x, weight, bias)
+    out: Tensor = torch.ops.tinydrop.cpu_linear(x, weight, bias, "none", False)
+    return out
 
 
 def run_linear(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -52,7 +55,7 @@ def run_packed(layer: nn.Linear | nn.Conv2d, x: Tensor, activation: str = "none"
         out: Tensor = forward(layer, x)
         return F.gelu(out) if activation == "gelu" else out
     rows = x.permute(0, 2, 3, 1) if convolves else x
-    out = _product(rows, layer.weight, layer.bias, activation, True)
+    out = torch.ops.tinydrop.cpu_linear(rows, layer.weight, layer.bias, activation, True)
     return out.permute(0, 3, 1, 2) if convolves else out
 
 
@@ -82,11 +85,6 @@ def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not wants_gradient(x, weight, bias)
     )
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, packs: bool) -> Tensor:
-    out: Tensor = torch.ops.tinydrop.cpu_linear(x, weight, bias, activation, packs)
-    return out
 
 
 def _by_faster_library(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, packs: bool) -> Tensor:
