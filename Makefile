@@ -17,8 +17,9 @@ test: .venv/test
 # What touches numbers, as on a CPU of AVX2 alone (no AVX512, and no bfloat16 in oneDNN).
 AVX2 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2
 test-avx2: .venv/test
-	$(AVX2) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile tests/test_precision.py tests/test_cli.py \
-		$(addprefix tests/models/test_, onednn.py guidance.py folding.py patching.py levels.py engine.py)
+	$(AVX2) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile tests/guidance \
+		$(addprefix tests/, cli/test_precision.py cli/test_cli.py engine/test_onednn.py engine/test_engine.py \
+		families/test_levels.py test_patching.py)
 
 lint: .venv/test
 	$(BIN)/ruff check .
@@ -32,7 +33,7 @@ accuracy: .venv/test
 
 # Every model name of timm, tried (docs/models.md).
 models: .venv/test
-	cd tests && PYTHONPATH=. ../$(BIN)/python -W ignore models/timm_names.py ../docs/models.md
+	cd tests && PYTHONPATH=. ../$(BIN)/python -W ignore families/timm_names.py ../docs/models.md
 
 # Whether certificates hold, on the same answers.
 calibration: .venv/test

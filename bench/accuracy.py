@@ -23,6 +23,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from tqdm import tqdm
 
 import tinydrop_kernels as tdk
+from tinydrop_kernels.engine import steps
 from tinydrop_kernels.families.grids import coarser_grids
 
 SETS = {"imagenette": ("easy", 10, 224), "caltech100": ("middle", 100, 256), "cars66": ("hard", 66, 256)}
@@ -108,7 +109,7 @@ class Answers(NamedTuple):
 
 
 @torch.inference_mode()
-def answers_of(
+def combined_answers(
     data: Path, name: str, files: list, ways: list[Way], batch_size: int, cache: Path | None, dtype: torch.dtype
 ) -> Answers:
     """Run the patched model with every reduction; what the cache holds is not run again."""
@@ -124,11 +125,13 @@ def answers_of(
         found: dict[str, list] = {str(way): [] for way in missing} | {"guidance": []}
         for images, _ in tqdm(batches(files, resize, batch_size), desc=name, total=-(-len(files) // batch_size)):
             images = images.to(dtype)
-            guided = tinydrop.guide(images)
+            guided = steps.guide(tinydrop, images)
             found["guidance"].append(guided.logits.float().softmax(1))
             for way in missing:
                 tinydrop.policy = way.policy
-                found[str(way)].append(tinydrop.run(images, tinydrop.plan(images, guided)).float().softmax(1))
+                found[str(way)].append(
+                    steps.run(tinydrop, images, steps.plan(tinydrop, images, guided)).float().softmax(1)
+                )
                 report = tinydrop.report()
                 known[f"flops {way}"] = (report.flops - report.guidance_flops) / report.images
                 known["guidance flops"] = report.guidance_flops / report.images
@@ -307,7 +310,7 @@ def main() -> None:
         for half, found in zip(halves(args.data / name / "val"), (first, second), strict=True):
             files = thinned(half, args.images)
             options = (args.batch_size, args.cache, getattr(torch, args.dtype))
-            found[name] = answers_of(args.data, name, files, WAYS, *options)
+            found[name] = combined_answers(args.data, name, files, WAYS, *options)
     counts = ", ".join(f"{name} {len(first[name].labels)} + {len(second[name].labels)}" for name in SETS)
     text = [
         f"Target {TARGET} at 224 px (257 tokens), guidance {GUIDANCE}, {args.dtype}; torch {torch.__version__}, timm "

@@ -16,11 +16,11 @@ from typing import NamedTuple
 import numpy as np
 import timm
 import torch
-from accuracy import GUIDANCE, SETS, TARGET, WAYS, Answers, answers_of, halves
+from accuracy import GUIDANCE, SETS, TARGET, WAYS, Answers, combined_answers, halves
 from tqdm import tqdm
 
 from tinydrop_kernels.calibration.bounds import p_value
-from tinydrop_kernels.calibration.sequence import Candidate, certify, uncertified_best
+from tinydrop_kernels.calibration.certify import Candidate, certify, uncertified_best
 from tinydrop_kernels.calibration.sweep import judge, sweep
 from tinydrop_kernels.calibration.table import BLENDS, Cell, Table, View, named_and_sure
 from tinydrop_kernels.families.grids import coarser_grids
@@ -168,7 +168,7 @@ def main() -> None:
     for name in SETS:
         options = (WAYS, args.batch_size, args.cache, getattr(torch, args.dtype))
         tables[name] = table_of(
-            [answers_of(args.data, name, half, *options) for half in halves(args.data / name / "val")]
+            [combined_answers(args.data, name, half, *options) for half in halves(args.data / name / "val")]
         )
     speed = sweep_speed(next(iter(tables.values())))  # first: the peak of memory is the process's
     text = [

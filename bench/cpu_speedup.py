@@ -29,7 +29,7 @@ import torch
 from mixes import SpreadConfidences
 
 import tinydrop_kernels as tdk
-from tinydrop_kernels.precision import fast_dtype
+from tinydrop_kernels.cli.options import fast_dtype
 
 ROUND = 32  # images of a round, in as many batches as that takes
 # Half of the images exit, the others have grids of every level with drops on top. No second look: random weights are

@@ -38,7 +38,7 @@ from mixes import DISTINCT, EXITS_ABOVE
 from rivals import WAYS, Case, NotMeasured, Subject
 from turns import LATE, Way, figures, reason, take_turns
 
-from tinydrop_kernels.precision import fast_dtype
+from tinydrop_kernels.cli.options import fast_dtype
 
 MODELS = ("vit_base_patch16_224", "vit_large_patch16_224", "deit3_large_patch16_224", "vit_large_patch14_dinov2")
 DEFAULTS: dict[str, Any] = {"mixes": tuple(EXITS_ABOVE), "ways": WAYS, "rounds": 10 if CUDA else 5}

@@ -135,13 +135,13 @@ fi
 
 # What is run of each step, and in a rehearsal.
 begun=() processes=(12 3) whole=(--models vit_large_patch16_224 --rounds 8)
-operators=(tests/ops) wholes=(tests/models/test_{graphs,pipeline,kernels_end_to_end}.py)
+operators=(tests/ops) wholes=(tests/engine/test_{cuda_graphs,pipeline,kernels_end_to_end}.py)
 eager=(--batches 1 8 64 256 --mixes 20 50) graphed=(--batches 1 8 64 --mixes 20 50) compiled=(--batches 256 1 --mixes 20)
 compiled_ways=(dense-compiled ours-compiled) few=() attention="" kernel=select_tokens compiled_case="b256-14x14"
 if ((rehearsed)); then
     export TRITON_INTERPRET=1
     processes=(0 0) whole=(--smoke --rounds 1)
-    operators=(tests/ops/test_packing.py) wholes=(tests/models/test_pipeline.py -k "same_answers and once")
+    operators=(tests/ops/test_packing.py) wholes=(tests/engine/test_pipeline.py -k "same_answers and once")
     eager=(--batches 1 8 --mixes 20) graphed=(--batches 8 --mixes 20) compiled=(--batches 8 --mixes 20)
     compiled_ways=() few=(-k "b1-14x14-keep0.5") attention="b1-50 and " kernel=segment_pool compiled_case="b1-14x14"
 fi

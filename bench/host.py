@@ -29,6 +29,7 @@ from triton.runtime import driver
 
 import tinydrop_kernels as tdk
 from tinydrop_kernels import ops
+from tinydrop_kernels.engine import steps
 from tinydrop_kernels.families import Family
 from tinydrop_kernels.ops import registry
 
@@ -139,9 +140,9 @@ def whole_calls() -> dict[str, Callable]:
         model, images = timm.create_model(architecture).eval(), torch.zeros(1, 3, 224, 224)
         guidance = timm.create_model("test_byobnet", num_classes=1000)
         tinydrop = tdk.patch(model, guidance, tdk.DropPolicy.fixed(0.25)).tinydrop
-        guided = tinydrop.guide(images)
+        guided = steps.guide(tinydrop, images)
         tinydrop.guidance.forward = lambda *others, guided=guided: guided
-        tinydrop._family = IdleFamily(tinydrop._family, torch.zeros(ROWS, 768), torch.zeros(1, 1000))
+        tinydrop.family = IdleFamily(tinydrop.family, torch.zeros(ROWS, 768), torch.zeros(1, 1000))
         found[f"checks of a call, {name}"] = functools.partial(tinydrop.check, images)
         found[f"call beside its models, {name}"] = functools.partial(model, images)
     return found

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from tinydrop_kernels import ops
-from tinydrop_kernels.answers import answers_of, log_probabilities
+from tinydrop_kernels.engine import steps
 from tinydrop_kernels.families.grids import resampled_positions, resized_images
+from tinydrop_kernels.policy.blend import combined_answers, log_probabilities
 
 
 class PaddedDropping:
@@ -25,14 +26,14 @@ class PaddedDropping:
     def __call__(self, images: Tensor) -> Tensor:
         """As the patched model's ``(batch, classes)``, without a second look."""
         with ops.use_backend("reference"):
-            plan = self.tinydrop.plan(images)
+            plan = steps.plan(self.tinydrop, images)
         logits = plan.guidance_logits
         exits = log_probabilities(logits, images.dtype)
         if not plan.parts:
             return exits
         places = torch.cat([part.images for part in plan.parts]).long()
         answers = self.model.forward_head(self._encoded(images, plan))
-        return exits.index_copy(0, places, answers_of(answers, logits[places], plan.policy))
+        return exits.index_copy(0, places, combined_answers(answers, logits[places], plan.policy))
 
     def _encoded(self, images: Tensor, plan: Any) -> Tensor:
         model, tokens, seen = self.model, [], []

@@ -19,7 +19,7 @@ from turns import Way
 
 import tinydrop_kernels as tdk
 from tinydrop_kernels.families import family_of
-from tinydrop_kernels.flops import count_flops
+from tinydrop_kernels.families.flops import count_flops
 
 # Eager ones first, compiled ones last: so they are built and warmed up.
 EAGER = ("dense", "tome", "padded", "exits", "resolution", "onnx", "ours", "ours-prepacked")

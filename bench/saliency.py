@@ -21,7 +21,8 @@ import torch
 from tqdm import tqdm
 
 import tinydrop_kernels as tdk
-from tinydrop_kernels.guidance import Guided
+from tinydrop_kernels.engine import steps
+from tinydrop_kernels.guidance.model import GuidanceOutput
 from tinydrop_kernels.ops.saliency import closeness
 
 GUIDANCE = ("mobilenetv2_100", "resnet18", "tf_efficientnet_lite0")
@@ -44,7 +45,7 @@ class Curves(NamedTuple):
 def maps_of(tinydrop, images: torch.Tensor, saliency: tdk.Saliency) -> torch.Tensor:
     """What the guidance finds salient, at the target's grid: float32 ``(batch, rows, columns)``."""
     tinydrop.policy = replace(tdk.DropPolicy.fixed(1.0), saliency=saliency)
-    plan = tinydrop.plan(images)
+    plan = steps.plan(tinydrop, images)
     return plan.selection.saliency.view(len(images), *plan.levels[0])
 
 
@@ -52,7 +53,11 @@ def seen(tinydrop, images: torch.Tensor, maps: torch.Tensor, keep: float) -> tor
     """The target's probabilities ``(batch, classes)`` when it sees the fraction where the maps are highest."""
     tinydrop.policy = tdk.DropPolicy.fixed(keep)
     nothing = images.new_zeros(len(images), tinydrop.guidance.num_classes)  # the guidance's opinion has no say
-    return tinydrop.run(images, tinydrop.plan(images, Guided(nothing, None, maps))).float().softmax(1)
+    return (
+        steps.run(tinydrop, images, steps.plan(tinydrop, images, GuidanceOutput(nothing, None, maps)))
+        .float()
+        .softmax(1)
+    )
 
 
 @torch.inference_mode()

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinydrop_kernels.flops import linear_flops
+from tinydrop_kernels.families.flops import linear_flops
 
 
 def merge(tokens: Tensor, sizes: Tensor, keys: Tensor, r: int) -> tuple[Tensor, Tensor]:

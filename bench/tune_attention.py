@@ -38,7 +38,7 @@ from torch import Tensor
 from tinydrop_kernels.ops import apply_law
 from tinydrop_kernels.ops.kernels import attention as kernel
 from tinydrop_kernels.ops.kernels.attention_tiles import LONG, Tile, tile_for
-from tinydrop_kernels.policy import DropPolicy
+from tinydrop_kernels.policy.drop import DropPolicy
 
 BATCH, HEADS = 256, 16
 LEVELS = [(side, side) for side in (14, 12, 11, 9, 7)]  # the grids an image may have, of ViT's at 224 pixels

@@ -20,14 +20,16 @@ import numpy as np
 import timm
 import torch
 from cluttered_digits import CLASS_NAMES, Cluttered
+from contact_sheet import contact_sheet
 from PIL import Image
 from skimage import data as photographs
 from timm.data import create_transform, resolve_model_data_config
 
 import tinydrop_kernels as tdk
 from tinydrop_kernels.checkpoints import class_names, load_model
-from tinydrop_kernels.gallery import Gallery
-from tinydrop_kernels.visualize import as_pictures, contact_sheet
+from tinydrop_kernels.engine import steps
+from tinydrop_kernels.visualize import as_pictures
+from tinydrop_kernels.visualize.gallery import Gallery
 
 HERE = Path(__file__).parent
 PICTURE = HERE / "out" / "kept_patches.png"
@@ -201,7 +203,7 @@ def main():
             line += f"{(answers[way].argmax(1) == scene.labels).float().mean():10.1%}"
         print(line)
     if scene.labels is not None:
-        guided = torch.cat([model.tinydrop.guide(batch).logits for batch in batches])
+        guided = torch.cat([steps.guide(model.tinydrop, batch).logits for batch in batches])
         right = (guided.argmax(1) == scene.labels).float().mean()
         print(f"\nThe guidance model alone is right on {right:.1%}.")
     print(f"\nTinyDrop with {scene.policy}:\n{report}")

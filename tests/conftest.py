@@ -43,7 +43,7 @@ def poison_empty(monkeypatch):
 def untrained(monkeypatch):
     """What trained before in this process is forgotten: nothing would be kept of weights (``derived``)."""
     if importlib.util.find_spec("timm") is not None:
-        monkeypatch.setattr("tinydrop_kernels.derived._training", 0)
+        monkeypatch.setattr("tinydrop_kernels.ops.derived._training", 0)
 
 
 @pytest.fixture(autouse=True)
@@ -57,3 +57,38 @@ def data():
     if not DATA.is_dir():
         pytest.skip(f"no real weights and photographs in {DATA} (set TINYDROP_DATA)")
     return DATA
+
+
+@pytest.fixture
+def vit():
+    """A small ViT."""
+    from helpers import tiny_vit
+
+    return tiny_vit()
+
+
+@pytest.fixture
+def patched(vit):
+    """A patched tiny ViT that exits nothing and keeps half of the patches."""
+    from helpers import tiny_guidance
+
+    import tinydrop_kernels as tdk
+
+    return tdk.patch(vit, tiny_guidance(), tdk.DropPolicy.fixed(0.5))
+
+
+@pytest.fixture
+def images():
+    return torch.randn(4, 3, 32, 32)
+
+
+@pytest.fixture(autouse=True)
+def rounding_where_a_gpu_would():
+    """With TINYDROP_TF32 in the environment, for a test that a GPU's float32 is good enough for others."""
+    if "TINYDROP_TF32" not in os.environ:
+        yield
+        return
+    from tensor_float32 import RoundingProducts
+
+    with RoundingProducts():
+        yield

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
-from tinydrop_kernels.policy import DropPolicy
+from tinydrop_kernels.policy.drop import DropPolicy
 from tinydrop_kernels.report import Report
 
 CLASSES = 4

@@ -3,7 +3,7 @@
 import timm
 import torch
 
-from tinydrop_kernels import derived
+from tinydrop_kernels.ops import derived
 
 
 def tiny_vit(**options) -> torch.nn.Module:
@@ -65,3 +65,17 @@ def packed_of(weight):
     """What is kept of a weight in oneDNN's layout, or None."""
     kept = derived._kept.get(weight)
     return kept and kept.values.get("packed by oneDNN")
+
+
+def close(out, wanted):
+    """Within 1e-4 of the largest logit, the bound the project promises in float32."""
+    assert out.shape == wanted.shape
+    assert (out - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+
+
+def spread_confidence(module, args, guided):
+    """Confidences from near 0 to near 1 over the batch."""
+    batch = len(guided.logits)
+    logits = torch.zeros_like(guided.logits)
+    logits[:, 0] = torch.linspace(0.0, 6.0, batch)
+    return guided._replace(logits=logits)

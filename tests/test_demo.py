@@ -11,6 +11,7 @@ import torch
 
 import tinydrop_kernels as tdk
 from tinydrop_kernels.checkpoints import class_names, load_model
+from tinydrop_kernels.engine import steps
 
 DEMO = Path(__file__).parents[1] / "demo"
 sys.path.insert(0, str(DEMO))
@@ -58,7 +59,7 @@ def test_saliency_earns_its_keep():
 
     dense = accuracy(model(images))
     tdk.patch(model, guidance, run.EMBEDDED_POLICY)
-    alone = accuracy(model.tinydrop.guide(images).logits)
+    alone = accuracy(steps.guide(model.tinydrop, images).logits)
     both = accuracy(model(images))
     assert model.tinydrop.report().flops_saved > 0.5
     assert model.tinydrop.last.exited.any() and not model.tinydrop.last.exited.all()

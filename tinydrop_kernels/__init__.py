@@ -15,18 +15,17 @@ from tinydrop_kernels.version import __version__
 
 if TYPE_CHECKING:
     from tinydrop_kernels import ops
+    from tinydrop_kernels.benchmarking import benchmark, compare_with_dense
     from tinydrop_kernels.calibration import calibrate
     from tinydrop_kernels.checkpoints import CheckpointError
+    from tinydrop_kernels.engine import Pipeline
     from tinydrop_kernels.families import UnsupportedModelError
     from tinydrop_kernels.guidance import Guidance, GuidanceError
     from tinydrop_kernels.ops import Saliency
     from tinydrop_kernels.patching import dense, patch, unpatch
-    from tinydrop_kernels.pipeline import Pipeline
     from tinydrop_kernels.policy import DropPolicy
-    from tinydrop_kernels.policyfile import CalibratedPolicy, PolicyFileError
-    from tinydrop_kernels.prediction import Prediction
-    from tinydrop_kernels.predictor import Predictor
-    from tinydrop_kernels.timing import compare_with_dense
+    from tinydrop_kernels.policy.calibrated import CalibratedPolicy, PolicyFileError
+    from tinydrop_kernels.predict import Prediction, Predictor
 
 __all__ = [
     "CalibratedPolicy",
@@ -41,6 +40,7 @@ __all__ = [
     "Saliency",
     "UnsupportedModelError",
     "__version__",
+    "benchmark",
     "calibrate",
     "compare_with_dense",
     "dense",
@@ -51,35 +51,34 @@ __all__ = [
 
 # Imported when they are first asked for, so that the operators can be used without timm.
 _HOMES = {
-    "CalibratedPolicy": "policyfile",
+    "CalibratedPolicy": "policy.calibrated",
     "CheckpointError": "checkpoints",
     "DropPolicy": "policy",
     "Guidance": "guidance",
     "GuidanceError": "guidance",
-    "Pipeline": "pipeline",
-    "PolicyFileError": "policyfile",
-    "Prediction": "prediction",
-    "Predictor": "predictor",
+    "Pipeline": "engine",
+    "PolicyFileError": "policy.calibrated",
+    "Prediction": "predict",
+    "Predictor": "predict",
     "Saliency": "ops",
     "UnsupportedModelError": "families",
+    "benchmark": "benchmarking",
     "calibrate": "calibration",
-    "compare_with_dense": "timing",
+    "compare_with_dense": "benchmarking",
     "dense": "patching",
     "patch": "patching",
     "unpatch": "patching",
 }
+_ROOMS = ("calibration", "checkpoints", "engine", "families", "guidance", "ops", "policy", "predict", "visualize")
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
+    if name in _ROOMS:
+        value: Any = import_module(f"tinydrop_kernels.{name}")
+    elif name in _HOMES:
         value = getattr(import_module(f"tinydrop_kernels.{_HOMES[name]}"), name)
     else:
-        try:
-            value = import_module(f"tinydrop_kernels.{name}")  # ops, guidance, ...: as submodules are imported
-        except ModuleNotFoundError as error:
-            if error.name != f"tinydrop_kernels.{name}":
-                raise
-            raise AttributeError(f"module 'tinydrop_kernels' has no attribute {name!r}") from None
+        raise AttributeError(f"module 'tinydrop_kernels' has no attribute {name!r}")
     globals()[name] = value
     return value
 

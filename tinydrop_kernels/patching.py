@@ -17,23 +17,23 @@ import torch
 from torch import Tensor, nn
 from torch.jit import is_tracing  # type: ignore[attr-defined]
 
-from tinydrop_kernels.callcheck import check_statistic
 from tinydrop_kernels.checkpoints import load_model
-from tinydrop_kernels.copying import reduced
-from tinydrop_kernels.derived import note_training
 from tinydrop_kernels.engine import TinyDrop
+from tinydrop_kernels.engine.attributes import InstanceAttributes, reduced
+from tinydrop_kernels.engine.checks import check_patched
+from tinydrop_kernels.engine.cuda_graphs import Graphs, has_graphs
+from tinydrop_kernels.engine.head import count_classes, in_eval_mode
 from tinydrop_kernels.families import Family, UnsupportedModelError, family_of, find_mismatch
-from tinydrop_kernels.graphs import Graphs, has_graphs
-from tinydrop_kernels.guidance import DEFAULT_GUIDANCE, Guidance
-from tinydrop_kernels.head import count_classes, in_eval_mode
-from tinydrop_kernels.identity import identity_of
-from tinydrop_kernels.images import normalization_of
-from tinydrop_kernels.onednn import linears, run_linear, run_packed
+from tinydrop_kernels.families.blocks import linears
+from tinydrop_kernels.guidance.model import DEFAULT_GUIDANCE, Guidance
+from tinydrop_kernels.normalization import check_statistic, normalization_of
+from tinydrop_kernels.ops.derived import note_training
+from tinydrop_kernels.ops.onednn import run_linear, run_packed
 from tinydrop_kernels.ops.registry import HAS_TRITON
 from tinydrop_kernels.ops.types import TimmModule
-from tinydrop_kernels.policy import UNMIXED, DropPolicy
-from tinydrop_kernels.policyfile import CalibratedPolicy
-from tinydrop_kernels.timing import check_patched
+from tinydrop_kernels.policy.calibrated import CalibratedPolicy
+from tinydrop_kernels.policy.drop import UNMIXED, DropPolicy
+from tinydrop_kernels.policy.fingerprint import fingerprint_of
 from tinydrop_kernels.torch_internals import is_own
 
 
@@ -79,7 +79,7 @@ def patch(
             the more so the fewer tokens there are, for as much memory again.
         graphs: experimental, since no GPU has run it yet. On a GPU, without gradients and autocast, replay guidance,
             selection and packing, and the target's blocks and head, from CUDA graphs: small batches do not wait for the
-            host (:mod:`tinydrop_kernels.graphs`). The first two calls of a kind take longer;
+            host (:mod:`tinydrop_kernels.engine.cuda_graphs`). The first two calls of a kind take longer;
             ``str(model.tinydrop.graphs)`` tells how many were replayed.
         multi_label: the model's head is one of sigmoids, whose answers are read class by class. Only policies that
             neither exit, blend nor look twice are taken then, now and later.
@@ -151,7 +151,7 @@ def patch(
         else:
             guidance = copy.deepcopy(guidance)
         if calibrated is not None:
-            calibrated.check(identity_of(model, classes), guidance.identity)
+            calibrated.check(fingerprint_of(model, classes), guidance.fingerprint)
             guidance = guidance.at_size(calibrated.input_size)
     if guidance.in_chans != model.in_chans:
         raise ValueError(f"guidance: it sees {guidance.in_chans} channels and the model {model.in_chans}")
@@ -160,20 +160,21 @@ def patch(
     tinydrop = TinyDrop(model, guidance.eval(), policy, compile, recorded, multi_label, normalization)
     _follow(model, guidance)
     run = run_packed if prepack else run_linear
-    tinydrop.set_attributes = [
-        (model, "tinydrop", tinydrop),
-        (model, "forward", partial(_forward, model)),
-        (model, "_apply", partial(_apply, model)),
-        (model, "extra_repr", partial(_extra_repr, model)),
-        (model, "_replicate_for_data_parallel", _refuse_data_parallel),
-        (model, "__prepare_scriptable__", _refuse_scripting),
-        (model, "__reduce_ex__", partial(reduced, model)),
-        *((attention, "forward", partial(family.attend, attention)) for attention in family.attentions(model)),
-        *((linear, "forward", partial(run, linear)) for linear in (linears(model) if device.type == "cpu" else [])),
-    ]
+    tinydrop.attributes = InstanceAttributes(
+        [
+            (model, "tinydrop", tinydrop),
+            (model, "forward", partial(_forward, model)),
+            (model, "_apply", partial(_apply, model)),
+            (model, "extra_repr", partial(_extra_repr, model)),
+            (model, "_replicate_for_data_parallel", _refuse_data_parallel),
+            (model, "__prepare_scriptable__", _refuse_scripting),
+            (model, "__reduce_ex__", partial(reduced, model)),
+            *((attention, "forward", partial(family.attend, attention)) for attention in family.attentions(model)),
+            *((linear, "forward", partial(run, linear)) for linear in (linears(model) if device.type == "cpu" else [])),
+        ]
+    )
     try:
-        for module, name, value in tinydrop.set_attributes:
-            setattr(module, name, value)
+        tinydrop.attributes.set()
         tinydrop.refresh()
         with _naming_what_is_missing(model):
             reason = None if next(model.parameters()).is_meta else _tried(family, model)
@@ -228,9 +229,7 @@ def unpatch(model: TimmModule) -> TimmModule:
             if isinstance(vars(module).get("tinydrop"), TinyDrop):
                 raise ValueError(f"model: the patched model is inside this {type(model).__name__}; unpatch its {name}")
         raise ValueError("model: it is not patched")
-    for module, name, value in tinydrop.set_attributes:
-        if vars(module).get(name) is value:
-            delattr(module, name)
+    tinydrop.attributes.remove_from()
     return model
 
 

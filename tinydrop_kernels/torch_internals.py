@@ -4,18 +4,22 @@ A name that this torch does not have is looked for with ``hasattr`` or ``getattr
 """
 
 import functools
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 from torch.utils.module_tracker import ModuleTracker
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+NOT_COMPILED = "it decides by numbers of the batch; compile without fullgraph=True, or unpatch the model"
 
 _GLOBAL_HOOKS = (
     "_global_forward_pre_hooks",
@@ -148,3 +152,41 @@ def onednn_packed(weight: Tensor) -> Any:
 def _exact(rows: int, dtype: torch.dtype) -> Tensor:
     """Small integers ``(rows, 16)``, whose products are exact in every dtype."""
     return (torch.arange(rows * 16) % 3).view(rows, 16).to(dtype)
+
+
+def eager(function: Function) -> Function:
+    """Return the function so decorated that torch.compile neither compiles it nor what it calls.
+
+    ``torch.compiler.disable`` imports ``torch._dynamo`` (2 s). Where nothing else has done so, that waits for the first
+    call, as torch itself does it.
+    """
+    later: Any = getattr(torch, "_disable_dynamo", None)
+    if later is not None and "torch._dynamo" not in sys.modules:
+        waiting: Function = later(function)
+        return waiting
+    disabled: Function = torch.compiler.disable(function, reason=NOT_COMPILED)
+    return disabled
+
+
+def eager_outside(function: Function) -> Function:
+    """Return the function so decorated that torch.compile compiles what it calls, each by itself, but not it."""
+    disabled: Function = torch.compiler.disable(function, recursive=False, reason=NOT_COMPILED)
+    return disabled
+
+
+@functools.cache
+def for_any_size(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled for any shapes and numbers, but that torch takes 1 for another than all larger ones."""
+    return torch.compile(function, dynamic=True)
+
+
+@functools.cache
+def for_any_batch(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of a model and images, compiled for any number of images of one size."""
+    run = torch.compile(function)
+
+    def marked(model: Any, images: Tensor) -> Any:
+        torch._dynamo.maybe_mark_dynamic(images, 0)
+        return run(model, images)
+
+    return marked

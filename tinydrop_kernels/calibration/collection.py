@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from tinydrop_kernels.calibration.provenance import versions
 from tinydrop_kernels.calibration.table import (
     BLENDS,
     Cell,
@@ -24,17 +25,16 @@ from tinydrop_kernels.calibration.table import (
     named_and_sure,
     whole_cells,
 )
-from tinydrop_kernels.engine import TinyDrop
+from tinydrop_kernels.engine import TinyDrop, steps
+from tinydrop_kernels.engine.stopwatch import timed
 from tinydrop_kernels.families import family_of
-from tinydrop_kernels.flops import count_flops
-from tinydrop_kernels.guidance import Guidance, GuidanceError, Guided
-from tinydrop_kernels.identity import identity_of
+from tinydrop_kernels.families.flops import count_flops
+from tinydrop_kernels.guidance.model import Guidance, GuidanceError, GuidanceOutput
 from tinydrop_kernels.ops import Saliency
 from tinydrop_kernels.ops.types import Grid, TimmModule
 from tinydrop_kernels.patching import patch, unpatch
-from tinydrop_kernels.policy import CALM, DropPolicy
-from tinydrop_kernels.policyfile import versions
-from tinydrop_kernels.timing import timed
+from tinydrop_kernels.policy.drop import CALM, DropPolicy
+from tinydrop_kernels.policy.fingerprint import fingerprint_of
 
 SIDES = (1.0, 6 / 7, 5 / 7, 4 / 7)  # of the guidance model's images: 224, 192, 160 and 128 pixels for one of 224
 STRIDE = 32  # to a multiple of which they are rounded
@@ -105,7 +105,7 @@ class _Asking:
         self.tinydrop: TinyDrop = model.tinydrop
         self.classes, self.cache, self.random_drop = model.tinydrop.num_classes, cache, random_drop
         self.weight = next(model.parameters())
-        identity = identity_of(model, self.classes)
+        identity = fingerprint_of(model, self.classes)
         self.key = _hash(self.weight.device, *self.tinydrop.normalization, versions(), identity)
         self.views = [
             _Sized(number, sized.to(self.weight.device, self.weight.dtype), sized is guidance, self._key_of(sized))
@@ -120,7 +120,7 @@ class _Asking:
         self.costs: dict[_Subject, list[_Cost]] = {}
 
     def _key_of(self, guidance: Guidance) -> str:
-        return _hash(self.key, guidance.identity, guidance.input_size, guidance.mean, guidance.std)
+        return _hash(self.key, guidance.fingerprint, guidance.input_size, guidance.mean, guidance.std)
 
     def add(self, images: Tensor, labels: Tensor | None) -> None:
         """Ask about one batch whatever is not in the cache."""
@@ -145,12 +145,12 @@ class _Asking:
         """Return the cells with drops. They depend on what the guidance sees, so only its own size has them."""
         return drop_cells(self.levels, self.random_drop) if view.own_size else []
 
-    def _guided(self, view: "_Sized", saliency: Saliency, batch: "_Batch") -> tuple[Guided, float]:
+    def _guided(self, view: "_Sized", saliency: Saliency, batch: "_Batch") -> tuple[GuidanceOutput, float]:
         """Return what a guidance model says of a batch and the seconds it took. It is asked once."""
         self.tinydrop.guidance = view.guidance
         asked = view, saliency
         if asked not in batch.guided:
-            guide = partial(self.tinydrop.guide, policy=DropPolicy(saliency=saliency))
+            guide = partial(steps.guide, self.tinydrop, policy=DropPolicy(saliency=saliency))
             batch.guided[asked] = timed(guide, batch.images)
         return batch.guided[asked]
 
@@ -165,10 +165,10 @@ class _Asking:
             if cell.random:
                 draws = torch.Generator().manual_seed(int(batch.name[:8], 16))
                 drawn = torch.rand(len(batch.images), *self.levels[cell.level], generator=draws)
-                guided = Guided(guided.logits, None, drawn.to(batch.images.device))
+                guided = GuidanceOutput(guided.logits, None, drawn.to(batch.images.device))
             policy = DropPolicy(*law_of(cell, self.levels), blend=0, second_look=None, saliency=saliency)
-            plan = self.tinydrop.plan(batch.images, guided, policy)
-            logits, seconds = timed(lambda images: self.tinydrop.run(images, plan), batch.images)
+            plan = steps.plan(self.tinydrop, batch.images, guided, policy)
+            logits, seconds = timed(lambda images: steps.run(self.tinydrop, images, plan), batch.images)
             report = self.tinydrop.report()
             flops = (report.flops - report.guidance_flops) / report.images
             return _Answer(logits, seconds, flops, report.dense_flops / report.images)
@@ -279,7 +279,7 @@ class _Batch(NamedTuple):
 
     images: Tensor
     name: str
-    guided: dict[tuple[_Sized, Saliency], tuple[Guided, float]]
+    guided: dict[tuple[_Sized, Saliency], tuple[GuidanceOutput, float]]
 
 
 def _reduced(guidance: Tensor, targets: list[Tensor]) -> tuple[NDArray[Any], ...]:

@@ -14,7 +14,7 @@ from tinydrop_kernels.calibration.bounds import counts_of, upper_bound
 from tinydrop_kernels.calibration.sweep import Sweep, judge, sweep
 from tinydrop_kernels.calibration.table import PLAIN, Table
 from tinydrop_kernels.ops import Law, Saliency
-from tinydrop_kernels.policyfile import CalibratedPolicy
+from tinydrop_kernels.policy.calibrated import CalibratedPolicy
 
 OURS = "TinyDrop"
 POINTS = ("dense", "guidance")

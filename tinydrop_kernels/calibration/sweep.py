@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tinydrop_kernels.calibration.table import DENSE, Table, View, law_of
 from tinydrop_kernels.ops import Law, Saliency
-from tinydrop_kernels.policy import DropPolicy
+from tinydrop_kernels.policy.drop import DropPolicy
 
 TAUS = (*np.round(np.arange(0.3, 0.96, 0.05), 2).tolist(), 0.97, 0.99, None)
 GAMMAS = (0.5, 1.0, 2.0, 4.0, 8.0, math.inf)
@@ -22,7 +22,7 @@ Look = tuple[float, float] | None
 PolicyLaw = tuple[Law, Saliency | None]  # without a saliency the patches are drawn at random
 
 
-class Judged(NamedTuple):
+class Judgement(NamedTuple):
     """A policy on the images of a table."""
 
     losses: NDArray[Any]  # int8 (n,)
@@ -57,7 +57,7 @@ class Sweep(NamedTuple):
         )
 
 
-def judge(table: Table, view: int, policy: DropPolicy, by: str = "flops") -> Judged:
+def judge(table: Table, view: int, policy: DropPolicy, by: str = "flops") -> Judgement:
     """One policy, image by image.
 
     Args:
@@ -80,7 +80,7 @@ def judge(table: Table, view: int, policy: DropPolicy, by: str = "flops") -> Jud
     of_cell, of_guidance = table.costs(view, by)
     prices = np.array([of_cell[cell] for cell in seen.cells])
     cost = of_guidance + float((prices[cells] * (cells >= 0)).mean() + again.mean() * prices[DENSE])
-    return Judged(table.losses(answers), cost)
+    return Judgement(table.losses(answers), cost)
 
 
 def _doubtful(view: View, cells: Any, blend: Any, look: Look) -> tuple[NDArray[Any], NDArray[Any]]:

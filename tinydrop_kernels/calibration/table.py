@@ -9,10 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tinydrop_kernels.answers import blended
 from tinydrop_kernels.ops import Law, Saliency, apply_law
 from tinydrop_kernels.ops.types import ROUNDING_SLACK, Grid
-from tinydrop_kernels.policy import CALM
+from tinydrop_kernels.policy.blend import blended
+from tinydrop_kernels.policy.drop import CALM
 
 BLENDS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 PLAIN = Saliency()  # the paper's: Grad-CAM of one class

@@ -14,12 +14,12 @@ from timm.models.beit import Beit as TimmBeit
 from torch import Tensor
 
 from tinydrop_kernels import ops
-from tinydrop_kernels.derived import derived
 from tinydrop_kernels.families.blocks import project_fused
 from tinydrop_kernels.families.plain import PlainFamily
 from tinydrop_kernels.families.pools import pool_segments
-from tinydrop_kernels.ops.tracing import eager
+from tinydrop_kernels.ops.derived import derived
 from tinydrop_kernels.ops.types import Grid, Packed, Part, RelativeBias, TimmModule
+from tinydrop_kernels.torch_internals import eager
 
 
 class PackedPositions(NamedTuple):

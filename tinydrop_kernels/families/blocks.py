@@ -11,7 +11,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from tinydrop_kernels import ops
-from tinydrop_kernels.onednn import linear
+from tinydrop_kernels.ops.onednn import linear
 from tinydrop_kernels.ops.types import Packed, TimmModule
 from tinydrop_kernels.torch_internals import has_hooks
 
@@ -101,3 +101,9 @@ def attend_projected(
         out = out * gate(x).sigmoid()
     projected: Tensor = attention.proj_drop(attention.proj(out))
     return projected
+
+
+def linears(model: TimmModule) -> list[nn.Linear]:
+    """The linear layers of the blocks that are torch's own."""
+    blocks = model.blocks if hasattr(model, "blocks") else model.layers
+    return [module for module in blocks.modules() if type(module) is nn.Linear and "forward" not in vars(module)]

@@ -1,7 +1,7 @@
 """FLOPs of the families whose blocks keep one token a patch, from the first block to the last."""
 
 from tinydrop_kernels.families.embedding import embeds_kept_only
-from tinydrop_kernels.flops import count_flops, linear_flops
+from tinydrop_kernels.families.flops import count_flops, linear_flops
 from tinydrop_kernels.ops.types import Grid, TimmModule
 
 

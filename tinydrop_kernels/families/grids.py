@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-from tinydrop_kernels.derived import derived
+from tinydrop_kernels.ops.derived import derived
 from tinydrop_kernels.ops.types import LEVELS, Grid
 
 

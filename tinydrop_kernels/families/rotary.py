@@ -9,9 +9,9 @@ import copy
 import torch
 from torch import Tensor
 
-from tinydrop_kernels.derived import derived
-from tinydrop_kernels.ops.tracing import eager
+from tinydrop_kernels.ops.derived import derived
 from tinydrop_kernels.ops.types import Grid, Packed, Part, TimmModule
+from tinydrop_kernels.torch_internals import eager
 
 
 class PackedRope:

@@ -20,14 +20,13 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2
 from torch import Tensor, nn
 
 from tinydrop_kernels import ops
-from tinydrop_kernels.derived import derived
 from tinydrop_kernels.families import embedding, swin_checks, swin_costs
 from tinydrop_kernels.families.base import Family
 from tinydrop_kernels.families.blocks import project_fused
 from tinydrop_kernels.families.embedding import embeds_kept_only
 from tinydrop_kernels.families.grids import coarser_grids
 from tinydrop_kernels.families.swin_checks import POOL_MODES, unsupported_swin
-from tinydrop_kernels.families.windows import (
+from tinydrop_kernels.families.swin_windows import (
     Order,
     cell_side,
     cut_of,
@@ -37,8 +36,9 @@ from tinydrop_kernels.families.windows import (
     patch_numbers,
     stages_of,
 )
-from tinydrop_kernels.ops.tracing import eager, eager_outside
+from tinydrop_kernels.ops.derived import derived
 from tinydrop_kernels.ops.types import Grid, Packed, Part, RelativeBias, TimmModule
+from tinydrop_kernels.torch_internals import eager, eager_outside
 
 _METHODS = ("forward", "forward_features", "forward_head")
 MAX_LOG_SCALE = math.log(100)  # of SwinV2's attention

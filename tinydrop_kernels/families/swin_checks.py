@@ -11,7 +11,7 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import nn
 
 from tinydrop_kernels.families.checks import CONTAINERS, foreign_method, hooks_in_vain, random_in_eval
-from tinydrop_kernels.families.windows import cell_side, cut_of, is_whole, merges, stages_of
+from tinydrop_kernels.families.swin_windows import cell_side, cut_of, is_whole, merges, stages_of
 from tinydrop_kernels.ops.types import TimmModule
 
 _STAGES = (swin_transformer.SwinTransformerStage, swin_transformer_v2.SwinTransformerV2Stage)

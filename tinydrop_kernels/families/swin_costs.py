@@ -3,8 +3,8 @@
 import math
 
 from tinydrop_kernels.families.embedding import embeds_kept_only
-from tinydrop_kernels.families.windows import Cut, cell_side, cut_of, stages_of
-from tinydrop_kernels.flops import count_flops, linear_flops
+from tinydrop_kernels.families.flops import count_flops, linear_flops
+from tinydrop_kernels.families.swin_windows import Cut, cell_side, cut_of, stages_of
 from tinydrop_kernels.ops.types import Grid, TimmModule
 
 

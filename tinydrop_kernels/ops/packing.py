@@ -8,8 +8,8 @@ from torch import Tensor
 
 from tinydrop_kernels.ops.gather import gather_tokens
 from tinydrop_kernels.ops.registry import define, kernels, reference, triton
-from tinydrop_kernels.ops.tracing import eager
 from tinydrop_kernels.ops.types import Grid, Packed, Part
+from tinydrop_kernels.torch_internals import eager
 
 
 class Packing(NamedTuple):

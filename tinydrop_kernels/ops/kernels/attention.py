@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tinydrop_kernels.ops.kernels.attention_kernel import varlen_attention_kernel
 from tinydrop_kernels.ops.kernels.attention_tiles import tile_for
-from tinydrop_kernels.ops.kernels.direct import Launcher, aligned
+from tinydrop_kernels.ops.kernels.launcher import Launcher, aligned
 
 MAX_STRIDE = 2**24  # so that the offsets within a tile are 32-bit integers
 

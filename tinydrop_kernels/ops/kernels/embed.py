@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tinydrop_kernels.ops.kernels.direct import Launcher, aligned
+from tinydrop_kernels.ops.kernels.launcher import Launcher, aligned
 from tinydrop_kernels.ops.kernels.segments import locate_rows, search_step
 
 

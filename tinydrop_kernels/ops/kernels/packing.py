@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tinydrop_kernels.ops.kernels.direct import Launcher
+from tinydrop_kernels.ops.kernels.launcher import Launcher
 
 
 # The batch changes from call to call and must not compile anew.

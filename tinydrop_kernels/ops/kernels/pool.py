@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tinydrop_kernels.ops.kernels.direct import FUSED
+from tinydrop_kernels.ops.kernels.launcher import FUSED
 
 
 @triton.jit(do_not_specialize=["skip"])

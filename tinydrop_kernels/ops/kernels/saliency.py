@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from tinydrop_kernels.ops.kernels.selection import finite_range
+from tinydrop_kernels.ops.kernels.select_common import finite_range
 
 
 @triton.jit

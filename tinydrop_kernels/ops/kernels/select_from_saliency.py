@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tinydrop_kernels.ops.kernels.direct import FUSED
-from tinydrop_kernels.ops.kernels.selection import OPTIONS, block_sizes, grids_on, predict, select_patches
+from tinydrop_kernels.ops.kernels.launcher import FUSED
+from tinydrop_kernels.ops.kernels.select_common import OPTIONS, block_sizes, grids_on, predict, select_patches
 
 
 # Integers that equal 1 or divide by 16 in one model and not in the next need no kernel of their own.

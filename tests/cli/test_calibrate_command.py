@@ -1,0 +1,119 @@
+"""``tinydrop calibrate`` as a user runs it, on checkpoints and images made here."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from helpers import tiny_guidance, tiny_vit
+from PIL import Image
+from timm.models import save_for_hf
+
+import tinydrop_kernels as tdk
+from tinydrop_kernels.checkpoints import class_names, load_model
+from tinydrop_kernels.cli.commands import calibrate_command as calibrating
+from tinydrop_kernels.cli.commands import commands as cli
+
+NAMES = ["ant", "bee", "cat", "dog", "eel"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A target, two guidance models, and a folder of images for each class; one image cannot be read."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("calibrating")
+    config = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0, "input_size": (3, 32, 32)}
+    for name, model in (("target", tiny_vit()), ("first", tiny_guidance()), ("second", tiny_guidance())):
+        options = {"model_config": {"label_names": NAMES}, "data_config": config, "safe_serialization": True}
+        save_for_hf(model, folder / name, **options)
+    rng = np.random.default_rng(0)
+    for name in NAMES:
+        (folder / "data" / name).mkdir(parents=True)
+        for number in range(6):
+            pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "data" / name / f"{number}.png")
+    (folder / "data" / "ant" / "broken.png").write_text("no image")
+    return folder
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
+
+
+def calibrate(folder, *arguments):
+    models = ("--model", folder / "target", "--cache", folder / "cache")
+    return run("calibrate", folder / "data", *models, *arguments)
+
+
+def test_several_drops_and_guidance_models(folder, tmp_path):
+    out, picture = tmp_path / "policy.json", tmp_path / "frontier.csv"
+    given = ("--guidance", folder / "first", folder / "second", "--accuracy-drop", 20, 50.5)
+    result = calibrate(folder, *given, "--out", out, "--picture", picture)
+    assert result.exit_code == 0, result.output
+    assert "31 images, judged by accuracy" in result.output and "broken.png" in result.output
+    assert result.output.count("each guidance model at its best") == 2
+    assert str(folder / "first") in result.output and str(folder / "second") in result.output
+    for drop in ("20", "50.5"):
+        policy = tdk.CalibratedPolicy.load(tmp_path / f"policy-{drop}.json")
+        assert policy.certificate.accuracy_drop == float(drop) / 100 and policy.certificate.confidence == 0.95
+        assert policy.images["count"] == 30 and policy.images["labelled"]
+        assert str(policy) in result.output
+    for number in (1, 2):
+        assert (tmp_path / f"frontier-{number}.csv").read_text().startswith("way,by,cost")
+
+
+def test_the_file_is_for_classify(folder, tmp_path):
+    out = tmp_path / "policy.json"
+    assert calibrate(folder, "--guidance", folder / "first", "--accuracy-drop", 20, "--out", out).exit_code == 0
+    given = ("classify", folder / "data" / "bee", "--model", folder / "target", "--policy", out)
+    result = run(*given, "--guidance", folder / "first")
+    assert result.exit_code == 0 and len([json.loads(line) for line in result.stdout.splitlines()]) == 6
+    result = run(*given, "--guidance", folder / "second")
+    assert result.exit_code == 1 and "calibrated for the guidance" in result.output
+    result = run(*given, "--guidance", folder / "first", "--tau", 0.5)
+    assert result.exit_code == 1 and "--tau: has no effect together with --policy" in result.output
+
+
+def test_without_labels(folder, tmp_path):
+    given = ("--guidance", folder / "first", "--out", tmp_path / "policy.json")
+    result = calibrate(folder, *given, "--no-labels")
+    assert result.exit_code == 0 and "agreement with the dense model, for want of labels" in result.output
+    assert not tdk.CalibratedPolicy.load(tmp_path / "policy.json").certificate.labelled
+
+
+def test_labels_are_found_by_name_or_by_place(folder, tmp_path):
+    model = load_model(str(folder / "target"))
+    for names, expected in (
+        (["bee", "eel"], [1, 4]),
+        (list("vwxyz"), [0, 1, 2, 3, 4]),
+        (["bee", "other"], None),
+        ([""], None),
+    ):
+        files = [tmp_path / name / "image.png" for name in names]
+        assert calibrating.folder_labels(tmp_path, files, class_names(model)) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--accuracy-drop", "0"), "0"),
+        (("--confidence", "1"), "1"),
+        (("--guidance", "no_such_model"), "guidance: got 'no_such_model'"),
+        (("--device", "nonsense"), "device: got 'nonsense'"),
+        (("--out", "no/such/folder/policy.json"), "out: 'no/such/folder/policy.json' cannot be written"),
+        (("--picture", "frontier.doc"), "picture: got 'frontier.doc', expected a name that ends in"),
+    ],
+)
+def test_mistakes_end_without_a_traceback(folder, arguments, message):
+    result = calibrate(folder, *arguments)
+    assert result.exit_code in (1, 2) and message in result.output and "Traceback" not in result.output
+
+
+def test_interrupted(folder, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(calibrating, "gather", interrupt)
+    result = calibrate(folder, "--guidance", folder / "first")
+    assert result.exit_code == 130 and "goes on from here" in result.output

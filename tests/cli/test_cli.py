@@ -1,0 +1,457 @@
+"""The command line, run as a user runs it, on checkpoints and images made here."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from fakes import fake_report
+from helpers import tiny_guidance, tiny_vit
+from PIL import Image
+from timm.models import save_for_hf
+
+import tinydrop_kernels as tdk
+from tinydrop_kernels.checkpoints import load_model
+from tinydrop_kernels.cli.commands import commands as cli
+from tinydrop_kernels.cli.commands import options
+from tinydrop_kernels.ops import registry
+
+NAMES = ["ant", "bee", "cat", "dog", "eel"]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """A target and a guidance model as folders, and the target's weights as one file."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("checkpoints")
+    data_config = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0}
+    for name, model, size in (("target", tiny_vit(), 32), ("guidance", tiny_guidance(), 64)):
+        save_for_hf(
+            model,
+            folder / name,
+            model_config={"label_names": NAMES},
+            data_config=data_config | {"input_size": (3, size, size)},
+            safe_serialization=True,
+        )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Images of several formats, modes and sizes in nested folders, and two that cannot be read."""
+    folder = tmp_path_factory.mktemp("photos")
+    (folder / "more").mkdir()
+    rng = np.random.default_rng(0)
+
+    def pixels(*shape):
+        return rng.integers(0, 256, shape, dtype=np.uint8)
+
+    Image.fromarray(pixels(50, 70, 3)).save(folder / "a.jpg")
+    Image.fromarray(pixels(32, 32, 4)).save(folder / "b.png")
+    Image.fromarray(pixels(90, 40)).save(folder / "more" / "c.bmp")
+    Image.fromarray(pixels(33, 47, 3)).convert("P").save(folder / "more" / "d.gif")
+    Image.fromarray(pixels(64, 64, 3)).save(folder / "e.webp")
+    (folder / "broken.jpg").write_bytes((folder / "a.jpg").read_bytes()[:300])
+    (folder / "text.png").write_text("no image")
+    (folder / "notes.txt").write_text("not looked at")
+    return folder
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.main, [str(a) for a in arguments])
+
+
+def classify(checkpoints, *arguments):
+    models = ("--model", checkpoints / "target", "--guidance", checkpoints / "guidance")
+    return run("classify", *models, *arguments)
+
+
+def test_classify(checkpoints, photos, tmp_path):
+    out = tmp_path / "results.jsonl"
+    result = classify(
+        checkpoints, photos, "--out", out, "--batch-size", 2, "--keep-ratio", 0.5, "--tau", "none", "--compare-dense"
+    )
+    assert result.exit_code == 0, result.output
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["path"].rsplit("/", 1)[1] for row in rows] == ["a.jpg", "b.png", "e.webp", "c.bmp", "d.gif"]
+    for row in rows:
+        assert row["kept"] == 8 and row["of"] == 16 and not row["exit"]
+        assert sorted(entry["name"] for entry in row["top"]) == NAMES
+        assert sum(entry["probability"] for entry in row["top"]) == pytest.approx(1, abs=1e-3)
+        assert row["dense"]["name"] in NAMES
+    assert "images       5, unreadable 2" in result.output
+    for line in ("exits        0", "mean keep    50.0%", "FLOPs saved", "images/s", "speed-up", "agreement"):
+        assert line in result.output
+    assert "skipped" in result.output and "broken.jpg" in result.output and "text.png" in result.output
+
+
+def test_answers_are_those_of_the_api(checkpoints, photos):
+    result = classify(checkpoints, photos / "a.jpg", "--tau", 0.9)
+    row = json.loads(result.stdout.splitlines()[0])
+    model = tdk.patch(load_model(str(checkpoints / "target")), str(checkpoints / "guidance"), tdk.DropPolicy(tau=0.9))
+    image = Image.open(photos / "a.jpg").resize((45, 32), Image.Resampling.BICUBIC)
+    image = image.crop((6, 0, 38, 32))
+    tensor = (torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255 - 0.5) / 0.5
+    with torch.inference_mode():
+        probability = model(tensor).softmax(1)[0]
+    told = {entry["name"]: entry["probability"] for entry in row["top"]}
+    assert told == pytest.approx(dict(zip(NAMES, probability.tolist(), strict=True)), abs=0.02)
+
+
+def test_exits_are_told(checkpoints, photos):
+    result = classify(checkpoints, photos / "a.jpg", "--tau", 0.01)
+    row = json.loads(result.stdout.splitlines()[0])
+    assert row["exit"] and row["kept"] == 0
+    assert "exits        1 (100.0%)" in result.output and "none stayed" in result.output
+
+
+def test_half_precision(checkpoints, photos):
+    assert classify(checkpoints, photos / "a.jpg", "--dtype", "bfloat16").exit_code == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_automatic_precision(checkpoints, photos, monkeypatch, dtype):
+    monkeypatch.setattr(options, "fast_dtype", lambda device: dtype)
+    result = classify(checkpoints, photos / "a.jpg", "--dtype", "auto")
+    assert result.exit_code == 0 and f"cpu, {dtype}, batches of".replace("torch.", "") in result.output
+
+
+def test_guidance_size_and_compile(checkpoints, photos, monkeypatch):
+    asked = []
+    patch = options.patch
+    monkeypatch.setattr(
+        options, "patch", lambda *arguments, compile, **named: asked.append(compile) or patch(*arguments, **named)
+    )
+    told = [
+        next(line for line in classify(checkpoints, photos / "a.jpg", *extra).output.splitlines() if "saved" in line)
+        for extra in ((), ("--guidance-size", 16, "--compile"), ("--guidance-size", "16x64"))
+    ]
+    assert len(set(told)) == 3 and asked == [False, True, False]
+
+
+@pytest.mark.parametrize("given", [None, "ACTIVE"], ids=["by default", "as the user says"])
+def test_waiting_threads_sleep(given):
+    """In a process of its own, since OpenMP reads the variable once."""
+    program = "import os, sys; from tinydrop_kernels.__main__ import main; sys.argv = ['tinydrop', '--version']\n"
+    program += "assert 'torch' not in sys.modules\ntry:\n    main()\nfinally:\n    print(os.environ['OMP_WAIT_POLICY'])"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": given} if given else {}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.stdout.split()[-1] == (given or "PASSIVE"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["/no/such/file.jpg"], "does not exist"),
+        (["PHOTOS/more", "--guidance-size", "small"], "neither a number nor HEIGHTxWIDTH"),
+        (["PHOTOS/more", "--guidance-size", "0"], "input_size: got (0, 0)"),
+        (["PHOTOS/text.png"], "no image could be read"),
+        (["PHOTOS/more", "--tau", "1.5"], "tau: got 1.5"),
+        (["PHOTOS/more", "--tau", "high"], "neither a number nor 'none'"),
+        (["PHOTOS/more", "--gamma", "-1"], "gamma: got -1.0"),
+        (["PHOTOS/more", "--min-keep", "0"], "min_keep: got 0.0"),
+        (["PHOTOS/more", "--keep-ratio", "2"], "keep_ratio: got 2.0"),
+        (["PHOTOS/more", "--model", "resnet18.a1_in1k"], "could not be loaded"),
+        (["PHOTOS/more", "--model", "vit_bas_patch16_224"], "near to it: vit_base_patch16_224"),
+        (["PHOTOS/more", "--model", "test_vit=/no/such/file"], "there is no file"),
+        (["PHOTOS/more", "--model", "PHOTOS/a.jpg"], "there is no config.json"),
+        (["PHOTOS/more", "--guidance", "resnet17"], "guidance: got 'resnet17'"),
+        (["PHOTOS/more", "--device", "toaster"], "device: got 'toaster'"),
+        (["PHOTOS/more", "--device", "cuda:99"], "device: got 'cuda:99'"),
+        (["PHOTOS/more", "--out", "/no/such/folder/results.jsonl"], "cannot be written: No such file or directory"),
+    ],
+)
+def test_mistakes_are_one_clear_line(checkpoints, photos, arguments, message):
+    result = classify(checkpoints, *[a.replace("PHOTOS", str(photos)) for a in arguments])
+    assert result.exit_code != 0 and message in result.output
+    assert "Traceback" not in result.output
+
+
+def test_folder_without_images(checkpoints, tmp_path):
+    result = classify(checkpoints, tmp_path)
+    assert result.exit_code != 0 and "no image in" in result.output
+
+
+def test_info_tells_every_operator():
+    result = run("info")
+    assert result.exit_code == 0
+    for name in ("torch", "timm", "device", *tdk.ops.OPERATORS):
+        assert f"\n{name} " in result.output
+    assert f"torch                 {torch.__version__}".split("+")[0] in result.output
+    assert "\ntriton " in result.output and "\nCUDA C++ extension " in result.output
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """To set variables in, as if the process had begun with them."""
+    registry._forced_by_environment.cache_clear()
+    yield monkeypatch
+    registry._forced_by_environment.cache_clear()
+
+
+def test_info_says_what_is_wrong(environment):
+    environment.setenv("TINYDROP_BACKEND", "abacus")
+    result = run("info")
+    assert result.exit_code == 1 and "TINYDROP_BACKEND: got 'abacus'" in result.output
+
+
+def test_module_is_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["python -m tinydrop_kernels", "--version"])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_module("tinydrop_kernels", run_name="__main__")
+    assert not left.value.code
+    assert capsys.readouterr().out == f"tinydrop, version {tdk.__version__}\n"
+
+
+def test_a_forced_backend_that_cannot_run_is_one_clear_line(checkpoints, photos, environment):
+    environment.setenv("TINYDROP_BACKEND", "triton")
+    environment.setenv("TRITON_INTERPRET", "0")
+    result = classify(checkpoints, photos)
+    assert result.exit_code == 1 and "Traceback" not in result.output
+    assert result.output.splitlines()[-1].startswith("Error: ") and "triton" in result.output
+
+
+def save(model, folder, channels=3, size=32):
+    config = {"num_classes": model.num_classes, "input_size": (channels, size, size)}
+    options = {"in_chans": channels, "num_classes": model.num_classes}
+    save_for_hf(model, folder, model_config=config, model_args=options, safe_serialization=True)
+    return folder
+
+
+def test_models_of_one_channel(photos, tmp_path):
+    target = save(tiny_vit(in_chans=1), tmp_path / "target", 1)
+    guidance = save(tiny_guidance(in_chans=1), tmp_path / "guidance", 1, 64)
+    result = run("classify", photos / "a.jpg", "--model", target, "--guidance", guidance)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout.splitlines()[0])["of"] == 16
+
+
+def test_models_of_one_channel_need_such_guidance(checkpoints, photos, tmp_path):
+    target = save(tiny_vit(in_chans=1), tmp_path / "target", 1)
+    result = run("classify", photos / "a.jpg", "--model", target, "--guidance", checkpoints / "guidance")
+    assert result.exit_code == 1 and "Error: guidance: " in result.output and "Traceback" not in result.output
+
+
+def test_models_without_classes(checkpoints, photos, tmp_path):
+    target = save(tiny_vit(num_classes=0), tmp_path / "target")
+    result = run("classify", photos, "--model", target, "--guidance", checkpoints / "guidance")
+    assert result.exit_code == 1 and "model: got one without classes" in result.output
+
+
+def test_keep_ratio_is_instead_of_the_law(checkpoints, photos):
+    for option in ("--gamma", "--min-keep"):
+        result = classify(checkpoints, photos / "a.jpg", "--keep-ratio", 0.5, option, 0.5)
+        assert result.exit_code == 1 and f"{option}: has no effect together with --keep-ratio" in result.output
+    result = classify(checkpoints, photos / "a.jpg", "--keep-ratio", 0.5, "--tau", 0.01)
+    assert json.loads(result.stdout.splitlines()[0])["exit"]
+
+
+@pytest.fixture
+def chosen(monkeypatch, checkpoints, photos):
+    """The policy that classify makes of its options."""
+
+    class Chosen(Exception):
+        pass
+
+    def caught(model, guidance, policy, **others):
+        raise Chosen(policy)
+
+    monkeypatch.setattr(options, "patch", caught)
+    return lambda *given: classify(checkpoints, photos / "a.jpg", *given).exception.args[0]
+
+
+def test_options_make_the_policy(chosen):
+    assert chosen() == tdk.DropPolicy()
+    given = ("--coarsen", 0.75, "--blend", 0.2, "--second-look", 0.3, 0.7, "--min-keep", 0.4, "--gamma", 2)
+    given += ("--saliency", 5, 0.5, 0)
+    law = {"coarsen": 0.75, "blend": 0.2, "second_look": (0.3, 0.7), "saliency": tdk.ops.Saliency(5, 0.5, 0.0)}
+    assert chosen(*given) == tdk.DropPolicy(gamma=2.0, min_keep=0.4, **law)
+    fixed = tdk.DropPolicy.fixed(0.5, tau=tdk.DropPolicy.tau)
+    assert chosen("--keep-ratio", 0.5) == fixed
+    assert chosen("--keep-ratio", 0.5, "--tau", "none", "--blend", 0.2) == replace(fixed, tau=None, blend=0.2)
+    assert chosen("--second-look", 0, 0) == tdk.DropPolicy(second_look=None)
+    assert chosen("--multi-label", "--gamma", 3) == tdk.DropPolicy(None, 3.0, blend=0.0, second_look=None)
+    assert chosen("--multi-label", "--keep-ratio", 0.5) == tdk.DropPolicy.fixed(0.5)
+
+
+def test_many_labels(checkpoints, photos):
+    """Scores of sigmoids, each by itself; what mixes answers is refused."""
+    result = classify(checkpoints, photos / "b.png", "--multi-label", "--keep-ratio", 1)
+    row = json.loads(result.stdout.splitlines()[0])
+    image = torch.from_numpy(np.array(Image.open(photos / "b.png").convert("RGB"))).permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.inference_mode():
+        scores = load_model(str(checkpoints / "target"))(image)[0].sigmoid()
+    told = {entry["name"]: entry["probability"] for entry in row["top"]}
+    assert told == pytest.approx(dict(zip(NAMES, scores.tolist(), strict=True)), abs=1e-3)
+    assert abs(sum(told.values()) - 1) > 0.1
+    result = classify(checkpoints, photos / "b.png", "--multi-label", "--tau", 0.9)
+    assert result.exit_code == 1 and "with multi_label=True nothing exits" in result.output
+
+
+def test_guidance_is_loaded_before_the_large_model(photos, monkeypatch):
+    monkeypatch.setattr(
+        options, "load_model", lambda spec, argument="model", **_: pytest.fail(f"{argument} was loaded")
+    )
+    result = run("classify", photos, "--model", "vit_bas_patch16_224")
+    assert "near to it" in result.output
+    loaded = []
+    monkeypatch.setattr(options, "load_model", lambda spec, argument="model", **_: loaded.append(argument) or 1 / 0)
+    run("classify", photos, "--model", "test_vit")
+    assert loaded == ["guidance"]
+
+
+def interrupted_after(rows, monkeypatch):
+    predict = cli.Predictor.predict
+
+    def interrupted(self, files):
+        for i, row in enumerate(predict(self, files)):
+            if i == rows:
+                raise KeyboardInterrupt
+            yield row
+
+    monkeypatch.setattr(cli.Predictor, "predict", interrupted)
+
+
+def test_ctrl_c_keeps_what_was_done(checkpoints, photos, tmp_path, monkeypatch):
+    interrupted_after(2, monkeypatch)
+    out = tmp_path / "results.jsonl"
+    result = classify(checkpoints, photos, "--out", out, "--batch-size", 2)
+    assert result.exit_code == 130
+    assert len(out.read_text().splitlines()) == 2
+    assert f"interrupted after 2 of 7 images; their rows are in {out}" in result.output
+    assert "images       3, unreadable 1" in result.output
+
+
+def test_ctrl_c_before_the_first_row_keeps_an_earlier_file(checkpoints, photos, tmp_path, monkeypatch):
+    interrupted_after(0, monkeypatch)
+    out = tmp_path / "results.jsonl"
+    out.write_text("earlier")
+    result = classify(checkpoints, photos, "--out", out)
+    assert result.exit_code == 130 and out.read_text() == "earlier"
+
+
+def test_a_failing_run_keeps_an_earlier_file(checkpoints, photos, tmp_path):
+    out = tmp_path / "results.jsonl"
+    out.write_text("earlier")
+    for arguments in ([photos / "text.png"], [photos, "--gamma", -1], [photos, "--guidance", "resnet17"]):
+        assert classify(checkpoints, *arguments, "--out", out).exit_code == 1
+        assert out.read_text() == "earlier" and os.listdir(tmp_path) == ["results.jsonl"]
+
+
+def test_a_full_disk_is_one_clear_line(checkpoints, photos):
+    if not Path("/dev/full").is_char_device():
+        pytest.skip("there is no /dev/full on this system")
+    result = classify(checkpoints, photos, "--out", "/dev/full")
+    assert result.exit_code == 1 and "'/dev/full' cannot be written: No space left on device" in result.output
+
+
+def test_too_little_memory_is_one_clear_line(checkpoints, photos, monkeypatch):
+    def predict(self, files):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(cli.Predictor, "predict", predict)
+    result = classify(checkpoints, photos)
+    assert result.exit_code == 1 and "CUDA out of memory." in result.output and "--batch-size" in result.output
+
+
+def test_skipped_folders_are_told(checkpoints, photos, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes((photos / "a.jpg").read_bytes())
+    (tmp_path / "photos" / "loop").symlink_to(tmp_path / "photos")
+    result = classify(checkpoints, tmp_path)
+    assert result.exit_code == 0
+    assert f"skipped {tmp_path}/photos/loop: the same folder as {tmp_path}/photos" in result.output
+
+
+def test_summary_says_when_dropping_does_not_pay():
+    report = fake_report(exits=2, second_looks=1, kept_patches=48, patches=96, calls=4, read_backs=8)
+    slow = replace(report, flops=250, guidance_flops=200, wall_seconds=2.0, dense_seconds=1.0)
+    predictor = SimpleNamespace(report=slow, unreadable=[], agreeing=6)
+    told = cli.summary(predictor, "cpu")
+    assert "mean keep    50.0% (of the patches of images that stayed)" in told
+    assert "second looks 1 (12.5%)" in told and "speed-up     0.50 x" in told and "agreement    75.0%" in told
+    assert "FLOPs saved  -150.0% (guidance counted); exits alone 20.0%" in told
+    assert "packing and 8 read-backs in 4 batches counted" in told
+    assert "note: the patched model is slower than dense here, in batches of 2: 4.0 against 8.0 images/s" in told
+    assert "note: the guidance model alone costs 2.0 times the FLOPs of the dense model" in told
+    predictor.report = replace(report, wall_seconds=2.0, dense_seconds=3.0)
+    assert "note" not in cli.summary(predictor, "cpu")
+
+
+def test_graphs_need_a_gpu(checkpoints, photos):
+    if torch.cuda.is_available():
+        assert "CUDA graphs" in classify(checkpoints, photos, "--graphs", "--device", "cuda").output
+    else:
+        result = classify(checkpoints, photos, "--graphs")
+        assert result.exit_code == 1 and "graphs: got a model on cpu, expected one on a GPU" in result.output
+
+
+def test_stages_are_told(checkpoints, photos):
+    (line,) = [line for line in classify(checkpoints, photos, "--stages").output.splitlines() if "ms an image" in line]
+    assert all(f" {stage} " in line for stage in ("guidance", "select", "pack", "blocks"))
+    assert "ms an image" not in classify(checkpoints, photos).output
+
+
+def visualize(checkpoints, *arguments):
+    models = ("--model", checkpoints / "target", "--guidance", checkpoints / "guidance")
+    return run("visualize", *models, *arguments)
+
+
+def test_visualize(checkpoints, photos, tmp_path):
+    out = tmp_path / "new" / "folder"
+    result = visualize(checkpoints, photos, "--out", out, "--batch-size", 2, "--tau", 0.5, "--dense")
+    assert result.exit_code == 0, result.output
+    pictures = ["0001_a.png", "0002_b.png", "0003_e.png", "0004_c.png", "0005_d.png"]
+    assert sorted(os.listdir(out)) == [*pictures, "index.html"]
+    for picture in pictures:
+        assert Image.open(out / picture).size == (3 * 32 + 2 * 8, 32)
+    page = (out / "index.html").read_text()
+    assert page.count("<article") == 5 and page.count('scope="row">dense') == 5
+    assert "images       5, unreadable 2" in result.output and "agreement" in result.output
+    assert f"page         {out / 'index.html'} (0.0 MB)" in result.output
+
+
+def test_dense_is_asked_if_wanted(checkpoints, photos, tmp_path):
+    result = visualize(checkpoints, photos / "a.jpg", "--out", tmp_path)
+    assert 'scope="row">dense' not in (tmp_path / "index.html").read_text() and "agreement" not in result.output
+
+
+def test_ctrl_c_keeps_what_was_drawn(checkpoints, photos, tmp_path, monkeypatch):
+    batches = cli.Predictor.batches
+
+    def interrupted(self, files):
+        yield next(batches(self, files))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.Predictor, "batches", interrupted)
+    result = visualize(checkpoints, photos, "--out", tmp_path, "--batch-size", 2)
+    assert result.exit_code == 130 and "interrupted after 2 of 7 images" in result.output
+    assert (tmp_path / "index.html").read_text().count("<article") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["PHOTOS/more"], "Missing option '--out'"),
+        (["PHOTOS/more", "--out", "PHOTOS/a.jpg"], "is a file"),
+        (["PHOTOS/more", "--out", "PHOTOS/a.jpg/folder"], "cannot be written: Not a directory"),
+        (["PHOTOS/text.png", "--out", "OUT"], "no image could be read"),
+        (["PHOTOS/more", "--out", "OUT", "--guidance", "resnet17"], "guidance: got 'resnet17'"),
+    ],
+)
+def test_mistakes_of_visualize_are_one_clear_line(checkpoints, photos, tmp_path, arguments, message):
+    places = {"PHOTOS": str(photos), "OUT": str(tmp_path)}
+    for name, place in places.items():
+        arguments = [argument.replace(name, place) for argument in arguments]
+    result = visualize(checkpoints, *arguments)
+    assert result.exit_code != 0 and message in result.output and "Traceback" not in result.output
+    assert not (tmp_path / "index.html").exists()

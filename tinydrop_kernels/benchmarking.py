@@ -1,0 +1,61 @@
+"""Is it faster here? A patched model and the same model dense, timed in turn on the same images."""
+
+import statistics
+import warnings
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from tinydrop_kernels.engine.checks import check_eval, check_patched
+from tinydrop_kernels.engine.stopwatch import timed, warm_up_calls
+from tinydrop_kernels.ops.types import TimmModule
+from tinydrop_kernels.report import Report
+
+
+@torch.inference_mode()
+def benchmark(model: TimmModule, images: Tensor, rounds: int = 5) -> Report:
+    """Measure what patching saves on a batch. The report's ``str`` says in words where it does not pay.
+
+    The patched model and the dense model take turns. The first round is not counted, nor is the second if CUDA graphs
+    are on. The report has the medians. One more call of the patched model is timed stage by stage.
+
+    Args:
+        model: patched, in eval mode. Its own policy is measured.
+        images: as the model takes them, on its device. The result depends on the images and on the batch size, so pass
+            images of the kind and number that you will classify.
+        rounds: the number of counted rounds.
+
+    Returns:
+        The report of the batch with ``wall_seconds``, ``dense_seconds`` and ``seconds`` by stage.
+
+    Raises:
+        ValueError: the model is not patched, there are no images, or ``rounds`` is below 1.
+        RuntimeError: the model is in training mode.
+
+    Example:
+        >>> print(tinydrop_kernels.benchmark(model, images))  # doctest: +SKIP
+    """
+    check_patched(model)
+    check_eval(model)
+    if len(images) == 0:
+        raise ValueError("images: got none, expected a batch to be timed")
+    if rounds < 1:
+        raise ValueError(f"rounds: got {rounds}, expected a number >= 1")
+    tinydrop, spent = model.tinydrop, []
+    for _ in range(warm_up_calls(model) + rounds):
+        spent.append([timed(call, images)[1] for call in (model, tinydrop.dense)])
+    wall, dense = (statistics.median(times) for times in zip(*spent[-rounds:], strict=True))
+    was_timed, tinydrop.timed = tinydrop.timed, True
+    try:
+        model(images)
+    finally:
+        tinydrop.timed = was_timed
+    report: Report = tinydrop.report()
+    return replace(report, wall_seconds=wall, dense_seconds=dense)
+
+
+def compare_with_dense(model: TimmModule, images: Tensor, rounds: int = 5) -> Report:
+    """Return :func:`benchmark` of the arguments. This is its old name, which the next release will not have."""
+    warnings.warn("compare_with_dense is called benchmark now; the next release drops the old name", FutureWarning, 2)
+    return benchmark(model, images, rounds)

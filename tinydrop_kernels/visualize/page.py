@@ -1,0 +1,144 @@
+"""One HTML page of what a patched model looked at: no other file, no network."""
+
+import html
+import math
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+from string import Template
+from typing import NamedTuple
+from urllib.parse import quote
+
+from tinydrop_kernels.ops.types import TimmModule
+from tinydrop_kernels.predict.prediction import Candidate, Prediction
+from tinydrop_kernels.report import Report
+
+FEW = 0.5  # of the dense patches
+NOT_ASKED = '<tr class="silent"><th scope="row">target</th><td colspan="2">not asked</td></tr>'
+
+
+class Card(NamedTuple):
+    """What the page shows of an image."""
+
+    row: Prediction
+    file: str  # of its own, beside the page
+    pictures: tuple[str, ...]  # addresses of the input, of the saliency and of what the target saw
+
+
+FILTERS: dict[str, tuple[str, Callable[[Prediction], bool]]] = {  # name in the address: what it is called, and of whom
+    "exited": ("exited", lambda row: row.exited),
+    "second-look": ("got a second look", lambda row: row.second_look),
+    "few": (f"kept few (at most {FEW:.0%})", lambda row: not row.exited and row.kept <= FEW * row.patches),
+    "disagreed": ("are disagreed on", lambda row: row.disagreed),
+}
+
+
+def render(model: TimmModule, report: Report, cards: Sequence[Card]) -> str:
+    """The page as text.
+
+    Args:
+        model: the patched model.
+        report: of all the images, which the page begins with.
+        cards: one for each image, in order.
+    """
+    tinydrop = model.tinydrop
+    models = f"{_architecture(model)}, guided by {_architecture(tinydrop.guidance.model)}"
+    blend = f"The target’s answers are blended with {tinydrop.policy.blend:.0%} of the guidance model’s."
+    template = Template(files("tinydrop_kernels.visualize").joinpath("page.html").read_text(encoding="utf-8"))
+    return template.substitute(
+        title=_text(f"What was looked at: {models}"),
+        models=_text(models),
+        facts="".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in _facts(report).items()),
+        notes=_notes(report),
+        blend=blend if tinydrop.policy.blend else "",
+        policy=_text(str(tinydrop.policy)),
+        filters="\n      ".join(_filter(name, cards) for name in FILTERS),
+        cards="\n".join(map(_card, cards)),
+    )
+
+
+def _facts(report: Report) -> dict[str, str]:
+    kept = f"{report.mean_keep:.1%} <small>of those that stayed</small>" if report.patches else "none stayed"
+    facts = {
+        "images": f"{report.images}",
+        "exits": f"{report.exits} <small>{report.exits / report.images:.1%}</small>",
+        "second looks": f"{report.second_looks} <small>{report.second_looks / report.images:.1%}</small>",
+        "patches kept": kept,
+        "FLOPs saved": f"{report.flops_saved:.1%} <small>guidance counted</small>",
+    }
+    if report.speed_up:
+        facts["speed"] = f"{report.speed_up:.2f} × <small>of dense</small>"
+    return facts
+
+
+def _notes(report: Report) -> str:
+    items = "".join(f"<li>{_text(note[0].upper() + note[1:])}.</li>" for note in report.notes)
+    return f'<ul class="notes">{items}</ul>' if items else ""
+
+
+def _filter(name: str, cards: Sequence[Card]) -> str:
+    told, is_so = FILTERS[name]
+    count = sum(is_so(card.row) for card in cards)
+    disabled = "" if count else " disabled"
+    return f'<label><input type="checkbox" name="{name}"{disabled}> {told} <span>{count}</span></label>'
+
+
+def _card(card: Card) -> str:
+    row = card.row
+    own = " ".join(name for name, (_, is_so) in FILTERS.items() if is_so(row))
+    name = row.name.replace("\\", "/").rsplit("/", 1)[-1]
+    seen = "nothing" if row.exited else _seen(row)
+    alternatives = ("the input", "where the guidance model looked", f"what the target saw: {seen}")
+    captions = ("input", "guidance", "target, not asked" if row.exited else "target")
+    pictures = "".join(
+        f'<figure><img src="{address}" alt="{_text(alternative)}"><figcaption>{caption}</figcaption></figure>'
+        for address, alternative, caption in zip(card.pictures, alternatives, captions, strict=True)
+    )
+    fate = "<b>Exited</b>" if row.exited else _seen(row)
+    if row.second_look:
+        fate += "; <b>second look</b>"
+    answers = [
+        _answer("guidance", row.guidance, row) if row.guidance else _only_sure(row),
+        NOT_ASKED if row.exited else _answer("target", row.top[0], row),
+    ]
+    if row.dense:
+        answers.append(_answer("dense", row.dense, row))
+    return (
+        f'<article data-is="{own}"><h2 title="{_text(row.name)}"><a href="{quote(card.file)}">{_text(name)}</a></h2>'
+        f'<div class="pictures">{pictures}</div><p class="fate">{fate}</p>'
+        f"<table>{''.join(answers)}</table></article>"
+    )
+
+
+def _seen(row: Prediction) -> str:
+    rows, columns = row.grid
+    return f"{row.kept} of {row.patches} patches ({row.kept / row.patches:.0%}), {rows} × {columns} grid"
+
+
+def _answer(who: str, candidate: Candidate, row: Prediction) -> str:
+    differs = ' class="differs"' if who != "guidance" and row.guidance and candidate.label != row.guidance.label else ""
+    name = _text(candidate.name)
+    return (
+        f'<tr{differs}><th scope="row">{who}</th><td class="name" title="{name}">{name}</td>'
+        f"{_sure(candidate.probability)}</tr>"
+    )
+
+
+def _only_sure(row: Prediction) -> str:
+    """A guidance model of other classes has no more than its confidence to say."""
+    return f'<tr><th scope="row">guidance</th><td class="name silent">other classes</td>{_sure(row.confidence)}</tr>'
+
+
+def _sure(probability: float) -> str:
+    if not math.isfinite(probability):
+        return '<td class="sure">not a number</td>'
+    return f'<td class="sure" style="--p: {probability:.1%}">{probability:.1%}</td>'
+
+
+def _architecture(model: TimmModule) -> str:
+    config = getattr(model, "pretrained_cfg", None) or {}
+    return str(config.get("architecture") or type(model).__name__)
+
+
+def _text(text: str) -> str:
+    """Escaped, and without what UTF-8 cannot hold, such as file names in another encoding."""
+    return html.escape(text.encode(errors="replace").decode())
