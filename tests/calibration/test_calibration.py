@@ -12,7 +12,7 @@ import torch
 from helpers import tiny_guidance, tiny_vit
 
 import tinydrop_kernels as tdk
-from tinydrop_kernels.calibration.answers import collection, gather
+from tinydrop_kernels.calibration import collection, gather
 from tinydrop_kernels.calibration.bounds import least_drop
 from tinydrop_kernels.calibration.certify import (
     Candidate,

@@ -12,8 +12,8 @@ from timm.models import save_for_hf
 
 import tinydrop_kernels as tdk
 from tinydrop_kernels.checkpoints import class_names, load_model
-from tinydrop_kernels.cli.commands import calibrate_command as calibrating
-from tinydrop_kernels.cli.commands import commands as cli
+from tinydrop_kernels.cli import calibrate_command as calibrating
+from tinydrop_kernels.cli import commands as cli
 
 NAMES = ["ant", "bee", "cat", "dog", "eel"]
 

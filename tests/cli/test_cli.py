@@ -20,8 +20,8 @@ from timm.models import save_for_hf
 
 import tinydrop_kernels as tdk
 from tinydrop_kernels.checkpoints import load_model
-from tinydrop_kernels.cli.commands import commands as cli
-from tinydrop_kernels.cli.commands import options
+from tinydrop_kernels.cli import commands as cli
+from tinydrop_kernels.cli import options
 from tinydrop_kernels.ops import registry
 
 NAMES = ["ant", "bee", "cat", "dog", "eel"]

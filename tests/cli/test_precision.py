@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tinydrop_kernels.cli.commands import precision
+from tinydrop_kernels.cli import options
 from tinydrop_kernels.cli.options import fast_dtype
 
 
@@ -14,7 +14,7 @@ from tinydrop_kernels.cli.options import fast_dtype
 def test_cpu(monkeypatch, avx512, amx, wanted):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    monkeypatch.setattr(precision, "has_onednn_linear", lambda dtype: True)
+    monkeypatch.setattr(options, "has_onednn_linear", lambda dtype: True)
     assert fast_dtype("cpu") == wanted
 
 
@@ -22,7 +22,7 @@ def test_a_cpu_of_which_torch_or_onednn_does_not_know(monkeypatch):
     """A torch that has renamed its question, and instructions that are there and forbidden."""
     monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    monkeypatch.setattr(precision, "has_onednn_linear", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(options, "has_onednn_linear", lambda dtype: dtype == torch.float32)
     assert fast_dtype("cpu") == torch.float32
 
 

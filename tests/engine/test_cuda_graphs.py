@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tinydrop_kernels as tdk
 from tinydrop_kernels import ops
+from tinydrop_kernels.engine import cuda_graphs as graphs
 from tinydrop_kernels.engine.buckets import Bucket
-from tinydrop_kernels.engine.tinydrop import cuda_graphs as graphs
 from tinydrop_kernels.ops import Packed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

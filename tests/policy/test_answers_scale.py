@@ -11,8 +11,8 @@ from helpers import spread_confidence, tiny_guidance, tiny_vit, varied_images
 from recording import Again
 
 import tinydrop_kernels as tdk
+from tinydrop_kernels.engine import cuda_graphs as graphs
 from tinydrop_kernels.engine import steps
-from tinydrop_kernels.engine.tinydrop import cuda_graphs as graphs
 from tinydrop_kernels.policy.blend import blended
 
 LAW = {"gamma": 1.0, "min_keep": 0.1, "coarsen": 0.5}
