@@ -1,8 +1,6 @@
 """Models from every kind of specification, and one clear, quick error where they cannot be loaded."""
 
 import shutil
-import socket
-import time
 
 import pytest
 import timm
@@ -79,33 +77,13 @@ def test_specifications_are_checked_without_loading(monkeypatch, spec, message):
     check_spec("timm/vit_base_patch16_224.augreg2_in21k_ft_in1k")
 
 
-@pytest.fixture
-def online(monkeypatch):
-    """As if nobody had told the hub's client to stay offline. Connections fail; the test may say how."""
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    for name in ("HF_ENDPOINT", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-
-    def refuse(*args, **options):
-        raise OSError("no route")
-
-    monkeypatch.setattr(socket, "create_connection", refuse)
-    return monkeypatch
-
-
-@pytest.mark.parametrize("hangs", [False, True])
-def test_a_hub_out_of_reach_fails_fast(online, tmp_path, hangs):
-    online.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    if hangs:  # as the look-up of a name may, whatever the timeout
-        online.setattr(socket, "create_connection", lambda *args, **options: time.sleep(20))
-    start = time.perf_counter()
-    with pytest.raises(CheckpointError, match=r"the model hub \(huggingface.co\) is out of reach.*NAME=FILE"):
+def test_weights_that_are_not_there_are_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"could not be loaded: .*NAME=FILE loads .* HF_HUB_OFFLINE=1"):
         load_model("test_vit.r160_in1k")
-    assert time.perf_counter() - start < 5
-    assert constants.HF_HUB_OFFLINE is False
 
 
-def test_cached_weights_need_no_hub(online, tmp_path):
+def test_cached_weights_need_no_hub(monkeypatch, tmp_path):
     model = timm.create_model("test_vit.r160_in1k")
     cached = tmp_path / "models--timm--test_vit.r160_in1k"
     (cached / "refs").mkdir(parents=True)
@@ -113,20 +91,8 @@ def test_cached_weights_need_no_hub(online, tmp_path):
     (cached / "snapshots" / ("0" * 40)).mkdir(parents=True)
     save_file(model.state_dict(), tmp_path / "w")
     shutil.copy(tmp_path / "w", cached / "snapshots" / ("0" * 40) / "model.safetensors")
-    online.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     assert torch.equal(load_model("test_vit.r160_in1k").head.weight, model.head.weight)
-
-
-@pytest.mark.parametrize("variable", ["HF_ENDPOINT", "HTTPS_PROXY"])
-def test_other_ways_to_the_hub_are_believed(online, variable):
-    """Where a mirror or a proxy leads there, the hub itself need not be in reach."""
-    asked = []
-    online.setenv(variable, "http://127.0.0.1:9")
-    online.setattr(
-        timm, "create_model", lambda name, **options: asked.append(constants.HF_HUB_OFFLINE) or torch.nn.Module()
-    )
-    load_model("test_vit.r160_in1k")
-    assert asked == [False]
 
 
 def test_class_names():

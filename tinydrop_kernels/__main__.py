@@ -10,7 +10,7 @@ def main() -> None:
     waits for, at each of a model's hundreds of parallel regions. Read once, when torch is imported.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from tinydrop_kernels.cli.commands import main as command
+    from tinydrop_kernels.cli.main import main as command
 
     command(prog_name="tinydrop")
 

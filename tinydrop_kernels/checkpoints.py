@@ -1,25 +1,16 @@
 """timm models from a name, a folder or a checkpoint file, with one clear error where that fails."""
 
 import difflib
-import os
-import socket
-import threading
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import timm
-from huggingface_hub import constants
-from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.models import load_state_dict
 
 from tinydrop_kernels.ops.types import TimmModule
 
-HUB = ("huggingface.co", 443)
-HUB_PATIENCE = 2.0  # seconds
+HUB_HINT = "; NAME=FILE loads a local checkpoint, and HF_HUB_OFFLINE=1 uses the hub's cache without asking it"
 TOLD_LINES, TOLD_WIDTH = 4, 300  # of an error of PyTorch's, which has a line for each of a model's parameters
 
 
@@ -30,7 +21,8 @@ class CheckpointError(RuntimeError):
 def load_model(spec: str, argument: str = "model", **options: Any) -> TimmModule:
     """A pretrained timm model in eval mode.
 
-    Where the model hub is out of reach, weights come from its cache.
+    Weights from the model hub are kept in its cache. They come from there if the hub cannot be reached; its client
+    tries for a while first, unless ``HF_HUB_OFFLINE=1`` is set.
 
     Args:
         spec: one of
@@ -53,10 +45,9 @@ def load_model(spec: str, argument: str = "model", **options: Any) -> TimmModule
             return timm.create_model(name, pretrained=True, **_own_weights(name, file) | options).eval()
         if Path(spec).exists():
             return timm.create_model(f"local-dir:{_folder(spec)}", pretrained=True, **options).eval()
-        with _hub_or_its_cache():
-            return timm.create_model(name, pretrained=True, **options).eval()
+        return timm.create_model(name, pretrained=True, **options).eval()
     except Exception as error:  # timm, PyTorch and the hub raise whatever they meet
-        hint = "" if file or Path(spec).exists() else "; NAME=FILE loads a local checkpoint"
+        hint = "" if file or Path(spec).exists() else HUB_HINT
         raise CheckpointError(
             f"{argument}: the weights of {spec!r} could not be loaded: {_reason(error)}{hint}"
         ) from error
@@ -94,49 +85,7 @@ def _own_weights(name: str, file: str) -> dict[str, Any]:
     return classes | {"pretrained_cfg_overlay": {"file": file, **classes}}
 
 
-class _HubOutOfReach(Exception):
-    pass
-
-
-@contextmanager
-def _hub_or_its_cache() -> Iterator[None]:
-    """The hub's own client offline while the hub cannot be reached: it would retry for most of a minute."""
-    if constants.HF_HUB_OFFLINE or _hub_is_reachable():
-        yield
-        return
-    constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise _HubOutOfReach(f"the model hub ({HUB[0]}) is out of reach, and they are not in its cache") from error
-    finally:
-        constants.HF_HUB_OFFLINE = False
-
-
-def _hub_is_reachable() -> bool:
-    """Whether the hub takes a connection; believed without trying of an endpoint of one's own and behind a proxy."""
-    if "HF_ENDPOINT" in os.environ or {"https", "all"} & urllib.request.getproxies().keys():
-        return True
-    connected = threading.Event()
-
-    def connect() -> None:
-        try:
-            with socket.create_connection(HUB, timeout=HUB_PATIENCE):
-                connected.set()
-        except OSError:
-            pass
-
-    attempt = threading.Thread(
-        target=connect, daemon=True
-    )  # the timeout of a socket does not bound the look-up of names
-    attempt.start()
-    attempt.join(HUB_PATIENCE)
-    return connected.is_set()
-
-
 def _reason(error: Exception) -> str:
-    if isinstance(error, _HubOutOfReach):
-        return str(error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = [line if len(line) <= TOLD_WIDTH else f"{line[:TOLD_WIDTH]}..." for line in lines[:TOLD_LINES]]
     if len(lines) > TOLD_LINES:

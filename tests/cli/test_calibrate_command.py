@@ -13,7 +13,8 @@ from timm.models import save_for_hf
 import tinydrop_kernels as tdk
 from tinydrop_kernels.checkpoints import class_names, load_model
 from tinydrop_kernels.cli import calibrate_command as calibrating
-from tinydrop_kernels.cli import commands as cli
+from tinydrop_kernels.cli.main import main
+from tinydrop_kernels.predict.loading import folder_labels
 
 NAMES = ["ant", "bee", "cat", "dog", "eel"]
 
@@ -38,7 +39,7 @@ def folder(tmp_path_factory):
 
 
 def run(*arguments):
-    return CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 def calibrate(folder, *arguments):
@@ -48,7 +49,16 @@ def calibrate(folder, *arguments):
 
 def test_several_drops_and_guidance_models(folder, tmp_path):
     out, picture = tmp_path / "policy.json", tmp_path / "frontier.csv"
-    given = ("--guidance", folder / "first", folder / "second", "--accuracy-drop", 20, 50.5)
+    given = (
+        "--guidance",
+        folder / "first",
+        "--guidance",
+        folder / "second",
+        "--accuracy-drop",
+        20,
+        "--accuracy-drop",
+        50.5,
+    )
     result = calibrate(folder, *given, "--out", out, "--picture", picture)
     assert result.exit_code == 0, result.output
     assert "31 images, judged by accuracy" in result.output and "broken.png" in result.output
@@ -91,7 +101,7 @@ def test_labels_are_found_by_name_or_by_place(folder, tmp_path):
         ([""], None),
     ):
         files = [tmp_path / name / "image.png" for name in names]
-        assert calibrating.folder_labels(tmp_path, files, class_names(model)) == expected
+        assert folder_labels(tmp_path, files, class_names(model)) == expected
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ import tinydrop_kernels as tdk
 from tinydrop_kernels.checkpoints import load_model
 from tinydrop_kernels.cli import commands as cli
 from tinydrop_kernels.cli import options
+from tinydrop_kernels.cli.main import COMMANDS, main
 from tinydrop_kernels.ops import registry
 
 NAMES = ["ant", "bee", "cat", "dog", "eel"]
@@ -66,7 +67,7 @@ def photos(tmp_path_factory):
 
 
 def run(*arguments):
-    return CliRunner().invoke(cli.main, [str(a) for a in arguments])
+    return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
 def classify(checkpoints, *arguments):
@@ -455,3 +456,13 @@ def test_mistakes_of_visualize_are_one_clear_line(checkpoints, photos, tmp_path,
     result = visualize(checkpoints, *arguments)
     assert result.exit_code != 0 and message in result.output and "Traceback" not in result.output
     assert not (tmp_path / "index.html").exists()
+
+
+def test_the_help_is_quick_and_true():
+    """It imports neither torch nor timm, and says of each command what the command says of itself."""
+    program = "import sys; from tinydrop_kernels.cli.main import main; main(['--help'], standalone_mode=False); "
+    program += "print(sorted({'torch', 'timm', 'PIL'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stderr
+    for name, (_, line) in COMMANDS.items():
+        assert main.get_command(None, name).help.split("\n")[0] == line

@@ -8,7 +8,6 @@ from typing import Any
 import click
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from tinydrop_kernels.calibration.answers import COSTS, Answers, gather
 from tinydrop_kernels.calibration.frontier import check_drawable, draw, frontier, write_csv
@@ -17,45 +16,20 @@ from tinydrop_kernels.cli.options import DEFAULT_DEVICE, DEFAULT_MODEL, DTYPES, 
 from tinydrop_kernels.engine.checks import check_classifier
 from tinydrop_kernels.engine.head import count_classes
 from tinydrop_kernels.guidance.model import DEFAULT_GUIDANCE
-from tinydrop_kernels.ops.types import TimmModule
 from tinydrop_kernels.policy.calibrated import CalibratedPolicy
-from tinydrop_kernels.predict.images import image_files, image_transform, load_image
+from tinydrop_kernels.predict.images import image_files
+from tinydrop_kernels.predict.loading import ImageLoader, folder_labels
 
 
-class _Listed(click.Command):
-    """A command some of whose options may be given several values at once: ``--guidance A B C``."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        listed = {name for option in self.params if getattr(option, "multiple", False) for name in option.opts}
-        spread, name, first = [], None, False
-        for argument in args:
-            if argument.startswith("-") and not _is_number(argument):
-                name, first = (argument, True) if argument in listed else (None, False)
-            elif name and not first:
-                spread.append(name)
-            else:
-                first = False
-            spread.append(argument)
-        return super().parse_args(ctx, spread)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-@click.command(cls=_Listed)
+@click.command()
 @click.argument("data", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--model", default=DEFAULT_MODEL, help="The large ViT: timm name, folder, or NAME=FILE.")
 @click.option(
     "--guidance",
     multiple=True,
     default=(DEFAULT_GUIDANCE,),
-    metavar="A [B C]",
-    help="The tiny classifier, named likewise; several are compared.",
+    metavar="NAME",
+    help="The tiny classifier: timm name, folder, or NAME=FILE. Repeat the option to compare several.",
 )
 @click.option("--img-size", type=click.IntRange(min=1), help="Input size of the large ViT, if not its own.")
 @click.option(
@@ -63,8 +37,8 @@ def _is_number(text: str) -> bool:
     type=click.FloatRange(0, 100, min_open=True, max_open=True),
     multiple=True,
     default=(0.5,),
-    metavar="POINTS [POINTS]",
-    help="What may be lost of the dense model's accuracy, in percentage points.",
+    metavar="POINTS",
+    help="Accuracy that may be lost, in percentage points. Repeat the option for several policy files.",
 )
 @click.option("--confidence", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.9)
 @click.option("--cost", type=click.Choice(COSTS), default="flops", help="What is to be saved; time is measured here.")
@@ -111,9 +85,9 @@ def calibrate(
     dtype: str,
     workers: int,
 ) -> None:
-    """Find the cheapest policy that loses no more than is stated, with a certificate.
+    """Find the cheapest policy with a certified bound on its loss of accuracy.
 
-    DATA comes first: a folder of images that the models were not trained on. If it has a folder for each class, named
+    DATA is a folder of images that the models were not trained on. If it has a folder for each class, named
     as the classes are or in their order, accuracy is what counts; else it is agreement with the dense model.
     Interrupted, the same command goes on from where it was.
     """
@@ -130,7 +104,7 @@ def calibrate(
         labels = None if no_labels else folder_labels(data, files, class_names(vit, classes))
         by = "accuracy" if labels else "agreement with the dense model, for want of labels; it bounds the accuracy lost"
         click.echo(f"{len(files)} images, judged by {by}")
-        batches = _Batches(_Files(files, vit), labels, batch_size, workers)
+        batches = _Batches(files, labels, ImageLoader(vit, batch_size, workers, tell_skipped))
         cache = cache or default_cache()
         answers = gather(vit, small, batches, cache=cache, names=batches.read, random_drop=random_drop)
         policies = [_best(answers, drop / 100, confidence, cost, guidance) for drop in accuracy_drop]
@@ -163,67 +137,19 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinydrop_kernels"
 
 
-def folder_labels(data: Path, files: Sequence[Path], known: Sequence[str]) -> list[int] | None:
-    """Return the class of each file: by its folder's name, or by its place where there is a folder for each class.
-
-    Args:
-        data: the folder of all.
-        files: in it or in folders of it.
-        known: names of the classes.
-
-    Returns:
-        Numbers of classes, or None where the folders are not those of the classes.
-    """
-    folders = [file.relative_to(data).parts[0] if file.parent != data else "" for file in files]
-    names = sorted(set(folders) - {""})
-    if "" in folders or not names:
-        return None
-    if set(names) <= set(known):
-        numbers = {name: known.index(name) for name in names}
-    elif len(names) == len(known):
-        numbers = {name: number for number, name in enumerate(names)}
-    else:
-        return None
-    return [numbers[folder] for folder in folders]
-
-
-class _Files(Dataset[Any]):
-    """Images as the model wants them, by number; in place of one, why it could not be read."""
-
-    def __init__(self, files: Sequence[Path], model: TimmModule):
-        self.files, self.channels, self.transform = files, model.in_chans, image_transform(model)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, number: int) -> tuple[int, Tensor | str]:
-        try:
-            return number, self.transform(load_image(self.files[number], self.channels))
-        except Exception as error:  # Pillow's decoders raise whatever they meet
-            return number, str(error) or type(error).__name__
-
-
 class _Batches:
-    """Batches of those that can be read, with their classes where these are known; ``read`` grows with them."""
+    """Batches of the readable images, with their classes if these are known. ``read`` grows by their names."""
 
-    def __init__(self, files: _Files, labels: Sequence[int] | None, batch_size: int, workers: int):
-        self.files, self.labels, self.read = files.files, labels, list[str]()
-        self.loader = DataLoader(files, batch_size=batch_size, num_workers=workers, collate_fn=list)
+    def __init__(self, files: Sequence[Path], labels: Sequence[int] | None, loader: ImageLoader):
+        self.files, self.labels, self.loader, self.read = files, labels, loader, list[str]()
 
     def __len__(self) -> int:
-        return len(self.loader)
+        return -(-len(self.files) // self.loader.batch_size)
 
     def __iter__(self) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
-        for batch in self.loader:
-            for number, reason in batch:
-                if isinstance(reason, str):
-                    tell_skipped(str(self.files[number]), reason)
-            readable = [(number, image) for number, image in batch if isinstance(image, Tensor)]
-            if not readable:
-                continue
-            self.read += [str(self.files[number]) for number, _ in readable]
-            images, labels = torch.stack([image for _, image in readable]), self.labels
-            yield images if labels is None else (images, torch.tensor([labels[number] for number, _ in readable]))
+        for images, indices, names in self.loader(self.files):
+            self.read += names
+            yield images if self.labels is None else (images, torch.tensor([self.labels[index] for index in indices]))
 
 
 def _best(answers: Answers, drop: float, confidence: float, cost: str, guidance: Sequence[str]) -> CalibratedPolicy:

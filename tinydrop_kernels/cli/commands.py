@@ -1,4 +1,4 @@
-"""``tinydrop``: classify images, show what was looked at, and tell what would run how on this machine."""
+"""``tinydrop classify``, ``visualize`` and ``info``."""
 
 import importlib.metadata
 import json
@@ -10,7 +10,6 @@ import click
 import torch
 
 from tinydrop_kernels import ops
-from tinydrop_kernels.cli.calibrate_command import calibrate
 from tinydrop_kernels.cli.options import DEFAULT_DEVICE, make_predictor, model_options, tell_skipped, usable
 from tinydrop_kernels.predict.images import image_files
 from tinydrop_kernels.predict.predictor import Predictor
@@ -22,13 +21,7 @@ INTERRUPTED = 130  # what a shell reports for Ctrl-C
 PATHS = click.argument("paths", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.version_option(__version__, package_name="tinydrop_kernels")
-def main() -> None:
-    """Token dropping for timm's Vision Transformers."""
-
-
-@main.command()
+@click.command()
 @PATHS
 @model_options
 @click.option(
@@ -63,7 +56,7 @@ def classify(context: click.Context, /, paths: tuple[Path, ...], out: Path | Non
         context.exit(INTERRUPTED)
 
 
-@main.command()
+@click.command()
 @PATHS
 @click.option(
     "--out",
@@ -75,7 +68,7 @@ def classify(context: click.Context, /, paths: tuple[Path, ...], out: Path | Non
 @click.option("--dense", "compare_dense", is_flag=True, help="Ask the dense model too: a dense pass for each image.")
 @click.pass_context
 def visualize(context: click.Context, /, paths: tuple[Path, ...], out: Path, **options: Any) -> None:
-    """Show what was looked at: pictures of each image, and a page of all to leaf through and filter."""
+    """Write pictures of the kept patches, and an HTML page to browse them."""
     files = found_images(paths)
     interrupted = False
     try:
@@ -155,13 +148,10 @@ def summary(predictor: Predictor, machine: str) -> str:
     return "\n".join([*lines, *(f"note: {note}" for note in report.notes)])
 
 
-main.add_command(calibrate)
-
-
-@main.command()
+@click.command()
 @click.option("--device", default=DEFAULT_DEVICE)
 def info(device: str) -> None:
-    """Versions, device, and what each operator would run."""
+    """Print versions, the device, and the implementation that each operator would run."""
     try:
         kind = usable(device).type
         running = {name: operator.explain(kind) for name, operator in ops.OPERATORS.items()}

@@ -4,23 +4,21 @@ import os
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from tinydrop_kernels.checkpoints import class_names
 from tinydrop_kernels.engine.checks import check_classifier, check_eval, check_patched
 from tinydrop_kernels.engine.pipeline import BatchResult, Pipeline
 from tinydrop_kernels.engine.stopwatch import timed, wait_for, warm_up_calls
 from tinydrop_kernels.ops.types import TimmModule
-from tinydrop_kernels.predict.images import MODES, ImageSource, image_transform, load_image
+from tinydrop_kernels.predict.images import MODES, ImageSource
+from tinydrop_kernels.predict.loading import ImageLoader, LoadedBatch
 from tinydrop_kernels.predict.prediction import Candidate, PredictedBatch, Prediction, predictions
 from tinydrop_kernels.report import Report
 
@@ -83,7 +81,8 @@ class Predictor:
         self.agreeing = 0
         self.overlaps = False
         self.unreadable: list[tuple[str, str]] = []
-        self._images = _Images(image_transform(model), getattr(model, "in_chans", 3))
+        is_on_gpu = next(model.parameters()).is_cuda
+        self._loader = ImageLoader(model, batch_size, workers, self._set_aside, progress, is_on_gpu)
 
     def predict(self, inputs: Iterable[ImageSource]) -> Iterator[Prediction]:
         """A row for each readable image, in order, as the batches are done. Inputs are taken as they are needed.
@@ -100,7 +99,7 @@ class Predictor:
     def batches(self, inputs: Iterable[ImageSource]) -> Iterator[PredictedBatch]:
         """The same batch by batch, with the images as they went in and what happened to them."""
         _refuse_one_image(inputs)
-        return self._batches(inputs, self.workers)
+        return self._classified(self._loader(inputs))
 
     def predict_batch(self, images: Sequence[ImageSource] | np.ndarray) -> list[Prediction | None]:
         """One entry for each image, in order; None for what cannot be read. Images are loaded in this process.
@@ -112,33 +111,12 @@ class Predictor:
             images: as for :meth:`predict`, such as an array ``(batch, height, width, 3)``, which may be read-only.
         """
         _refuse_one_image(images)
-        rows = {row.index: row for seen in self._batches(images, workers=0) for row in seen.rows}
+        rows = {row.index: row for seen in self._classified(self._loader(images, workers=0)) for row in seen.rows}
         return [rows.get(index) for index in range(len(images))]
 
-    def _batches(self, inputs: Iterable[ImageSource], workers: int) -> Iterator[PredictedBatch]:
-        weight = next(self.model.parameters())
-        # The sampler draws the inputs themselves, not their numbers: so they may be a stream.
-        loader = DataLoader(
-            self._images,
-            batch_size=self.batch_size,
-            sampler=enumerate(inputs),
-            num_workers=workers,
-            collate_fn=_collate,
-            pin_memory=weight.is_cuda,
-        )
-        total = len(inputs) if isinstance(inputs, Sized) else None
-        with tqdm(total=total, unit="image", disable=None if self.progress else True) as bar:
-            yield from self._classified(self._readable(loader, bar))
-
-    def _readable(self, loader: Iterable["_Batch"], bar: tqdm) -> Iterator["_Batch"]:
-        """The batches that have images; of others it is told what could not be read."""
-        for batch in loader:
-            for name, reason in batch.unreadable:
-                self.unreadable.append((name, reason))
-                self.on_unreadable(name, reason)
-            if batch.images is not None:
-                yield batch
-            bar.update(len(batch.names) + len(batch.unreadable))
+    def _set_aside(self, name: str, reason: str) -> None:
+        self.unreadable.append((name, reason))
+        self.on_unreadable(name, reason)
 
     def classify(self, images: Tensor, names: Sequence[str] | None = None) -> PredictedBatch:
         """A batch ``(batch, channels, height, width)`` that is normalised for the model already.
@@ -154,16 +132,15 @@ class Predictor:
         names = [f"#{i}" for i in range(len(images))] if names is None else list(names)
         if len(names) != len(images):
             raise ValueError(f"names: got {len(names)}, expected {len(images)}, one for each image")
-        (seen,) = self._classified([_Batch(images, list(range(len(images))), names, [])], overlap=False)
+        (seen,) = self._classified([LoadedBatch(images, list(range(len(images))), names)], overlap=False)
         return seen
 
-    def _classified(self, batches: Iterable["_Batch"], overlap: bool | None = None) -> Iterator[PredictedBatch]:
+    def _classified(self, batches: Iterable[LoadedBatch], overlap: bool | None = None) -> Iterator[PredictedBatch]:
         check_eval(self.model)
-        tinydrop, begun = self.model.tinydrop, deque[tuple[_Batch, float]]()
+        tinydrop, begun = self.model.tinydrop, deque[tuple[LoadedBatch, float]]()
 
         def images() -> Iterator[Tensor]:
             for batch in batches:
-                assert batch.images is not None
                 if self.report is None and not begun:
                     self._warm_up(batch.images)
                 begun.append((batch, time.perf_counter()))
@@ -191,12 +168,12 @@ class Predictor:
         wait_for(images)
 
     @torch.inference_mode()
-    def _seen(self, batch: "_Batch", answered: BatchResult, seconds: float) -> PredictedBatch:
+    def _seen(self, batch: LoadedBatch, answered: BatchResult, seconds: float) -> PredictedBatch:
         images, logits, call = answered
         tinydrop = self.model.tinydrop
         if len(self.names) != logits.shape[1]:  # the head was replaced meanwhile
             self.names = class_names(self.model, logits.shape[1])
-        report = replace(tinydrop.report(), wall_seconds=seconds)
+        report = replace(tinydrop.report(call), wall_seconds=seconds)
         dense: Sequence[Candidate | None] = [None] * len(images)
         guidance = dense
         if call.guidance_logits.shape[1] == logits.shape[1]:
@@ -222,42 +199,6 @@ class Predictor:
             tuple(Candidate(c, self.names[c], p) for c, p in zip(row, ps, strict=True))
             for row, ps in zip(classes, values, strict=True)
         ]
-
-
-class _Images(Dataset[Any]):
-    """Loads an input that comes with its number; in place of the image, why it could not be read."""
-
-    def __init__(self, transform: Callable[[Image.Image], Tensor], channels: int):
-        self.transform = transform
-        self.channels = channels
-
-    def __getitem__(self, numbered: tuple[int, ImageSource]) -> tuple[int, str, Tensor | str]:
-        index, source = numbered
-        name = os.fspath(source) if isinstance(source, str | os.PathLike) else getattr(source, "filename", "")
-        name = str(name) or f"#{index}"
-        try:
-            return index, name, self.transform(load_image(source, self.channels))
-        except Exception as error:  # Pillow's decoders raise whatever they meet
-            return index, name, str(error) or type(error).__name__
-
-
-class _Batch(NamedTuple):
-    """The readable images of a batch as one tensor, None if there is none, and the others."""
-
-    images: Tensor | None
-    indices: list[int]
-    names: list[str]
-    unreadable: list[tuple[str, str]]
-
-
-def _collate(items: list[tuple[int, str, Tensor | str]]) -> _Batch:
-    readable = [(index, name, image) for index, name, image in items if isinstance(image, Tensor)]
-    return _Batch(
-        torch.stack([image for _, _, image in readable]) if readable else None,
-        [index for index, _, _ in readable],
-        [name for _, name, _ in readable],
-        [(name, reason) for _, name, reason in items if isinstance(reason, str)],
-    )
 
 
 def _refuse_one_image(inputs: object) -> None:
