@@ -22,7 +22,7 @@ from tqdm import tqdm
 from tinydrop_kernels.calibration.bounds import p_value
 from tinydrop_kernels.calibration.certify import Candidate, certify, uncertified_best
 from tinydrop_kernels.calibration.sweep import judge, sweep
-from tinydrop_kernels.calibration.table import BLENDS, Cell, Table, View, named_and_sure
+from tinydrop_kernels.calibration.table import BLENDS, Reduction, Table, View, named_and_sure
 from tinydrop_kernels.families.grids import coarser_grids
 from tinydrop_kernels.ops.types import ROUNDING_SLACK
 
@@ -39,7 +39,7 @@ def table_of(halves_of_set: list[Answers]) -> Table:
     for way in WAYS:
         level = [rows for rows, _ in levels].index(round(16 * way.side))
         patches = int(np.ceil(way.keep * levels[level][0] * levels[level][1] - ROUNDING_SLACK))
-        cells.append(Cell(level, patches, None if way.keep == 1 else way.saliency))
+        cells.append(Reduction(level, patches, None if way.keep == 1 else way.saliency))
         target = torch.from_numpy(np.concatenate([half.target[way] for half in halves_of_set])).log()
         pairs = [named_and_sure(target, guidance, blend) for blend in BLENDS]
         answers.append(np.stack([named.numpy() for named, _ in pairs]))
@@ -134,9 +134,9 @@ def sweep_speed(table: Table) -> str:
     """Seconds and memory of a sweep over many images, the guidance model at four resolutions."""
     large = table.take(np.random.default_rng(0).integers(0, len(table), LARGE))
     view = large.views[0]
-    whole = [number for number, cell in enumerate(view.cells) if cell.saliency is None]  # of smaller ones
+    whole = [number for number, cell in enumerate(view.reductions) if cell.saliency is None]  # of smaller ones
     smaller = replace(
-        view, cells=tuple(view.cells[i] for i in whole), answers=view.answers[whole], sure=view.sure[whole]
+        view, reductions=tuple(view.reductions[i] for i in whole), answers=view.answers[whole], sure=view.sure[whole]
     )
     large = replace(large, views=(view, smaller, smaller, smaller))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -6,7 +6,7 @@ After RISE (Petsiuk et al. 2018, arXiv 1806.07421, section 4.2), with patches in
 or greyed, since the target need not see a patch at all. Insertion keeps the most salient fraction of the patches,
 deletion keeps what is left when that fraction is gone; both are the area under the curve of what the target then makes
 of the image, over the fraction kept or gone. A good ranking has a high insertion and a low deletion score. Beside each
-guidance model stand the order of nearness to the centre and a random one.
+guidance model stand the order of nearness to the center and a random one.
 """
 
 import argparse
@@ -82,7 +82,7 @@ def curves_of(
             for told, saliency in SALIENCY.items():
                 maps[f"{guide}, {told}"] = maps_of(tinydrop, images, saliency)
         shape = next(iter(maps.values())).shape
-        maps["the centre"] = closeness(shape[1], shape[2], images.device).expand(shape)
+        maps["the center"] = closeness(shape[1], shape[2], images.device).expand(shape)
         maps["random"] = torch.rand(shape, generator=generator)
         dense = seen(tinydrop, images, maps["random"], 1.0)
         first = dense.argmax(1)
@@ -109,14 +109,14 @@ def interval(values: np.ndarray) -> str:
 
 def table(curves: dict[str, tuple[Curves, Curves]]) -> list[str]:
     rows = [
-        "| ranking | insertion | deletion | insertion over the centre | insertion: accuracy | deletion: accuracy |",
+        "| ranking | insertion | deletion | insertion over the center | insertion: accuracy | deletion: accuracy |",
         "|---|---|---|---|---|---|",
     ]
-    centre, _ = curves["the centre"]
+    center, _ = curves["the center"]
     for ranking, (insertion, deletion) in curves.items():
         areas = [interval(curve.area(curve.probability)) for curve in (insertion, deletion)]
-        gained = insertion.area(insertion.probability) - centre.area(centre.probability)
-        areas.append("" if ranking == "the centre" else interval(gained))
+        gained = insertion.area(insertion.probability) - center.area(center.probability)
+        areas.append("" if ranking == "the center" else interval(gained))
         areas += [f"{100 * curve.area(curve.right).mean():.1f}" for curve in (insertion, deletion)]
         rows.append(f"| {ranking} | {' | '.join(areas)} |")
     return rows
@@ -152,7 +152,7 @@ def main() -> None:
     text = [
         f"Target {accuracy.TARGET} at 224 px (256 patches), {args.dtype}; torch {torch.__version__}, timm "
         f"{timm.__version__}. Areas in percent, ± half of a 95 % interval; insertion, deletion and the gain over the "
-        f"centre are of the probability of the class that dense says. Kept: {', '.join(f'{k:.2g}' for k in KEEPS)}.",
+        f"center are of the probability of the class that dense says. Kept: {', '.join(f'{k:.2g}' for k in KEEPS)}.",
         "",
     ]
     for name, (kind, *_) in accuracy.SETS.items():

@@ -171,7 +171,7 @@ def select_calls(dtype: torch.dtype) -> Iterator[tuple[str, tuple]]:
         arguments = (torch.empty(8, 1000, dtype=dtype), features, torch.empty(1000, channels, dtype=dtype))
         shape = f"{cells} x {cells} x {channels} to {side} x {side}, channels {'last' if channels_last else 'first'}"
         for parts in tried:
-            note = "{} classes, norm {:g}, centre {:g}".format(*parts)
+            note = "{} classes, norm {:g}, center {:g}".format(*parts)
             yield f"{shape}, {note}", (*arguments, (cells, cells), levels_of(side), *LAW, *parts)
         if side == 64:
             yield f"{shape}, one grid", (*arguments, (cells, cells), [side, side], *LAW, *alone)

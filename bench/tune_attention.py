@@ -117,12 +117,12 @@ def argument_sets(problem: Problem, lengths: Tensor, rotate: bool) -> list[tuple
 @contextmanager
 def tiled(tile: Tile) -> Iterator[None]:
     """The kernel's launches have this tile."""
-    kernel.plan.cache_clear()
+    kernel.plan_launch.cache_clear()
     try:
         with mock.patch.object(kernel, "tile_for", lambda *_: tile):
             yield
     finally:
-        kernel.plan.cache_clear()
+        kernel.plan_launch.cache_clear()
 
 
 @functools.lru_cache(maxsize=1)

@@ -39,9 +39,9 @@ def normalised(images: torch.Tensor, size: int | None = None) -> torch.Tensor:
 
 def patch_labels(labels: torch.Tensor, boxes: torch.Tensor, grid: int, patch: int) -> torch.Tensor:
     """The class of each patch, ``(batch, grid * grid)``: the digit's inside its box, ``NOTHING`` outside."""
-    centres = (torch.arange(grid) + 0.5) * patch
-    inside_rows = (centres > boxes[:, 0:1]) & (centres < boxes[:, 2:3])
-    inside_columns = (centres > boxes[:, 1:2]) & (centres < boxes[:, 3:4])
+    centers = (torch.arange(grid) + 0.5) * patch
+    inside_rows = (centers > boxes[:, 0:1]) & (centers < boxes[:, 2:3])
+    inside_columns = (centers > boxes[:, 1:2]) & (centers < boxes[:, 3:4])
     inside = inside_rows[:, :, None] & inside_columns[:, None, :]
     return torch.where(inside, labels[:, None, None], NOTHING).flatten(1)
 

@@ -64,7 +64,7 @@ def varied_images(batch: int, size: int = 32) -> torch.Tensor:
 def packed_of(weight):
     """What is kept of a weight in oneDNN's layout, or None."""
     kept = derived._kept.get(weight)
-    return kept and kept.values.get("packed by oneDNN")
+    return kept and kept.values.get("prepacked")
 
 
 def close(out, wanted):

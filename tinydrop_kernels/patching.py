@@ -28,7 +28,7 @@ from tinydrop_kernels.families.blocks import linears
 from tinydrop_kernels.guidance.model import DEFAULT_GUIDANCE, Guidance
 from tinydrop_kernels.normalization import check_statistic, normalization_of
 from tinydrop_kernels.ops.derived import note_training
-from tinydrop_kernels.ops.onednn import run_linear, run_packed
+from tinydrop_kernels.ops.onednn import run_linear, run_prepacked
 from tinydrop_kernels.ops.registry import HAS_TRITON
 from tinydrop_kernels.ops.types import TimmModule
 from tinydrop_kernels.policy.calibrated import CalibratedPolicy
@@ -159,7 +159,7 @@ def patch(
     recorded = Graphs() if graphs else None
     tinydrop = TinyDrop(model, guidance.eval(), policy, compile, recorded, multi_label, normalization)
     _follow(model, guidance)
-    run = run_packed if prepack else run_linear
+    run = run_prepacked if prepack else run_linear
     tinydrop.attributes = InstanceAttributes(
         [
             (model, "tinydrop", tinydrop),

@@ -125,7 +125,7 @@ def has_onednn_linear(dtype: torch.dtype) -> bool:
         return False
     x, weight = _exact(3, dtype), _exact(8, dtype)
     try:
-        answers = [onednn_linear(x, laid_out, None) for laid_out in (weight, onednn_packed(weight))]
+        answers = [onednn_linear(x, laid_out, None) for laid_out in (weight, onednn_prepacked(weight))]
     except RuntimeError:
         return False
     return all(torch.equal(answer, F.linear(x, weight)) for answer in answers)
@@ -136,7 +136,7 @@ def onednn_linear(x: Tensor, weight: Any, bias: Tensor | None, activation: str =
 
     Args:
         x: ``(..., in_features)``.
-        weight: ``(out_features, in_features)``, as it is or from :func:`onednn_packed`.
+        weight: ``(out_features, in_features)``, as it is or from :func:`onednn_prepacked`.
         bias: ``(out_features,)``.
         activation: ``"none"`` or ``"gelu"``, the exact one.
     """
@@ -144,7 +144,7 @@ def onednn_linear(x: Tensor, weight: Any, bias: Tensor | None, activation: str =
     return out
 
 
-def onednn_packed(weight: Tensor) -> Any:
+def onednn_prepacked(weight: Tensor) -> Any:
     """Return a copy of ``(out_features, in_features)`` as oneDNN reads it, which can neither be copied nor pickled."""
     return torch.ops.mkldnn._reorder_linear_weight(weight, None)
 

@@ -24,7 +24,16 @@ from tinydrop_kernels.calibration.certify import (
 )
 from tinydrop_kernels.calibration.frontier import draw, frontier, write_csv
 from tinydrop_kernels.calibration.sweep import judge, sweep
-from tinydrop_kernels.calibration.table import BLENDS, PLAIN, Cell, Table, View, drop_cells, law_of, whole_cells
+from tinydrop_kernels.calibration.table import (
+    BLENDS,
+    PLAIN,
+    Reduction,
+    Table,
+    View,
+    drop_reductions,
+    law_of,
+    whole_reductions,
+)
 from tinydrop_kernels.policy.drop import CALM
 
 LEVELS = [(8, 8), (7, 7), (6, 6), (5, 5), (4, 4)]
@@ -52,7 +61,7 @@ def made_up(images: int = 400, seed: int = 0, labelled: bool = True) -> Table:
     """Answers of a target that is less right the coarser the grid, and of a guidance that is as right as it is sure."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 10, images).astype(np.int32)
-    cells = tuple(whole_cells(LEVELS))
+    reductions = tuple(whole_reductions(LEVELS))
 
     def right(chance):
         wrong = (labels + rng.integers(1, 10, images)) % 10
@@ -63,9 +72,9 @@ def made_up(images: int = 400, seed: int = 0, labelled: bool = True) -> Table:
     confidence = rng.random(images).astype(np.float32)
     stacked = np.stack([np.stack([one] * len(BLENDS)) for one in named])
     view = View(
-        0, (128, 128), right(confidence), confidence, cells, stacked, np.full(stacked.shape, 0.8, np.float32), 1, 1
+        0, (128, 128), right(confidence), confidence, reductions, stacked, np.full(stacked.shape, 0.8, np.float32), 1, 1
     )
-    flops = {cell: float(cell.patches) for cell in cells}
+    flops = {reduction: float(reduction.patches) for reduction in reductions}
     return Table(LEVELS, BLENDS, named[0], labels if labelled else None, (view,), flops, flops, 64.0, 64.0)
 
 
@@ -98,10 +107,10 @@ def test_the_law_of_a_cell_gives_that_cell(grid):
     from tinydrop_kernels.ops import apply_law
 
     levels = coarser_grids(grid)
-    for cell in whole_cells(levels) + drop_cells(levels):
-        counts, level = apply_law(torch.tensor([0.1, 0.5, 0.69, 0.71]), levels, law_of(cell, levels, 0.7))
-        assert counts.tolist() == [cell.patches] * 3 + [0], cell
-        assert level[:3].tolist() == [cell.level] * 3, cell
+    for reduction in whole_reductions(levels) + drop_reductions(levels):
+        counts, level = apply_law(torch.tensor([0.1, 0.5, 0.69, 0.71]), levels, law_of(reduction, levels, 0.7))
+        assert counts.tolist() == [reduction.patches] * 3 + [0], reduction
+        assert level[:3].tolist() == [reduction.level] * 3, reduction
 
 
 def test_what_was_not_run_is_not_judged(answers):
@@ -242,6 +251,17 @@ def test_a_policy_file_goes_there_and_back(models, answers, tmp_path):
         assert json.loads((tmp_path / "policy.json").read_text())["in_words"] == str(policy)
 
 
+def test_a_policy_file_of_the_first_format_is_read(models, answers, tmp_path):
+    policy = certified(models, answers)
+    policy.save(tmp_path / "policy.json")
+    values = json.loads((tmp_path / "policy.json").read_text()) | {"format": "tinydrop policy 1"}
+    values["model"] = values.pop("target")
+    for holder in filter(None, (values, values["uncertified"])):
+        holder["policy"]["saliency"]["centre"] = holder["policy"]["saliency"].pop("center")
+    (tmp_path / "old.json").write_text(json.dumps(values))
+    assert tdk.CalibratedPolicy.load(tmp_path / "old.json") == policy
+
+
 def test_patch_takes_the_file(models, answers, tmp_path):
     model, guidance = models
     policy = replace(certified(models, answers), input_size=(96, 96))
@@ -257,11 +277,11 @@ def test_patch_refuses_it_for_others(models, answers, tmp_path):
     policy = certified(models, answers)
     torch.manual_seed(5)
     other = tiny_vit(img_size=64)
-    with pytest.raises(tdk.PolicyFileError, match="calibrated for the model .*other weights"):
+    with pytest.raises(tdk.PolicyFileError, match="calibrated for the target .*other weights"):
         tdk.patch(other, guidance, policy)
     with pytest.raises(tdk.PolicyFileError, match="calibrated for the guidance .*only the name is the same"):
         tdk.patch(model, tiny_guidance(), policy)
-    with pytest.raises(tdk.PolicyFileError, match="a model of 5 classes, got 7"):
+    with pytest.raises(tdk.PolicyFileError, match="a target of 5 classes, got 7"):
         tdk.patch(tiny_vit(img_size=64, num_classes=7), guidance, policy)
     assert not hasattr(model, "tinydrop")
     with pytest.raises(tdk.PolicyFileError, match="cannot be read"):
@@ -340,7 +360,7 @@ def test_the_frontier(answers, tmp_path, ending):
 
 def test_random_drop_is_a_line_and_no_policy(answers):
     assert any(point.way == "random drop" for point in frontier(answers.table))
-    assert Cell(0, 25, None, random=True) in answers.table.views[0].cells
+    assert Reduction(0, 25, None, random=True) in answers.table.views[0].reductions
 
 
 def test_the_picture_says_what_is_missing(answers, tmp_path, monkeypatch):

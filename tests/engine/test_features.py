@@ -57,10 +57,10 @@ def test_each_place_shows_the_nearest_kept_patch(key, coarsen):
         wanted = masked_features(own, image, seen)[0, own.num_prefix_tokens :]
         scale = torch.tensor([rows / own_rows, columns / own_columns])
         every = torch.arange(own_rows * own_columns)
-        centres = (torch.stack((every // own_columns, every % own_columns), 1) + 0.5) * scale
+        centers = (torch.stack((every // own_columns, every % own_columns), 1) + 0.5) * scale
         for row in range(rows):
             for column in range(columns):
-                distance = (centres - torch.tensor([row + 0.5, column + 0.5])).square().sum(1)
+                distance = (centers - torch.tensor([row + 0.5, column + 0.5])).square().sum(1)
                 nearest = kept[distance[kept] <= distance[kept].min() + 1e-4]  # several where it lies between them
                 off = (wanted[nearest] - features[b, :, row, column]).abs().amax(1).min()
                 assert off <= 1e-4 * wanted.abs().max()

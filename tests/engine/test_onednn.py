@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tinydrop_kernels as tdk
 from tinydrop_kernels.ops import onednn
-from tinydrop_kernels.ops.onednn import run_linear, run_packed
+from tinydrop_kernels.ops.onednn import run_linear, run_prepacked
 from tinydrop_kernels.torch_internals import has_onednn_linear, onednn_linear
 
 DROP_HALF = tdk.DropPolicy.fixed(0.5)
@@ -28,7 +28,7 @@ def check(layer, x, activation="none"):
         wanted = type(layer).forward(layer, x)
         wanted = nn.functional.gelu(wanted) if activation == "gelu" else wanted
         tolerance = 1e-5 if x.dtype in (torch.float32, torch.float64) else 2e-2
-        out = run_packed(layer, x, activation)
+        out = run_prepacked(layer, x, activation)
         torch.testing.assert_close(out, wanted, atol=tolerance, rtol=tolerance)
         if isinstance(layer, nn.Linear) and activation == "none":
             torch.testing.assert_close(run_linear(layer, x), wanted, atol=tolerance, rtol=tolerance)
@@ -75,7 +75,7 @@ def test_pointwise_convolutions_and_gelu(dtype, activation):
         images = torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
         check(conv, images, activation)
         with torch.no_grad():
-            assert run_packed(conv, images, activation).is_contiguous(memory_format=torch.channels_last)
+            assert run_prepacked(conv, images, activation).is_contiguous(memory_format=torch.channels_last)
     check(linear, torch.randn(50, 24).to(dtype), activation)
     assert packed_of(conv.weight) is not None and packed_of(linear.weight) is not None
     with torch.no_grad():
@@ -105,7 +105,7 @@ def test_no_other_convolution():
 def test_compiled_it_packs_too_and_sees_changed_weights():
     torch._dynamo.reset()
     linear = nn.Linear(24, 40)
-    compiled = torch.compile(run_packed, fullgraph=True, dynamic=True)
+    compiled = torch.compile(run_prepacked, fullgraph=True, dynamic=True)
     for rows in (50, 7):
         x = torch.randn(rows, 24)
         with torch.no_grad():
@@ -120,7 +120,7 @@ def test_compiled_it_packs_too_and_sees_changed_weights():
 def test_flops_are_counted_as_torch_counts_its_own():
     linear, x = nn.Linear(24, 40), torch.randn(2, 50, 24)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        run_packed(linear, x)
+        run_prepacked(linear, x)
         run_linear(linear, x)
     assert packed_of(linear.weight) is not None and counter.get_total_flops() == 2 * (2 * 2 * 50 * 24 * 40)
 
@@ -136,7 +136,7 @@ def test_weights_that_are_more_than_their_numbers_are_left_to_torch():
     wanted = 2 * linear(x)
     linear.weight = nn.Parameter(linear.weight.data.as_subclass(Doubled), requires_grad=False)
     torch.testing.assert_close(run_linear(linear, x), wanted)
-    torch.testing.assert_close(run_packed(linear, x), wanted)
+    torch.testing.assert_close(run_prepacked(linear, x), wanted)
 
 
 @needs_onednn
@@ -164,11 +164,11 @@ def test_other_precisions_are_left_to_torch(dtype):
 
 def test_what_else_is_left_to_torch():
     linear, x = nn.Linear(24, 40), torch.randn(50, 24)
-    run_packed(linear, x).sum().backward()
+    run_prepacked(linear, x).sum().backward()
     assert linear.weight.grad is not None
     check(linear, x[:0])
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        assert run_packed(linear, x).dtype == torch.bfloat16
+        assert run_prepacked(linear, x).dtype == torch.bfloat16
     with torch.inference_mode():
         made = nn.Linear(24, 40)
         check(made, x)

@@ -218,11 +218,11 @@ def test_ties_go_to_the_lower_class_and_all_classes_may_be_asked_for():
         torch.testing.assert_close(saliency / saliency.amax(), torch.tensor([lit]).float())
 
 
-@pytest.mark.parametrize("weights", [(0.5, 0.0), (0.0, 2.0), (0.5, 2.0)], ids=["norm", "centre", "both"])
+@pytest.mark.parametrize("weights", [(0.5, 0.0), (0.0, 2.0), (0.5, 2.0)], ids=["norm", "center", "both"])
 @every_kind
-def test_norm_and_centre(cam, weights, images):
-    guidance, (norm, centre) = small(cam), weights
-    guided = guidance(images, saliency=Saliency(1, norm, centre))
+def test_norm_and_center(cam, weights, images):
+    guidance, (norm, center) = small(cam), weights
+    guided = guidance(images, saliency=Saliency(1, norm, center))
     if cam is Cam.ROWS:
         assert guided.saliency is None and guided.features is not None, "left to the operator"
         return
@@ -247,7 +247,7 @@ def test_norm_and_centre(cam, weights, images):
                     spread = (values.max() - values.min()).item()
                     wanted += weight * (values[row, column] - values.min()).item() / spread if spread else 0.0
                 away = math.hypot((row + 0.5) / rows - 0.5, (column + 0.5) / columns - 0.5)
-                wanted += centre * (1 - away / corner)
+                wanted += center * (1 - away / corner)
                 assert guided.saliency[image, row, column].item() == pytest.approx(wanted, abs=1e-4)
 
 

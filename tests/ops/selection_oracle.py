@@ -76,19 +76,19 @@ def closeness(rows: int, columns: int) -> torch.Tensor:
     return 1 - distance / corner if corner > 0 else torch.ones_like(distance)
 
 
-def with_parts(cam, features, parts) -> torch.Tensor:
+def with_parts(cam, features, saliency) -> torch.Tensor:
     """What makes a cell salient, from a float64 activation map."""
-    if parts.norm == 0 and parts.centre == 0:
+    if saliency.norm == 0 and saliency.center == 0:
         return cam
     length = features.double().cpu().square().sum(2).sqrt().view(cam.shape)
     combined = torch.stack([unit(image) for image in cam])
-    if parts.norm:
-        combined += parts.norm * torch.stack([unit(image) for image in length])
-    return combined + parts.centre * closeness(*cam.shape[1:]) if parts.centre else combined
+    if saliency.norm:
+        combined += saliency.norm * torch.stack([unit(image) for image in length])
+    return combined + saliency.center * closeness(*cam.shape[1:]) if saliency.center else combined
 
 
 def resized(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Bilinear, half-pixel centres, no antialiasing, as PyTorch does it.
+    """Bilinear, half-pixel centers, no antialiasing, as PyTorch does it.
 
     Along an axis of equal size each cell is its own neighbour, with a weight of 0: one of NaN does not spread, and an
     infinite one becomes NaN.

@@ -133,7 +133,7 @@ def test_parts_of_the_saliency(backend, parts, size):
     device = backend.device
     logits, weight = torch.randn(3, 7, device=device), torch.randn(7, 37, device=device)
     features = torch.randn(3, size[0] * size[1], 37, device=device)
-    features[1] = 0.0  # nothing is more salient than anything, but for the centre
+    features[1] = 0.0  # nothing is more salient than anything, but for the center
     check_tokens(logits, features, weight, size, [(14, 14), (10, 10)], LAW, parts)
 
 

@@ -110,7 +110,7 @@ class Answers:
     """What the models said of the images, of which policies can be certified."""
 
     table: Table
-    model: Fingerprint
+    target: Fingerprint
     guidances: list[Fingerprint]
     images: dict[str, Any]
 
@@ -155,7 +155,7 @@ class Answers:
             cost_by=cost,
             certificate=certificate,
             uncertified=rough,
-            model=self.model,
+            target=self.target,
             guidance=self.guidances[guidance],
             images=self.images,
             versions=versions(),

@@ -1,4 +1,4 @@
-"""Ask the models: guidance once for each resolution and saliency, the target once for each cell of a small table."""
+"""Run the models on calibration images: guidance once per resolution and saliency, the target once per reduction."""
 
 import hashlib
 import os
@@ -17,13 +17,13 @@ from tqdm import tqdm
 from tinydrop_kernels.calibration.provenance import versions
 from tinydrop_kernels.calibration.table import (
     BLENDS,
-    Cell,
+    Reduction,
     Table,
     View,
-    drop_cells,
+    drop_reductions,
     law_of,
     named_and_sure,
-    whole_cells,
+    whole_reductions,
 )
 from tinydrop_kernels.engine import TinyDrop, steps
 from tinydrop_kernels.engine.stopwatch import timed
@@ -88,7 +88,7 @@ def collect(
     patch(model, guidances[0], DropPolicy())
     try:
         with torch.inference_mode(False):  # autograd, which some guidance models need, refuses tensors made in it
-            asking = _Asking(model, guidances, cache, random_drop)
+            asking = _Collector(model, guidances, cache, random_drop)
         total = len(loader) if isinstance(loader, Sized) else None
         for images, labels in tqdm(_batches(loader), total=total, unit="batch", disable=None if progress else True):
             asking.add(images, labels)
@@ -97,7 +97,7 @@ def collect(
         unpatch(model)
 
 
-class _Asking:
+class _Collector:
     """Batch by batch, from images to a table."""
 
     def __init__(self, model: TimmModule, guidances: Sequence[Guidance], cache: Path | None, random_drop: bool):
@@ -108,7 +108,9 @@ class _Asking:
         identity = fingerprint_of(model, self.classes)
         self.key = _hash(self.weight.device, *self.tinydrop.normalization, versions(), identity)
         self.views = [
-            _Sized(number, sized.to(self.weight.device, self.weight.dtype), sized is guidance, self._key_of(sized))
+            _GuidanceView(
+                number, sized.to(self.weight.device, self.weight.dtype), sized is guidance, self._key_of(sized)
+            )
             for number, guidance in enumerate(guidances)
             for sized in resolutions(guidance)
         ]
@@ -135,17 +137,19 @@ class _Asking:
         self.levels = levels
         dense = self._kept(None, self.key, "dense", batch, lambda: _Answer(*timed(self.tinydrop.dense, batch.images)))
         self.dense.append(dense.logits.argmax(1).int().numpy(force=True))
-        whole = {cell: self._of_cell(self.views[0], cell, batch) for cell in whole_cells(levels)}
+        whole = {
+            reduction: self._of_reduction(self.views[0], reduction, batch) for reduction in whole_reductions(levels)
+        }
         for view, said in zip(self.views, self.said, strict=True):
             guided = self._kept(view, view.key, "guidance", batch, partial(self._of_guidance, view, batch))
-            drops = {cell: self._of_cell(view, cell, batch) for cell in self._drops(view)}
+            drops = {reduction: self._of_reduction(view, reduction, batch) for reduction in self._drops(view)}
             said.append(_reduced(guided.logits, [answer.logits for answer in (whole | drops).values()]))
 
-    def _drops(self, view: "_Sized") -> list[Cell]:
-        """Return the cells with drops. They depend on what the guidance sees, so only its own size has them."""
-        return drop_cells(self.levels, self.random_drop) if view.own_size else []
+    def _drops(self, view: "_GuidanceView") -> list[Reduction]:
+        """Return the reductions with drops. They depend on what the guidance sees, so only its own size has them."""
+        return drop_reductions(self.levels, self.random_drop) if view.own_size else []
 
-    def _guided(self, view: "_Sized", saliency: Saliency, batch: "_Batch") -> tuple[GuidanceOutput, float]:
+    def _guided(self, view: "_GuidanceView", saliency: Saliency, batch: "_Batch") -> tuple[GuidanceOutput, float]:
         """Return what a guidance model says of a batch and the seconds it took. It is asked once."""
         self.tinydrop.guidance = view.guidance
         asked = view, saliency
@@ -154,29 +158,29 @@ class _Asking:
             batch.guided[asked] = timed(guide, batch.images)
         return batch.guided[asked]
 
-    def _of_guidance(self, view: "_Sized", batch: "_Batch") -> "_Answer":
+    def _of_guidance(self, view: "_GuidanceView", batch: "_Batch") -> "_Answer":
         guided, seconds = self._guided(view, CALM, batch)
         return _Answer(guided.logits, seconds)
 
-    def _of_cell(self, view: "_Sized", cell: Cell, batch: "_Batch") -> "_Answer":
+    def _of_reduction(self, view: "_GuidanceView", reduction: Reduction, batch: "_Batch") -> "_Answer":
         def ask() -> _Answer:
-            saliency = cell.saliency or CALM
+            saliency = reduction.saliency or CALM
             guided, _ = self._guided(view, saliency, batch)
-            if cell.random:
+            if reduction.random:
                 draws = torch.Generator().manual_seed(int(batch.name[:8], 16))
-                drawn = torch.rand(len(batch.images), *self.levels[cell.level], generator=draws)
+                drawn = torch.rand(len(batch.images), *self.levels[reduction.level], generator=draws)
                 guided = GuidanceOutput(guided.logits, None, drawn.to(batch.images.device))
-            policy = DropPolicy(*law_of(cell, self.levels), blend=0, second_look=None, saliency=saliency)
+            policy = DropPolicy(*law_of(reduction, self.levels), blend=0, second_look=None, saliency=saliency)
             plan = steps.plan(self.tinydrop, batch.images, guided, policy)
             logits, seconds = timed(lambda images: steps.run(self.tinydrop, images, plan), batch.images)
             report = self.tinydrop.report()
             flops = (report.flops - report.guidance_flops) / report.images
             return _Answer(logits, seconds, flops, report.dense_flops / report.images)
 
-        of_target = cell.saliency is None and not cell.random
-        kept = "whole" if of_target else "random" if cell.random else "-".join(map(str, cell.saliency or ()))
-        name = f"{cell.level}-{cell.patches}-{kept}"
-        return self._kept(cell, self.key if of_target else view.key, name, batch, ask)
+        of_target = reduction.saliency is None and not reduction.random
+        kept = "whole" if of_target else "random" if reduction.random else "-".join(map(str, reduction.saliency or ()))
+        name = f"{reduction.level}-{reduction.patches}-{kept}"
+        return self._kept(reduction, self.key if of_target else view.key, name, batch, ask)
 
     def _kept(
         self, subject: "_Subject", key: str, name: str, batch: "_Batch", ask: Callable[[], "_Answer"]
@@ -213,7 +217,7 @@ class _Asking:
         if not self.dense:
             raise ValueError("loader: got no images")
         seconds = {subject: _seconds(costs) for subject, costs in self.costs.items()}
-        flops = {subject: costs[0].flops for subject, costs in self.costs.items() if isinstance(subject, Cell)}
+        flops = {subject: costs[0].flops for subject, costs in self.costs.items() if isinstance(subject, Reduction)}
         views = []
         for view, said in zip(self.views, self.said, strict=True):
             predicted, confidence, answers, sure = (np.concatenate(parts, axis=-1) for parts in zip(*said, strict=True))
@@ -224,7 +228,7 @@ class _Asking:
                     input_size=guidance.input_size,
                     predicted=predicted,
                     confidence=confidence,
-                    cells=(*whole_cells(self.levels), *self._drops(view)),
+                    reductions=(*whole_reductions(self.levels), *self._drops(view)),
                     answers=answers,
                     sure=sure,
                     flops=count_flops(guidance.model, (guidance.in_chans, *guidance.input_size)),
@@ -238,13 +242,13 @@ class _Asking:
             labels=np.concatenate(self.labels) if self.labels else None,
             views=tuple(views),
             flops=flops,
-            seconds={cell: seconds[cell] for cell in flops},
-            dense_flops=self.costs[whole_cells(self.levels)[0]][0].dense,
+            seconds={reduction: seconds[reduction] for reduction in flops},
+            dense_flops=self.costs[whole_reductions(self.levels)[0]][0].dense,
             dense_seconds=seconds[None],
         )
 
 
-class _Sized(NamedTuple):
+class _GuidanceView(NamedTuple):
     """A guidance model at one input size."""
 
     number: int  # which model
@@ -253,7 +257,9 @@ class _Sized(NamedTuple):
     key: str  # the folder of the answers that depend on it
 
 
-_Subject: TypeAlias = _Sized | Cell | None  # the one asked: a guidance model, a cell of the target, the dense target
+_Subject: TypeAlias = (
+    _GuidanceView | Reduction | None
+)  # the one asked: a guidance model, a reduction of the target, the dense target
 
 
 class _Answer(NamedTuple):
@@ -261,7 +267,7 @@ class _Answer(NamedTuple):
 
     logits: Tensor
     seconds: float
-    flops: float = 0.0  # of a cell, on an image
+    flops: float = 0.0  # of a reduction, on an image
     dense: float = 0.0  # of timm's own forward, on an image
 
 
@@ -279,7 +285,7 @@ class _Batch(NamedTuple):
 
     images: Tensor
     name: str
-    guided: dict[tuple[_Sized, Saliency], tuple[GuidanceOutput, float]]
+    guided: dict[tuple[_GuidanceView, Saliency], tuple[GuidanceOutput, float]]
 
 
 def _reduced(guidance: Tensor, targets: list[Tensor]) -> tuple[NDArray[Any], ...]:

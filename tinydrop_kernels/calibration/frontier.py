@@ -52,7 +52,7 @@ def frontier(table: Table, chosen: Sequence[CalibratedPolicy] = (), confidence: 
         everything = sweep(table, by)
         for way, wanted in _WAYS.items():
             points += _upper(way, by, everything.only(wanted), dense)
-        if any(cell.random for cell in table.views[0].cells):
+        if any(reduction.random for reduction in table.views[0].reductions):
             points += _upper("random drop", by, sweep(table, by, random=True).only(lambda law, saliency: True), dense)
         points += _upper(OURS, by, everything, dense)
         points.append(Point("dense", by, 1.0, dense, dense, dense))

@@ -70,42 +70,44 @@ def judge(table: Table, view: int, policy: DropPolicy, by: str = "flops") -> Jud
         ValueError: the policy asks for what was not run.
     """
     seen = table.views[view]
-    cells = seen.decisions(policy.law, policy.saliency, table.levels)
-    if cells is None or policy.blend not in table.blends:
+    reductions = seen.decisions(policy.law, policy.saliency, table.levels)
+    if reductions is None or policy.blend not in table.blends:
         raise ValueError(f"policy: got {policy}, which asks for reductions or blends that were not run")
     blend, images = table.blends.index(policy.blend), np.arange(len(table))
-    answers = np.where(cells < 0, seen.predicted, seen.answers[cells, blend, images])
-    again = _doubtful(seen, cells, blend, policy.second_look)[0] & (cells >= 0)
+    answers = np.where(reductions < 0, seen.predicted, seen.answers[reductions, blend, images])
+    again = _doubtful(seen, reductions, blend, policy.second_look)[0] & (reductions >= 0)
     answers = np.where(again, seen.answers[DENSE, blend], answers)
     of_cell, of_guidance = table.costs(view, by)
-    prices = np.array([of_cell[cell] for cell in seen.cells])
-    cost = of_guidance + float((prices[cells] * (cells >= 0)).mean() + again.mean() * prices[DENSE])
+    prices = np.array([of_cell[reduction] for reduction in seen.reductions])
+    cost = of_guidance + float((prices[reductions] * (reductions >= 0)).mean() + again.mean() * prices[DENSE])
     return Judgement(table.losses(answers), cost)
 
 
-def _doubtful(view: View, cells: Any, blend: Any, look: Look) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Whether the answers of the cells go for a second look, and the answers: cells of all images, or of each."""
+def _doubtful(view: View, reductions: Any, blend: Any, look: Look) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return whether answers go for a second look, and the answers; ``reductions`` of all images, or one of each."""
     images = np.arange(len(view.predicted))
-    answers, sure = view.answers[cells, blend, images], view.sure[cells, blend, images]
-    patches = np.array([cell.patches for cell in view.cells])[cells]
+    answers, sure = view.answers[reductions, blend, images], view.sure[reductions, blend, images]
+    patches = np.array([reduction.patches for reduction in view.reductions])[reductions]
     if look is None:
         return np.zeros(answers.shape, bool), answers
     bar_if_agreed, bar = look
     stands = (sure > bar) | ((answers == view.predicted) & (sure > bar_if_agreed))
-    return (patches < view.cells[DENSE].patches) & ~stands, answers
+    return (patches < view.reductions[DENSE].patches) & ~stands, answers
 
 
 def laws_of(view: View, table: Table, random: bool = False) -> list[PolicyLaw]:
-    """Resolution alone by every law, and each cell whatever the confidence; of random drops the latter alone."""
+    """Resolution alone by every law, and each reduction whatever the confidence; of random drops the latter alone."""
     calm = DropPolicy.saliency
     laws: list[PolicyLaw] = []
     if not random:
         # whatever the floor, an infinite gamma spends everything
         shapes = [(gamma, floor) for gamma in GAMMAS for floor in FLOORS if gamma < math.inf or floor == FLOORS[0]]
         laws += [(Law(tau, gamma, floor, 1.0), calm) for tau in TAUS for gamma, floor in shapes]
-    cells = [cell for cell in view.cells if cell.random == random]
+    reductions = [reduction for reduction in view.reductions if reduction.random == random]
     return laws + [
-        (law_of(cell, table.levels, tau), None if random else cell.saliency or calm) for tau in TAUS for cell in cells
+        (law_of(reduction, table.levels, tau), None if random else reduction.saliency or calm)
+        for tau in TAUS
+        for reduction in reductions
     ]
 
 
@@ -120,7 +122,7 @@ def sweep(table: Table, by: str = "flops", random: bool = False) -> Sweep:
     n, parts, all_laws = len(table), [], []
     for number, view in enumerate(table.views):
         known = [(law, view.decisions(*law, table.levels)) for law in laws_of(view, table, random)]
-        laws = [law for law, cells in known if cells is not None]
+        laws = [law for law, reductions in known if reductions is not None]
         all_laws.append(laws)
         if laws:
             parts.append(_of_view(table, number, np.stack([c.astype(np.int8) for _, c in known if c is not None]), by))
@@ -129,23 +131,23 @@ def sweep(table: Table, by: str = "flops", random: bool = False) -> Sweep:
     return Sweep(sums[:, 0], sums[:, 1] / n, sums[:, 2] / n, places, all_laws, table.blends)
 
 
-def _of_view(table: Table, number: int, cells: NDArray[Any], by: str) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Cost, and sums of loss and of its size, ``(policies, 3)``, and their places; ``cells`` is ``(laws, n)``.
+def _of_view(table: Table, number: int, reductions: NDArray[Any], by: str) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Cost, and sums of loss and of its size, ``(policies, 3)``, and their places; ``reductions`` is ``(laws, n)``.
 
-    A law only says which cell an image is in. So each cell is judged once with every blend and second look, and what a
-    law comes to is a product of two matrices: which images are in the cell, and what each of them loses there.
+    A law only says which reduction an image is in. So each reduction is judged once with every blend and second look,
+    and what a law comes to is a product of two matrices: which images are in it, and what each loses there.
     """
     view, n = table.views[number], len(table)
     of_cell, of_guidance = table.costs(number, by)
     looks = len(table.blends) * len(SECOND_LOOKS)
-    exits = (cells < 0).astype(np.float32)
+    exits = (reductions < 0).astype(np.float32)
     lost = table.losses(view.predicted).astype(np.float32)
-    totals = np.zeros((len(cells), 3, looks), np.float32)  # loss, its size, second looks
+    totals = np.zeros((len(reductions), 3, looks), np.float32)  # loss, its size, second looks
     totals[:, 0] = (exits @ lost)[:, None]
     totals[:, 1] = (exits @ np.abs(lost))[:, None]
-    cost = np.full(len(cells), of_guidance)
-    for place, cell in enumerate(view.cells):
-        inside = cells == place
+    cost = np.full(len(reductions), of_guidance)
+    for place, reduction in enumerate(view.reductions):
+        inside = reductions == place
         rows = inside.any(1)
         if not rows.any():
             continue
@@ -159,8 +161,8 @@ def _of_view(table: Table, number: int, cells: NDArray[Any], by: str) -> tuple[N
         by_look = torch.from_numpy(judged).view(3 * looks, n)
         product = torch.from_numpy(members) @ by_look.T  # by torch's threads: NumPy has others, which would fight them
         totals[rows] += product.numpy().reshape(-1, 3, looks)
-        cost[rows] += members.mean(1) * of_cell[cell]
-    costs = cost[:, None] + totals[:, 2] / n * of_cell[view.cells[DENSE]]
+        cost[rows] += members.mean(1) * of_cell[reduction]
+    costs = cost[:, None] + totals[:, 2] / n * of_cell[view.reductions[DENSE]]
     sums = np.stack([costs, totals[:, 0], totals[:, 1]], axis=-1).reshape(-1, 3).astype(np.float64)
-    places = np.indices((1, len(cells), len(table.blends), len(SECOND_LOOKS)), np.int32).reshape(4, -1).T
+    places = np.indices((1, len(reductions), len(table.blends), len(SECOND_LOOKS)), np.int32).reshape(4, -1).T
     return sums, places + np.array([number, 0, 0, 0], np.int32)

@@ -20,7 +20,7 @@ CALM_KEEPS = ((2, 0.75), (3, 0.75), (2, 0.5))  # level of the grid, and how much
 PLAIN_KEEPS = ((0, 0.56), (0, 0.39), (0, 0.25))
 
 
-class Cell(NamedTuple):
+class Reduction(NamedTuple):
     """A fixed reduction: so many patches of one grid. ``saliency`` is None where all of them are kept."""
 
     level: int
@@ -29,33 +29,35 @@ class Cell(NamedTuple):
     random: bool = False  # which are kept is drawn: a yardstick, not a policy
 
 
-DENSE = 0  # the first cell of every table: the dense grid, whole
+DENSE = 0  # the first reduction of every table: the dense grid, whole
 
 
-def whole_cells(levels: Sequence[Grid]) -> list[Cell]:
+def whole_reductions(levels: Sequence[Grid]) -> list[Reduction]:
     """Each grid with all of its patches: resolution alone."""
-    return [Cell(level, rows * columns) for level, (rows, columns) in enumerate(levels)]
+    return [Reduction(level, rows * columns) for level, (rows, columns) in enumerate(levels)]
 
 
-def drop_cells(levels: Sequence[Grid], random: bool = False) -> list[Cell]:
+def drop_reductions(levels: Sequence[Grid], random: bool = False) -> list[Reduction]:
     """Some of the patches of a grid: coarser grids with the default saliency, the dense one with the paper's."""
-    cells = []
+    reductions = []
     for keeps, saliency in ((CALM_KEEPS, CALM), (PLAIN_KEEPS, PLAIN)):
         for level, keep in keeps:
             if level < len(levels):
                 rows, columns = levels[level]
                 count = max(1, math.ceil(keep * rows * columns - ROUNDING_SLACK))
-                cells.append(Cell(level, count, saliency))
-    randomly = [cell._replace(saliency=None, random=True) for cell in cells if random and cell.level == 0]
-    return list(dict.fromkeys(cells + randomly))
+                reductions.append(Reduction(level, count, saliency))
+    randomly = [
+        reduction._replace(saliency=None, random=True) for reduction in reductions if random and reduction.level == 0
+    ]
+    return list(dict.fromkeys(reductions + randomly))
 
 
-def law_of(cell: Cell, levels: Sequence[Grid], tau: float | None = None) -> Law:
-    """The law that gives every image that does not exit this cell, whatever the guidance's confidence."""
-    (rows, columns), dense = levels[cell.level], levels[0][0] * levels[0][1]
-    if cell.patches == rows * columns:
-        return Law(tau, 0.0, cell.patches / dense, 1.0)
-    budget = cell.patches / dense
+def law_of(reduction: Reduction, levels: Sequence[Grid], tau: float | None = None) -> Law:
+    """The law that gives every image that does not exit this reduction, whatever the guidance's confidence."""
+    (rows, columns), dense = levels[reduction.level], levels[0][0] * levels[0][1]
+    if reduction.patches == rows * columns:
+        return Law(tau, 0.0, reduction.patches / dense, 1.0)
+    budget = reduction.patches / dense
     return Law(tau, 0.0, budget, math.log(rows * columns / dense) / math.log(budget))
 
 
@@ -67,23 +69,23 @@ class View:
     input_size: tuple[int, int]
     predicted: NDArray[Any]  # (n,)
     confidence: NDArray[Any]  # float32 (n,)
-    cells: tuple[Cell, ...]
-    answers: NDArray[Any]  # (cells, blends, n): the class that the blended answer names
-    sure: NDArray[Any]  # float32 (cells, blends, n): its probability
+    reductions: tuple[Reduction, ...]
+    answers: NDArray[Any]  # (reductions, blends, n): the class that the blended answer names
+    sure: NDArray[Any]  # float32 (reductions, blends, n): its probability
     flops: float  # of the guidance model on an image
     seconds: float
 
     def decisions(self, law: Law, saliency: Saliency | None, levels: Sequence[Grid]) -> NDArray[Any] | None:
-        """The cell of each image, -1 where it exits; None if the law asks for one that was not run.
+        """The reduction of each image, -1 where it exits; None if the law asks for one that was not run.
 
         So a policy is judged only where what it would do was done. Without a saliency the patches are drawn at random.
         """
         counts, of_level = apply_law(torch.from_numpy(self.confidence), levels, law)
         found = torch.full_like(counts, -2)
         found[counts == 0] = -1
-        for number, cell in enumerate(self.cells):
-            if cell.random == (saliency is None) and cell.saliency in (None, saliency):
-                found[(counts == cell.patches) & (of_level == cell.level)] = number
+        for number, reduction in enumerate(self.reductions):
+            if reduction.random == (saliency is None) and reduction.saliency in (None, saliency):
+                found[(counts == reduction.patches) & (of_level == reduction.level)] = number
         return None if bool((found == -2).any()) else found.numpy()
 
 
@@ -96,8 +98,8 @@ class Table:
     dense: NDArray[Any]  # int32 (n,): the class that the model itself names
     labels: NDArray[Any] | None  # int32 (n,)
     views: tuple[View, ...]
-    flops: dict[Cell, float]  # of the target on an image; a cell costs the same whatever its saliency
-    seconds: dict[Cell, float]
+    flops: dict[Reduction, float]  # of the target on an image; a reduction costs the same whatever its saliency
+    seconds: dict[Reduction, float]
     dense_flops: float  # timm's own forward
     dense_seconds: float
 
@@ -131,8 +133,8 @@ class Table:
         lost: NDArray[Any] = (self.dense == self.labels).astype("int8") - right
         return lost
 
-    def costs(self, view: int, by: str) -> tuple[dict[Cell, float], float]:
-        """What each cell of a view costs on an image, and its guidance, over the dense model's cost.
+    def costs(self, view: int, by: str) -> tuple[dict[Reduction, float], float]:
+        """What each reduction of a view costs on an image, and its guidance, over the dense model's cost.
 
         Args:
             view: its number.
@@ -143,7 +145,7 @@ class Table:
             of_cell, of_guidance, dense = self.flops, seen.flops, self.dense_flops
         else:
             of_cell, of_guidance, dense = self.seconds, seen.seconds, self.dense_seconds
-        return {cell: of_cell[cell] / dense for cell in seen.cells}, of_guidance / dense
+        return {reduction: of_cell[reduction] / dense for reduction in seen.reductions}, of_guidance / dense
 
 
 def named_and_sure(target: Tensor, guidance: Tensor, blend: float) -> tuple[Tensor, Tensor]:

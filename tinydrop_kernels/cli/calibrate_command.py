@@ -12,7 +12,17 @@ from torch import Tensor
 from tinydrop_kernels.calibration.answers import COSTS, Answers, gather
 from tinydrop_kernels.calibration.frontier import check_drawable, draw, frontier, write_csv
 from tinydrop_kernels.checkpoints import check_spec, class_names, load_model
-from tinydrop_kernels.cli.options import DEFAULT_DEVICE, DEFAULT_MODEL, DTYPES, tell_skipped, usable
+from tinydrop_kernels.cli.options import (
+    BATCH_SIZE,
+    DEVICE,
+    DTYPE,
+    IMG_SIZE,
+    TARGET,
+    WORKERS,
+    dtype_of,
+    tell_skipped,
+    usable,
+)
 from tinydrop_kernels.engine.checks import check_classifier
 from tinydrop_kernels.engine.head import count_classes
 from tinydrop_kernels.guidance.model import DEFAULT_GUIDANCE
@@ -23,7 +33,7 @@ from tinydrop_kernels.predict.loading import ImageLoader, folder_labels
 
 @click.command()
 @click.argument("data", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--model", default=DEFAULT_MODEL, help="The large ViT: timm name, folder, or NAME=FILE.")
+@TARGET
 @click.option(
     "--guidance",
     multiple=True,
@@ -31,7 +41,7 @@ from tinydrop_kernels.predict.loading import ImageLoader, folder_labels
     metavar="NAME",
     help="The tiny classifier: timm name, folder, or NAME=FILE. Repeat the option to compare several.",
 )
-@click.option("--img-size", type=click.IntRange(min=1), help="Input size of the large ViT, if not its own.")
+@IMG_SIZE
 @click.option(
     "--accuracy-drop",
     type=click.FloatRange(0, 100, min_open=True, max_open=True),
@@ -60,16 +70,16 @@ from tinydrop_kernels.predict.loading import ImageLoader, folder_labels
     type=click.Path(file_okay=False, path_type=Path),
     help="Where answers are kept. [default: the user's cache]",
 )
-@click.option("--batch-size", type=click.IntRange(min=1), default=32)
-@click.option("--device", default=DEFAULT_DEVICE)
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32")
-@click.option("--workers", type=click.IntRange(min=0), default=0, help="Processes that load images.")
+@BATCH_SIZE
+@DEVICE
+@DTYPE
+@WORKERS
 @click.pass_context
 def calibrate(
     context: click.Context,
     /,
     data: Path,
-    model: str,
+    target: str,
     guidance: tuple[str, ...],
     img_size: int | None,
     accuracy_drop: tuple[float, ...],
@@ -94,10 +104,10 @@ def calibrate(
     try:
         _check_outputs(out, picture)
         target_device = usable(device)
-        check_spec(model)
+        check_spec(target, "target")
         small = [load_model(spec, "guidance") for spec in guidance]
         options: dict[str, Any] = {"img_size": img_size} if img_size else {}
-        vit = load_model(model, **options).to(target_device, DTYPES[dtype])
+        vit = load_model(target, "target", **options).to(target_device, dtype_of(dtype, device))
         classes = count_classes(vit)
         check_classifier(classes)
         files = image_files([data], lambda path, reason: tell_skipped(str(path), reason))

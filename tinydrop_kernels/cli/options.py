@@ -45,20 +45,30 @@ def size(text: str) -> tuple[int, int]:
     return height, width
 
 
+TARGET = click.option(
+    "--target", "--model", "target", default=DEFAULT_MODEL, help="The large ViT: timm name, folder, or NAME=FILE."
+)
+IMG_SIZE = click.option("--img-size", type=click.IntRange(min=1), help="Input size of the target, if not its own.")
+BATCH_SIZE = click.option("--batch-size", type=click.IntRange(min=1), default=32, help="Images in a batch.")
+DEVICE = click.option("--device", default=DEFAULT_DEVICE, help="Where the models run, such as cpu or cuda.")
+DTYPE = click.option(
+    "--dtype",
+    type=click.Choice(["auto", *DTYPES]),
+    default="float32",
+    help="'auto' is bfloat16 where the device computes in it, otherwise float32.",
+)
+WORKERS = click.option("--workers", type=click.IntRange(min=0), default=0, help="Processes that load images.")
+
 OPTIONS = (
-    click.option(
-        "--model",
-        default=DEFAULT_MODEL,
-        help="The large ViT: timm name, folder, or NAME=FILE.",
-    ),
-    click.option("--guidance", default=DEFAULT_GUIDANCE, help="The tiny classifier, named likewise."),
+    TARGET,
+    click.option("--guidance", default=DEFAULT_GUIDANCE, help="The tiny classifier: timm name, folder, or NAME=FILE."),
     click.option(
         "--guidance-size",
         type=size,
         metavar="INT|HxW",
         help="Input size of the classifier, if not its own: less costs less, and sees less.",
     ),
-    click.option("--img-size", type=click.IntRange(min=1), help="Input size of the large ViT, if not its own."),
+    IMG_SIZE,
     click.option(
         "--policy",
         "policy_file",
@@ -107,8 +117,8 @@ OPTIONS = (
         "--saliency",
         type=(int, float, float),
         default=DropPolicy.saliency,
-        metavar="CLASSES NORM CENTRE",
-        help="What ranks the patches: Grad-CAM of so many classes, weights of the feature's norm and of the centre.",
+        metavar="CLASSES NORM CENTER",
+        help="What ranks the patches: Grad-CAM of so many classes, weights of the feature's norm and of the center.",
     ),
     click.option(
         "--multi-label",
@@ -116,14 +126,9 @@ OPTIONS = (
         help="The model's head is one of sigmoids: by default nothing exits, blends or looks twice, and rows have "
         "each class's own score.",
     ),
-    click.option("--batch-size", type=click.IntRange(min=1), default=32),
-    click.option("--device", default=DEFAULT_DEVICE),
-    click.option(
-        "--dtype",
-        type=click.Choice(["auto", *DTYPES]),
-        default="float32",
-        help="'auto' is bfloat16 where the device computes in it, else float32.",
-    ),
+    BATCH_SIZE,
+    DEVICE,
+    DTYPE,
     click.option("--compile", is_flag=True, help="Compile the models: the first batches take minutes."),
     click.option(
         "--graphs",
@@ -131,7 +136,7 @@ OPTIONS = (
         help="Experimental, on a GPU: CUDA graphs, so that small batches do not wait for the host.",
     ),
     click.option("--prepack", is_flag=True, help="On CPU: faster, for the memory of the model's weights once more."),
-    click.option("--workers", type=click.IntRange(min=0), default=0, help="Processes that load images."),
+    WORKERS,
     click.option("--stages", is_flag=True, help="Time every stage; a GPU waits at each, so all is a little slower."),
 )
 
@@ -146,7 +151,7 @@ def model_options(command: Command) -> Command:
 def make_predictor(
     context: click.Context,
     *,
-    model: str,
+    target: str,
     guidance: str,
     guidance_size: tuple[int, int] | None,
     img_size: int | None,
@@ -176,9 +181,9 @@ def make_predictor(
             option = f"--{given[0].replace('_', '-')}"
             raise ValueError(f"{option}: has no effect together with --policy; give one of them")
         options: dict[str, Any] = {"img_size": img_size} if img_size else {}
-        check_spec(model)
+        check_spec(target, "target")
         small = load_model(guidance, "guidance")  # before the large one: nobody should wait for it to hear of a mistake
-        vit = load_model(model, **options).to(usable(device), DTYPES.get(dtype) or fast_dtype(device))
+        vit = load_model(target, "target", **options).to(usable(device), dtype_of(dtype, device))
         check_classifier(count_classes(vit))  # patch() would speak of the guidance
         ways: dict[str, Any] = {"compile": compile, "graphs": graphs, "prepack": prepack, "multi_label": multi_label}
         patch(vit, small, law, guidance_size=guidance_size, **ways).tinydrop.timed = stages
@@ -230,6 +235,11 @@ def usable(device: str) -> torch.device:
 def tell_skipped(name: str, reason: str) -> None:
     """A line on standard error, clear of a progress bar."""
     tqdm.write(f"skipped {click.format_filename(name)}: {reason}", file=sys.stderr)
+
+
+def dtype_of(name: str, device: torch.device | str) -> torch.dtype:
+    """Return the dtype that ``--dtype`` names."""
+    return DTYPES.get(name) or fast_dtype(device)
 
 
 def fast_dtype(device: torch.device | str) -> torch.dtype:

@@ -37,7 +37,7 @@ def features_in_place(
 
 
 def nearest_kept(indices: Tensor, grid: Grid, dense: Grid) -> tuple[Tensor, Tensor]:
-    """For each place of the dense grid the kept patch whose centre is nearest to its own; of several the first.
+    """For each place of the dense grid the kept patch whose center is nearest to its own; of several the first.
 
     Args:
         indices: int32 ``(n, patches)``: kept patches of a grid, then -1; at least one each.
@@ -49,10 +49,10 @@ def nearest_kept(indices: Tensor, grid: Grid, dense: Grid) -> tuple[Tensor, Tens
     """
     rows, columns = dense
     place = torch.arange(rows * columns, device=indices.device)
-    centre = torch.stack((place // columns + 0.5, place % columns + 0.5), -1)  # in patches of the dense grid
+    center = torch.stack((place // columns + 0.5, place % columns + 0.5), -1)  # in patches of the dense grid
     scale = torch.tensor([rows / grid[0], columns / grid[1]], device=indices.device)
     kept = torch.stack((indices // grid[1] + 0.5, indices % grid[1] + 0.5), -1) * scale
-    distance = (centre[:, None] - kept[:, None]).square().sum(-1)  # (n, places, patches)
+    distance = (center[:, None] - kept[:, None]).square().sum(-1)  # (n, places, patches)
     least, nearest = distance.masked_fill((indices < 0)[:, None], float("inf")).min(-1)
-    own = ((centre / scale).floor() + 0.5) * scale  # the centre of the patch, kept or not, that lies there
-    return nearest, least <= (centre - own).square().sum(-1) + TIE
+    own = ((center / scale).floor() + 0.5) * scale  # the center of the patch, kept or not, that lies there
+    return nearest, least <= (center - own).square().sum(-1) + TIE

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from tinydrop_kernels.guidance.gradcam import agree
-from tinydrop_kernels.ops.onednn import is_pointwise, run_packed
+from tinydrop_kernels.ops.onednn import is_pointwise, run_prepacked
 from tinydrop_kernels.ops.types import TimmModule
 from tinydrop_kernels.torch_internals import has_hooks
 
@@ -44,10 +44,10 @@ def folded(model: TimmModule, images: Tensor) -> TimmModule:
         for convolution, norm in _pairs(candidate, images, lambda module: type(module) is nn.Conv2d, _is_norm):
             _fold(candidate, convolution, norm)
         for layer, gelu in _pairs(candidate, images, _is_linear, _is_gelu):
-            layer.forward = partial(run_packed, layer, activation="gelu")
+            layer.forward = partial(run_prepacked, layer, activation="gelu")
             _replace(candidate, gelu, nn.Identity())
         for layer in filter(_is_linear, candidate.modules()):
-            layer.forward = partial(run_packed, layer)
+            layer.forward = partial(run_prepacked, layer)
         features = candidate.forward_features(images)
         same = agree(features, wanted, wanted) and agree(candidate.forward_head(features), logits, logits)
     except Exception:  # foreign modules may mean anything by a method called fuse

@@ -51,7 +51,7 @@ def compiled_for(major: int, minor: int) -> bool:
 def _gpu(index: int) -> tuple[bool, bool]:
     """Whether a GPU runs the extension, and whether a block has the shared memory for every bias there.
 
-    Only up to a head_dim of 64 does it fit in the 99 KB of GPUs that are not made for data centres.
+    Only up to a head_dim of 64 does it fit in the 99 KB of GPUs that are not made for data centers.
     """
     gpu: Any = torch.cuda.get_device_properties(index)
     return compiled_for(gpu.major, gpu.minor), gpu.shared_memory_per_block_optin >= 160 * 1024

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from tinydrop_kernels.ops.derived import derived, keeps
 from tinydrop_kernels.ops.registry import LIBRARY, wants_gradient
-from tinydrop_kernels.torch_internals import has_onednn_linear, onednn_linear, onednn_packed
+from tinydrop_kernels.torch_internals import has_onednn_linear, onednn_linear, onednn_prepacked
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
 # Of a product of fewer rows, reading the weights takes the time, which oneDNN does faster on every CPU that was tried.
@@ -35,7 +35,7 @@ def run_linear(layer: nn.Linear, x: Tensor) -> Tensor:
     return linear(x, layer.weight, layer.bias) if x.ndim == 2 else nn.Linear.forward(layer, x)
 
 
-def run_packed(layer: nn.Linear | nn.Conv2d, x: Tensor, activation: str = "none") -> Tensor:
+def run_prepacked(layer: nn.Linear | nn.Conv2d, x: Tensor, activation: str = "none") -> Tensor:
     """The layer's forward with packed weights where it can be, anywhere else as torch has it.
 
     The weights are packed at the first call, and again after they have changed (:mod:`ops.derived`). Many threads may
@@ -86,7 +86,7 @@ def _by_faster_library(x: Tensor, weight: Tensor, bias: Tensor | None, activatio
     if not has_onednn_linear(x.dtype):
         out = F.linear(x, matrix, bias)
     elif packs:
-        return onednn_linear(x, _packed_weight(weight), bias, activation)
+        return onednn_linear(x, _prepacked_weight(weight), bias, activation)
     elif x.dtype == torch.float32 and x.numel() >= MANY_ROWS * x.shape[-1] and is_torch_faster():
         out = F.linear(x, matrix, bias)
     else:
@@ -110,8 +110,8 @@ def is_torch_faster() -> bool:
     return min(seconds[F.linear]) < min(seconds[onednn_linear])
 
 
-def _packed_weight(weight: Tensor) -> Any:
-    return derived(weight, "packed by oneDNN", lambda: onednn_packed(weight.detach().flatten(1)))
+def _prepacked_weight(weight: Tensor) -> Any:
+    return derived(weight, "prepacked", lambda: onednn_prepacked(weight.detach().flatten(1)))
 
 
 LIBRARY.define("cpu_linear(Tensor x, Tensor weight, Tensor? bias, str activation, bool packs) -> Tensor")

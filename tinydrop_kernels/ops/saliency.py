@@ -30,14 +30,14 @@ def top_classes(logits: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     return index, torch.where(logit == first, 1.0, (logit - first).exp())
 
 
-def saliency_map(gradient: Tensor, cells: Tensor, size: Sequence[int], parts: Saliency) -> Tensor:
+def saliency_map(gradient: Tensor, cells: Tensor, size: Sequence[int], saliency: Saliency) -> Tensor:
     """``relu(cells . mean gradient)``, combined with the other parts of the saliency (:func:`combine`).
 
     Args:
         gradient: floating ``(batch, cells, channels)``, or ``(batch, 1, channels)`` where it is the same in all cells.
         cells: floating ``(batch, cells, channels)``.
         size: rows and columns of the map.
-        parts: the weights.
+        saliency: the weights.
 
     Returns:
         float32 ``(batch, rows, columns)``.
@@ -49,32 +49,32 @@ def saliency_map(gradient: Tensor, cells: Tensor, size: Sequence[int], parts: Sa
         weight = gradient.float() if gradient.shape[1] == 1 else gradient.float().mean(dim=1, keepdim=True)
         # A row times the cells: on CPU twice as fast as the cells times a column.
         cam = torch.bmm(weight, cells.transpose(1, 2)).relu().view(-1, *size)
-        norm = torch.linalg.vector_norm(cells, dim=2).view(-1, *size) if parts.norm else None
-        return combine(cam, norm, parts)
+        norm = torch.linalg.vector_norm(cells, dim=2).view(-1, *size) if saliency.norm else None
+        return combine(cam, norm, saliency)
 
 
-def combine(cam: Tensor, norm: Tensor | None, parts: Saliency) -> Tensor:
-    """``unit(cam) + norm_weight * unit(norm) + centre_weight * closeness``, or ``cam`` as it is if both weights are 0.
+def combine(cam: Tensor, norm: Tensor | None, saliency: Saliency) -> Tensor:
+    """``unit(cam) + norm_weight * unit(norm) + center_weight * closeness``, or ``cam`` as it is if both weights are 0.
 
     ``unit`` is each image's ``(x - min) / (max - min)`` over finite cells: 0 where all are equal, NaN where x is.
-    Grad-CAM alone says where a class is; the norm of the features and the closeness to the centre, calmer, say where
+    Grad-CAM alone says where a class is; the norm of the features and the closeness to the center, calmer, say where
     anything is at all (measured: docs/accuracy.md).
 
     Args:
         cam: float32 ``(batch, rows, columns)``, a class activation map.
         norm: float32 of the same shape, the norm of each cell's features; None if its weight is 0.
-        parts: the weights.
+        saliency: the weights.
 
     Returns:
         float32 ``(batch, rows, columns)``.
     """
-    if not (parts.norm or parts.centre):
+    if not (saliency.norm or saliency.center):
         return cam
     combined = unit(cam)
-    if norm is not None and parts.norm:
-        combined = combined + parts.norm * unit(norm)
-    if parts.centre:
-        combined = combined + parts.centre * closeness(cam.shape[1], cam.shape[2], cam.device)
+    if norm is not None and saliency.norm:
+        combined = combined + saliency.norm * unit(norm)
+    if saliency.center:
+        combined = combined + saliency.center * closeness(cam.shape[1], cam.shape[2], cam.device)
     return combined
 
 

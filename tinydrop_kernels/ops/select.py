@@ -24,7 +24,7 @@ def select_tokens(
     feature_size: tuple[int, int],
     grid_sizes: Grids,
     law: Law,
-    parts: Saliency = PLAIN_CAM,
+    saliency: Saliency = PLAIN_CAM,
 ) -> Selection:
     """Decide, from the guidance model's output, which images exit, and the grid and the patches of the others.
 
@@ -40,10 +40,10 @@ def select_tokens(
         feature_size: rows and columns of the guidance model's feature map.
         grid_sizes: rows and columns of the target's patch grid at each level, dense first, then ever smaller ones.
         law: tau, gamma, min_keep and coarsen; see :func:`apply_law`.
-        parts: what makes a cell salient; see :func:`ops.saliency.combine`.
+        saliency: what makes a cell salient; see :func:`ops.saliency.combine`.
     """
     flat = [side for grid in grid_sizes for side in grid]
-    return Selection(*_from_features(logits, features, class_weight, feature_size, flat, *law, *parts))
+    return Selection(*_from_features(logits, features, class_weight, feature_size, flat, *law, *saliency))
 
 
 def select_from_saliency(logits: Tensor, saliency: Tensor, grid_sizes: Grids, law: Law) -> Selection:
@@ -108,13 +108,13 @@ def _reference_from_features(
     coarsen: float,
     classes: int,
     norm: float,
-    centre: float,
+    center: float,
 ) -> tuple[Tensor, ...]:
     index, share = top_classes(logits, classes)
     weight = class_weight[index].float()
     if classes > 1:
         weight = torch.bmm(share[:, None], weight)
-    saliency = saliency_map(weight, features, feature_size, Saliency(classes, norm, centre))
+    saliency = saliency_map(weight, features, feature_size, Saliency(classes, norm, center))
     return _reference_from_saliency(logits, saliency, grid_sizes, tau, gamma, min_keep, coarsen)
 
 
@@ -184,7 +184,7 @@ def empty_selection(logits: Tensor, grid_sizes: Sequence[int]) -> tuple[Tensor, 
 
 def _triton_from_features(*arguments: Any) -> tuple[Tensor, ...]:
     logits, grid_sizes = arguments[0], arguments[4]
-    launch = kernels("select").launch
+    launch = kernels("select_tokens").launch
     return launch(empty_selection(logits, grid_sizes), *arguments)  # type: ignore[no-any-return]
 
 
@@ -198,7 +198,7 @@ _LAW = "float? tau, float gamma, float min_keep, float coarsen"
 _RESULT = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 _from_features = define(
     "select_tokens(Tensor logits, Tensor features, Tensor class_weight, SymInt[2] feature_size, SymInt[] grid_sizes, "
-    f"{_LAW}, int classes, float norm, float centre) -> {_RESULT}",
+    f"{_LAW}, int classes, float norm, float center) -> {_RESULT}",
     lambda logits, features, class_weight, feature_size, grid_sizes, *others: empty_selection(logits, grid_sizes),
     [triton(_triton_from_features), reference(_reference_from_features)],
 )

@@ -38,7 +38,7 @@ class Saliency(NamedTuple):
 
     classes: int = 1  # Grad-CAM of so many of the most probable classes, weighted by their probabilities
     norm: float = 0.0  # weight of the norm of a cell's feature vector
-    centre: float = 0.0  # weight of a cell's closeness to the centre
+    center: float = 0.0  # weight of a cell's closeness to the center
 
 
 class Selection(NamedTuple):

@@ -12,7 +12,8 @@ from tinydrop_kernels.ops import Saliency
 from tinydrop_kernels.policy.drop import DropPolicy
 from tinydrop_kernels.policy.fingerprint import Fingerprint
 
-FORMAT = "tinydrop policy 1"
+FORMAT = "tinydrop policy 2"
+FIRST_FORMAT = "tinydrop policy 1"  # it said "model" for the target, and "centre"
 
 
 class PolicyFileError(ValueError):
@@ -86,7 +87,7 @@ class CalibratedPolicy:
     cost_by: str  # "flops" or "time"
     certificate: Certificate
     uncertified: UncertifiedPolicy | None
-    model: Fingerprint
+    target: Fingerprint
     guidance: Fingerprint
     images: dict[str, Any]  # their number, and hashes of their contents and names
     versions: dict[str, str]
@@ -111,7 +112,7 @@ class CalibratedPolicy:
         Raises:
             OSError: it cannot be written.
         """
-        values = asdict(self) | {"model": self.model._asdict(), "guidance": self.guidance._asdict()}
+        values = asdict(self) | {"target": self.target._asdict(), "guidance": self.guidance._asdict()}
         values["policy"] = _plain(self.policy)
         if self.uncertified:
             values["uncertified"]["policy"] = _plain(self.uncertified.policy)
@@ -127,7 +128,10 @@ class CalibratedPolicy:
         """
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
-            if values.pop("format") != FORMAT:
+            version = values.pop("format")
+            if version == FIRST_FORMAT:
+                _rename(values)
+            elif version != FORMAT:
                 raise ValueError(f"expected one of the format {FORMAT!r}")
             del values["in_words"]
             rough = values.pop("uncertified")
@@ -141,7 +145,7 @@ class CalibratedPolicy:
                     and UncertifiedPolicy(
                         _policy(rough["policy"]), tuple(rough["input_size"]), rough["cost"], rough["loss"]
                     ),
-                    "model": Fingerprint(**values["model"]),
+                    "target": Fingerprint(**values["target"]),
                     "guidance": Fingerprint(**values["guidance"]),
                 }
             )
@@ -150,17 +154,17 @@ class CalibratedPolicy:
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise PolicyFileError(f"policy: {str(path)!r} is no policy file: {error}") from None
 
-    def check(self, model: Fingerprint, guidance: Fingerprint) -> None:
+    def check(self, target: Fingerprint, guidance: Fingerprint) -> None:
         """Refuse another model, another guidance model, or other classes than those it was calibrated with.
 
         Args:
-            model: the target's.
+            target: the target's.
             guidance: the guidance model's.
 
         Raises:
             PolicyFileError: one of them is another.
         """
-        for argument, found, known in (("model", model, self.model), ("guidance", guidance, self.guidance)):
+        for argument, found, known in (("target", target, self.target), ("guidance", guidance, self.guidance)):
             if found.classes != known.classes:
                 raise PolicyFileError(
                     f"policy: it was calibrated for a {argument} of {known.classes} classes, got {found.classes}"
@@ -190,3 +194,12 @@ def _plain(policy: DropPolicy) -> dict[str, Any]:
 
 def _policy(values: dict[str, Any]) -> DropPolicy:
     return DropPolicy(**values | {"gamma": float(values["gamma"]), "saliency": Saliency(**values["saliency"])})
+
+
+def _rename(values: dict[str, Any]) -> None:
+    """Give the values of a file of the first format the names of today."""
+    values["target"] = values.pop("model")
+    for holder in (values, values["uncertified"]):
+        if holder:
+            saliency = holder["policy"]["saliency"]
+            saliency["center"] = saliency.pop("centre")

@@ -7,7 +7,7 @@ from typing import Any
 
 from tinydrop_kernels.ops import Law, Saliency
 
-CALM = Saliency(classes=5, norm=1.0, centre=1.0)
+CALM = Saliency(classes=5, norm=1.0, center=1.0)
 UNMIXED: dict[str, Any] = {"tau": None, "blend": 0.0, "second_look": None}  # arguments that mix no answers
 
 

@@ -2,7 +2,6 @@
 
 import functools
 import math
-from typing import NamedTuple
 
 import torch
 import triton
@@ -10,21 +9,13 @@ from torch import Tensor
 
 from tinydrop_kernels.ops.kernels.attention_kernel import varlen_attention_kernel
 from tinydrop_kernels.ops.kernels.attention_tiles import tile_for
-from tinydrop_kernels.ops.kernels.launcher import Launcher, aligned
+from tinydrop_kernels.ops.kernels.launcher import Launcher, LaunchPlan, aligned
 
 MAX_STRIDE = 2**24  # so that the offsets within a tile are 32-bit integers
 
 
-class Plan(NamedTuple):
-    """What the layers of a forward have in common."""
-
-    launcher: Launcher
-    grid: tuple[int, int, int]
-    numbers: tuple[float, ...]  # the kernel's arguments behind its tensors
-
-
 @functools.lru_cache(maxsize=64)
-def plan(
+def plan_launch(
     device: torch.device,
     dtype: torch.dtype,
     shape: tuple[int, ...],
@@ -39,8 +30,8 @@ def plan(
     table: tuple[torch.dtype, tuple[int, int]] | None,
     grid_size: tuple[int, int],
     skip_keys: int,
-) -> Plan | None:
-    """How such arguments are launched; None if their rows or heads lie too far apart.
+) -> LaunchPlan | None:
+    """Return how such arguments are launched; None if their rows or heads lie too far apart.
 
     Args:
         shape: query's.
@@ -74,7 +65,7 @@ def plan(
     )
     grid = (segments * query_blocks * heads, 1, 1)  # for each segment each block of queries for each head
     same = (dtype, table and table[0], constants, tile)
-    return Plan(Launcher(varlen_attention_kernel, device, same, options), grid, numbers)
+    return LaunchPlan(Launcher(varlen_attention_kernel, device, same, options), numbers, grid)
 
 
 def launch(
@@ -96,7 +87,7 @@ def launch(
     segments = cu_seqlens_q.shape[0] - 1
     if segments == 0 or max_seqlen_q == 0 or out.numel() == 0:
         return out
-    planned = plan(
+    plan = plan_launch(
         query.device,
         query.dtype,
         query.shape,
@@ -112,12 +103,11 @@ def launch(
         tuple(grid_size),
         skip_keys,
     )
-    if planned is None:
+    if plan is None:
         query, key, value = (t.clone(memory_format=torch.contiguous_format) for t in (query, key, value))
         lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         return launch(query, key, value, *lengths, scale, bias_table, positions, grid_size, skip_keys)
-    launcher, grid, numbers = planned
     tensors = (query, key, value, cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous())
     bias = (bias_table, None if positions is None else positions.contiguous())
-    launcher(grid, (*tensors, *bias, out, *numbers), aligned(query, key, value))
+    plan.launcher(plan.grid, (*tensors, *bias, out, *plan.numbers), aligned(query, key, value))
     return out

@@ -1,14 +1,13 @@
 """Packed tokens straight from pixels: a matrix product whose left operand is gathered from the images."""
 
 import functools
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tinydrop_kernels.ops.kernels.launcher import Launcher, aligned
+from tinydrop_kernels.ops.kernels.launcher import Launcher, LaunchPlan, aligned
 from tinydrop_kernels.ops.kernels.segments import locate_rows, search_step
 
 
@@ -157,7 +156,7 @@ def tile_sizes(dtype: torch.dtype, dim: int, is_large: bool) -> dict[str, int]:
 
 
 @functools.lru_cache(maxsize=64)
-def plan(
+def plan_launch(
     device: torch.device,
     dtype: torch.dtype,
     dtypes: tuple[torch.dtype | bool, ...],
@@ -167,8 +166,8 @@ def plan(
     num_prefix_tokens: int,
     is_large: bool,
     precision: str,
-) -> tuple[Launcher, dict[str, int], tuple[Any, ...]]:
-    """Launcher, tiles and constants for images of one geometry.
+) -> LaunchPlan:
+    """Return how images of one geometry are launched.
 
     Args:
         dtype: of the images.
@@ -182,7 +181,8 @@ def plan(
     sizes = (num_prefix_tokens, dim, image_shape[3] // patch_width)
     constants = (*sizes, *image_stride, channels, patch_height, patch_width, is_last, precision, *blocks)
     options = {name: value for name, value in tiles.items() if not name.startswith("BLOCK_")}
-    return Launcher(embed_tokens_kernel, device, (dtype, dtypes, constants), options), tiles, constants
+    launcher = Launcher(embed_tokens_kernel, device, (dtype, dtypes, constants), options)
+    return LaunchPlan(launcher, constants, tile=blocks[:2])
 
 
 def channels_last(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
@@ -205,7 +205,7 @@ def launch(
     out = images.new_empty(total, dim)
     if total == 0:
         return out
-    launcher, tiles, constants = plan(
+    plan = plan_launch(
         images.device,
         images.dtype,
         (
@@ -232,9 +232,11 @@ def launch(
     indices = indices if indices.stride(1) == 1 else indices.contiguous()
     segments = indices.shape[0]
     # Launches a 1D grid: exactly the tiles of the packed rows and their columns, whatever images they come from.
-    programs = -(-total // tiles["BLOCK_ROWS"]) * -(-dim // tiles["BLOCK_COLUMNS"])
+    rows, columns = plan.tile
+    programs = -(-total // rows) * -(-dim // columns)
     tensors = (images, weight, bias, prefix, pos_embed, indices, cu_seqlens, out)
     stride = indices.stride(0) if segments > 1 else 0  # that of a single row may be any number
     numbers = (total, segments, search_step(segments), stride)
-    launcher((programs, 1, 1), (*tensors, *numbers, *constants), aligned(images, weight, bias, prefix, pos_embed))
+    are_aligned = aligned(images, weight, bias, prefix, pos_embed)
+    plan.launcher((programs, 1, 1), (*tensors, *numbers, *plan.numbers), are_aligned)
     return out

@@ -7,6 +7,7 @@ but for looking at knobs and hooks: what is set there after the first launch bea
 """
 
 from collections.abc import Hashable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -59,6 +60,16 @@ class Launcher:
         compiled = self.kernel[grid](*arguments, **self.options)  # None in the interpreter
         if are_aligned and IS_KNOWN and isinstance(compiled, CompiledKernel):
             self.compiled = _compiled[self.place] = compiled
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """What calls with arguments of the same kind have in common: made once and cached."""
+
+    launcher: Launcher
+    numbers: tuple[Any, ...]  # the kernel's last arguments: strides, sizes and constants
+    grid: tuple[int, int, int] = (0, 0, 0)  # programs, if all such calls need as many
+    tile: tuple[int, int] = (0, 0)  # rows and columns that a program computes, if the grid differs from call to call
 
 
 def aligned(*tensors: Tensor | None) -> bool:

@@ -115,7 +115,7 @@ def combine_parts(
     rows,
     columns,
     norm_weight,
-    centre_weight,
+    center_weight,
     HAS_NORM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
@@ -138,4 +138,4 @@ def combine_parts(
         right = ((places % columns).to(tl.float32) + 0.5) / columns - 0.5
         distance = tl.sqrt(down * down + right * right)
         closeness = tl.where(corner > 0.0, 1.0 - distance / corner, 1.0)
-        tl.store(cam_pointer + places, saliency + centre_weight * closeness, mask=mask)
+        tl.store(cam_pointer + places, saliency + center_weight * closeness, mask=mask)

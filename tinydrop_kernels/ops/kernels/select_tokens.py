@@ -3,14 +3,13 @@
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tinydrop_kernels.ops.kernels.launcher import Launcher, aligned
+from tinydrop_kernels.ops.kernels.launcher import Launcher, LaunchPlan, aligned
 from tinydrop_kernels.ops.kernels.saliency import combine_parts, mix_classes, weigh_features
 from tinydrop_kernels.ops.kernels.select_common import (
     OPTIONS,
@@ -51,10 +50,10 @@ def select_tokens_kernel(
     min_keep,
     coarsen,
     norm_weight,
-    centre_weight,
+    center_weight,
     CLASSES: tl.constexpr,
     HAS_NORM: tl.constexpr,
-    HAS_PARTS: tl.constexpr,
+    IS_COMBINED: tl.constexpr,
     NUM_LEVELS: tl.constexpr,
     BLOCK_SIZE_CLASS: tl.constexpr,
     BLOCK_SIZE_FEATURE: tl.constexpr,
@@ -76,10 +75,10 @@ def select_tokens_kernel(
         num_classes, num_channels, feature_rows, feature_columns: sizes of the above.
         patches_stride: patches of the dense grid.
         tau, gamma, min_keep, coarsen: the law, tau a number.
-        norm_weight, centre_weight: of the parts of the saliency beside Grad-CAM.
+        norm_weight, center_weight: of the parts of the saliency beside Grad-CAM.
         CLASSES: Grad-CAM is of so many of the most probable classes.
         HAS_NORM: whether norm_weight is not 0.
-        HAS_PARTS: whether one of the weights is not 0.
+        IS_COMBINED: whether one of the weights is not 0.
         NUM_LEVELS: number of grids.
         BLOCK_SIZE_CLASS: classes of a tile.
         BLOCK_SIZE_FEATURE, BLOCK_SIZE_CHANNEL: a tile of features.
@@ -139,14 +138,14 @@ def select_tokens_kernel(
             BLOCK_SIZE_CHANNEL,
         )
     tl.debug_barrier()  # the resizing reads cells that other threads stored
-    if HAS_PARTS:
+    if IS_COMBINED:
         combine_parts(
             cam_pointer,
             norm_pointer,
             feature_rows,
             feature_columns,
             norm_weight,
-            centre_weight,
+            center_weight,
             HAS_NORM,
             BLOCK_SIZE_PATCH,
         )
@@ -175,18 +174,8 @@ def select_tokens_kernel(
     )
 
 
-class Plan(NamedTuple):
-    """What calls on such arguments have in common."""
-
-    launcher: Launcher
-    grid: tuple[int, int, int]
-    scratch: tuple[int, int]
-    grids: Tensor
-    numbers: tuple[float, ...]  # the kernel's arguments behind its tensors
-
-
 @functools.lru_cache(maxsize=64)
-def plan(
+def plan_launch(
     device: torch.device,
     dtypes: tuple[torch.dtype, ...],
     batch: int,
@@ -201,8 +190,8 @@ def plan(
     coarsen: float,
     classes: int,
     norm: float,
-    centre: float,
-) -> Plan:
+    center: float,
+) -> LaunchPlan:
     """Dtypes and strides are of logits, features and class_weight."""
     _, num_features, num_channels = feature_shape
     num_patches = grid_sizes[0] * grid_sizes[1]
@@ -213,7 +202,7 @@ def plan(
     constants = (
         min(classes, num_classes),
         norm != 0,
-        norm != 0 or centre != 0,
+        norm != 0 or center != 0,
         len(grid_sizes) // 2,
         sizes["BLOCK_SIZE_CLASS"],
         feature_block_size,
@@ -221,12 +210,10 @@ def plan(
         triton.next_power_of_2(num_channels),
         sizes["BLOCK_SIZE_PATCH"],
     )
-    return Plan(
+    return LaunchPlan(
         Launcher(select_tokens_kernel, device, (dtypes, integers, constants), OPTIONS),
-        (batch, 1, 1),
-        (batch, 2 * num_features + num_channels),
-        grids_on(device, grid_sizes),
-        (*integers, tau, gamma, min_keep, coarsen, norm, centre, *constants),
+        (*integers, tau, gamma, min_keep, coarsen, norm, center, *constants),
+        grid=(batch, 1, 1),
     )
 
 
@@ -243,12 +230,12 @@ def launch(
     coarsen: float,
     classes: int,
     norm: float,
-    centre: float,
+    center: float,
 ) -> tuple[Tensor, ...]:
     """See :func:`ops.select_tokens`; writes into and returns ``selection``."""
     if logits.shape[0] == 0:
         return selection
-    launcher, grid, scratch, grids, numbers = plan(
+    plan = plan_launch(
         logits.device,
         (logits.dtype, features.dtype, class_weight.dtype),
         *logits.shape,
@@ -257,8 +244,11 @@ def launch(
         tuple(feature_size),
         tuple(grid_sizes),
         *(tau, gamma, min_keep, coarsen),
-        *(classes, norm, centre),
+        *(classes, norm, center),
     )
-    tensors = (logits, features, class_weight, logits.new_empty(*scratch, dtype=torch.float32), grids, *selection)
-    launcher(grid, (*tensors, *numbers), aligned(logits, features, class_weight))
+    _, num_features, num_channels = features.shape
+    scratch = logits.new_empty(len(logits), 2 * num_features + num_channels, dtype=torch.float32)
+    grids = grids_on(logits.device, tuple(grid_sizes))
+    tensors = (logits, features, class_weight, scratch, grids, *selection)
+    plan.launcher(plan.grid, (*tensors, *plan.numbers), aligned(logits, features, class_weight))
     return selection
