@@ -3,28 +3,38 @@ PYTHON ?= python3
 DATA ?= ../shared/data
 BIN := .venv/bin
 
-.PHONY: demo test test-avx2 lint accuracy calibration models bench speedup end-to-end static clean
+.PHONY: demo test test-slow test-avx2 test-all mutants lint accuracy calibration models bench speedup end-to-end static clean
 
 demo: .venv/demo
 	$(BIN)/python demo/run.py
 
-# With Triton 3.6 beside the installed one, where there is a wheel of it; else its test is skipped.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
 test: .venv/test
+	$(PYTEST) -m "not slow" --cov --cov-report=term:skip-covered --cov-fail-under=90
+
+# Compilers, the GPU emulator and other processes; with Triton 3.6 beside the installed one, if there is a wheel of it.
+test-slow: .venv/test
 	-$(MAKE) --no-print-directory .venv/triton36
-	OMP_NUM_THREADS=1 TINYDROP_TRITON36=$$(ls -d $(CURDIR)/.venv/triton36) \
-		$(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=term
+	TINYDROP_TRITON36=$$(ls -d $(CURDIR)/.venv/triton36) $(PYTEST) -m slow
 
 # What touches numbers, as on a CPU of AVX2 alone (no AVX512, and no bfloat16 in oneDNN).
 AVX2 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2
 test-avx2: .venv/test
-	$(AVX2) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile tests/guidance \
-		$(addprefix tests/, cli/test_precision.py cli/test_cli.py engine/test_onednn.py engine/test_engine.py \
-		families/test_levels.py test_patching.py)
+	$(AVX2) $(PYTEST) tests/guidance tests/test_patching.py $(addprefix tests/, cli/test_precision.py cli/test_cli.py \
+		engine/test_onednn.py engine/test_engine.py families/test_levels.py)
+
+test-all: test test-slow test-avx2
+
+# Faults seeded one by one, each of which the tests must notice.
+mutants: .venv/test
+	$(BIN)/python tests/mutants/run.py
 
 lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tests/prose.py
 
 # Real photographs and weights, where DATA holds them (docs/accuracy.md says what is looked for).
 accuracy: .venv/test

@@ -1,8 +1,12 @@
-"""Everything is in pyproject.toml, but for the optional CUDA extension, ``tinydrop_kernels._C``.
+"""The build of the optional CUDA extension, ``tinydrop_kernels._C``. All other settings are in pyproject.toml.
 
-It is built where torch can be imported and a CUDA toolkit is found, which with pip takes ``--no-build-isolation``.
-``TINYDROP_CUDA=0`` forbids it and ``TINYDROP_CUDA=1`` demands it; where it is neither, a failure leaves a package
-without it. ``CUDA_HOME`` names the toolkit, ``TORCH_CUDA_ARCH_LIST`` the GPUs, of which those below 8.0 are left out.
+The extension is built if torch and a CUDA toolkit are found. With pip, torch is found only with
+``--no-build-isolation``. Environment variables:
+
+* ``TINYDROP_CUDA``: ``0`` never builds the extension; ``1`` fails if it cannot be built. By default a failure leaves a
+  package without the extension.
+* ``CUDA_HOME``: the folder of the CUDA toolkit.
+* ``TORCH_CUDA_ARCH_LIST``: the GPU architectures. Those below 8.0 are left out.
 """
 
 import hashlib
@@ -17,38 +21,38 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-ARCHITECTURES = "8.0;9.0a;10.0"  # those among them that nvcc knows
+ARCHITECTURES = "8.0;9.0a;10.0"  # the default; those that nvcc does not know are left out
 OLDEST_ARCHITECTURE = 80
-OLDEST_TORCH = "0x020b000000000000"  # 2.11, whose stable ABI every later one keeps
+OLDEST_TORCH = "0x020b000000000000"  # 2.11; every later torch keeps its stable ABI
 OLDEST_PYTHON = "0x030a0000"
 
 
 class CannotBuild(Exception):
-    """Why there can be no CUDA extension, in one line."""
+    """The reason why the CUDA extension cannot be built, in one line."""
 
 
 def torch_folder() -> Path:
-    """Where torch is installed; it is not imported, since only its headers and libraries are needed."""
+    """Return the folder where torch is installed. torch is not imported; only its headers and libraries are needed."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
-        raise CannotBuild("torch is not there to build against (pip hides it without --no-build-isolation)")
+        raise CannotBuild("torch is not found (pip hides torch unless --no-build-isolation is given)")
     return Path(spec.origin).parent
 
 
 def cuda_home() -> Path:
-    """The toolkit's folder: what ``CUDA_HOME`` names, else where nvcc says it is, else the usual place."""
+    """Return the CUDA toolkit's folder: ``CUDA_HOME`` if set, otherwise where nvcc is, otherwise the usual folder."""
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if named:
         candidates = [named]
     else:
         candidates = ["/usr/local/cuda"]
-        if nvcc := shutil.which("nvcc"):  # perhaps a wrapper or a link, so it is asked
+        if nvcc := shutil.which("nvcc"):  # ask nvcc for its folder, because it may be a wrapper or a link
             answer = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
             candidates = [str(Path(here).parent) for here in re.findall("_HERE_=(.*)", answer.stderr)] + candidates
     for folder in map(Path, candidates):
         if (folder / "bin" / "nvcc").is_file() and (folder / "include" / "cuda_runtime.h").is_file():
             return folder
-    raise CannotBuild(f"no CUDA toolkit in {' or '.join(candidates)} (CUDA_HOME names another)")
+    raise CannotBuild(f"no CUDA toolkit in {' or '.join(candidates)} (set CUDA_HOME to name another folder)")
 
 
 def static_runtime(home: Path) -> Path:
@@ -59,7 +63,7 @@ def static_runtime(home: Path) -> Path:
 
 
 def nvcc(home: Path, *arguments: str | Path) -> str:
-    """What nvcc prints."""
+    """Run nvcc and return what it prints."""
     done = subprocess.run([home / "bin" / "nvcc", *arguments], capture_output=True, text=True)
     if done.returncode:
         lines = [line for line in (done.stdout + done.stderr).splitlines() if re.search("error|fatal", line)]
@@ -68,7 +72,10 @@ def nvcc(home: Path, *arguments: str | Path) -> str:
 
 
 def architectures(home: Path) -> list[str]:
-    """As nvcc names them: ``["80", "90a", "100"]``; ``"120+PTX"`` is code that later GPUs' drivers can compile too."""
+    """Return the architectures to build for, as nvcc names them: ``["80", "90a", "100"]``.
+
+    ``"120+PTX"`` adds code that the drivers of later GPUs can compile.
+    """
     asked = (os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES).replace(" ", ";").split(";")
     names = [name.replace(".", "") for name in asked if name]
     if not names or not all(re.fullmatch(r"\d{2,3}[af]?(\+PTX)?", name) for name in names):
@@ -83,17 +90,17 @@ def architectures(home: Path) -> list[str]:
 
 
 def number(architecture: str) -> int:
-    """Without its suffixes."""
+    """Return an architecture's number without its suffixes."""
     return int(re.match(r"\d+", architecture)[0])
 
 
 def sources() -> str:
-    """A hash of csrc/, which the extension tells as ``SOURCES``: whether it is of the sources at hand."""
+    """Return a hash of csrc/. The extension holds it as ``SOURCES``, so that a stale build can be recognised."""
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(Path("csrc").iterdir()))).hexdigest()[:16]
 
 
 class BuildCuda(build_ext):
-    """Compiles the .cu sources with nvcc, and the rest as setuptools does."""
+    """A build command that compiles the .cu sources with nvcc, and everything else as setuptools does."""
 
     def build_extension(self, extension):
         try:
@@ -102,11 +109,11 @@ class BuildCuda(build_ext):
             if demanded():
                 raise SystemExit(f"TINYDROP_CUDA=1, but the CUDA extension did not build: {error}") from None
             print(f"tinydrop_kernels: built without its CUDA extension: {error}", file=sys.stderr)
-            Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)  # of an earlier build
+            Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)  # remove a stale library
 
     def copy_extensions_to_source(self):
         for extension in self.extensions:
-            Path(self.get_ext_filename(extension.name)).unlink(missing_ok=True)  # where there is no new one
+            Path(self.get_ext_filename(extension.name)).unlink(missing_ok=True)  # in case there is no new one
         super().copy_extensions_to_source()
 
     def build_cuda(self, extension):
@@ -129,7 +136,7 @@ class BuildCuda(build_ext):
         ]
         extension.extra_objects = [str(target), str(static_runtime(home))]
         extension.library_dirs = [str(torch / "lib")]
-        self.force = True  # setuptools looks at the age of module.c alone
+        self.force = True  # otherwise setuptools rebuilds only if module.c has changed
         super().build_extension(extension)
 
 
@@ -141,7 +148,7 @@ def demanded() -> bool:
 
 
 def extensions() -> list[Extension]:
-    """The CUDA extension, where it is demanded, or not forbidden and possible."""
+    """Return the CUDA extension if it is demanded, or if it is possible and not forbidden; otherwise an empty list."""
     if not demanded():
         if os.environ.get("TINYDROP_CUDA") == "0":
             return []

@@ -2,9 +2,9 @@
 
     python bench/accuracy.py --data FOLDER [--images N] [--cache FOLDER] [--out FILE]
 
-Three sets (docs/accuracy.md): an easy one, a middle one and a hard one. Every image goes through every fixed reduction
-once, by the patched model itself; exits, blend and second look follow from those answers, so that many policies can be
-looked at. Whatever is chosen is chosen on the first half of each class and judged on the second.
+There are three sets of images, which are easy, middle and hard (docs/accuracy.md). The patched model runs every image
+once with every fixed reduction. Exits, blend and second look are computed from these answers, so many policies can be
+compared without further runs. Policies are chosen on the first half of each class and judged on the second half.
 """
 
 import argparse
@@ -31,15 +31,15 @@ TARGET, GUIDANCE = "vit_small_patch14_dinov2", "mobilenetv2_100"
 CAM = tdk.Saliency()
 DROPS = (0.56, 0.39, 0.25)
 SIDES = (0.875, 0.75, 0.625, 0.5)
-BOTH = ((0.75, 0.75), (0.625, 0.75), (0.75, 0.5))  # side of the grid, and how much of it is kept
+BOTH = ((0.75, 0.75), (0.625, 0.75), (0.75, 0.5))  # side of the grid over the dense side, and fraction kept
 
 
 class Way(NamedTuple):
-    """A fixed reduction: side of the grid over the dense one's, fraction of it kept, and what makes a patch salient."""
+    """A fixed reduction."""
 
-    side: float
-    keep: float
-    saliency: tdk.Saliency
+    side: float  # side of the grid over the side of the dense grid
+    keep: float  # fraction of the grid's patches that is kept
+    saliency: tdk.Saliency  # ranks the patches
 
     @property
     def policy(self) -> tdk.DropPolicy:
@@ -60,7 +60,7 @@ WAYS = [way for ways in FAMILIES.values() for way in ways]
 
 
 def load(data: Path, name: str, images: str, classes: int, **options: Any) -> Any:
-    """A backbone with the head that was fitted to one set of images."""
+    """Return a backbone with the head that was fitted to one set of images."""
     model = timm.create_model(name, num_classes=classes, **options)
     weights = load_file(data / "backbones" / f"{name}.safetensors")
     weights |= load_file(data / "heads" / f"{name}.{images}.safetensors")
@@ -69,7 +69,7 @@ def load(data: Path, name: str, images: str, classes: int, **options: Any) -> An
 
 
 def halves(folder: Path) -> tuple[list[tuple[Path, int]], list[tuple[Path, int]]]:
-    """(file, class) of the first and of the second half of each class by name."""
+    """Return the (file, class) pairs of the first half of each class and of the second half, by file name."""
     first, second = [], []
     for label, path in enumerate(sorted(path for path in folder.iterdir() if path.is_dir())):
         names = sorted(path.iterdir())
@@ -98,21 +98,21 @@ def batches(files, resize: int, size: int):
 
 
 class Answers(NamedTuple):
-    """What the models say of the images of one half of a set."""
+    """The models' answers on one half of a set."""
 
     labels: np.ndarray  # (images,)
     guidance: np.ndarray  # probabilities (images, classes)
-    target: dict[Way, np.ndarray]  # the same, by reduction
-    flops: dict[Way, float]  # of the target on an image
-    guidance_flops: float
-    dense_flops: float  # timm's own forward
+    target: dict[Way, np.ndarray]  # probabilities (images, classes) of each reduction
+    flops: dict[Way, float]  # FLOPs per image of the target
+    guidance_flops: float  # FLOPs per image
+    dense_flops: float  # FLOPs per image of timm's own forward
 
 
 @torch.inference_mode()
 def combined_answers(
     data: Path, name: str, files: list, ways: list[Way], batch_size: int, cache: Path | None, dtype: torch.dtype
 ) -> Answers:
-    """Run the patched model with every reduction; what the cache holds is not run again."""
+    """Return the answers of the patched model with every reduction. Answers in the cache are not computed again."""
     _, classes, resize = SETS[name]
     key = f"{name}-{files[0][0].stem}-{len(files)}-{str(dtype).removeprefix('torch.')}"
     stored = cache / f"{key}.pt" if cache else None
@@ -151,7 +151,7 @@ def combined_answers(
 
 
 class Setting(NamedTuple):
-    """A reduction with its exits, its blend and its second look."""
+    """A reduction with an exit threshold, a blend and a second look."""
 
     way: Way
     tau: float | None
@@ -172,7 +172,7 @@ class Setting(NamedTuple):
 TAUS = (*np.round(np.arange(0.3, 1.0, 0.025), 3).tolist(), 0.99, None)
 BLENDS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 SECOND_LOOKS = (None, *itertools.product((0.0, 0.15, 0.3, 0.5), (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)))
-METHODS = {  # what each is free to choose: reductions, blends, second looks
+METHODS = {  # the choices of each method: reductions, blends, second looks
     "exits alone": (FAMILIES["exits alone"], (0.0,), (None,)),
     "the paper's drop": ([DENSE, *FAMILIES["the paper's drop"]], (0.0,), (None,)),
     "resolution alone": ([DENSE, *FAMILIES["resolution alone"]], (0.0,), (None,)),
@@ -187,7 +187,7 @@ METHODS = {  # what each is free to choose: reductions, blends, second looks
 
 
 def judged(answers: Answers, setting: Setting) -> tuple[np.ndarray, float]:
-    """Which images are answered rightly, and the FLOPs of an image over those of dense."""
+    """Return which answers are correct, and the FLOPs per image as a fraction of the dense FLOPs."""
     way, tau, blend, second_look = setting
     confidence = answers.guidance.max(1)
     stays = np.ones_like(confidence, dtype=bool) if tau is None else confidence <= tau
@@ -196,7 +196,7 @@ def judged(answers: Answers, setting: Setting) -> tuple[np.ndarray, float]:
 
 
 def judged_by_law(answers: Answers, policy: tdk.DropPolicy) -> tuple[np.ndarray, float]:
-    """The same of a policy that is resolution alone, at the grid that its law gives each image."""
+    """Return what :func:`judged` returns, for a policy whose law only lowers the resolution."""
     assert policy.coarsen == 1
     ways = FAMILIES["exits alone"] + FAMILIES["resolution alone"]
     grids = coarser_grids((16, 16))
@@ -208,7 +208,7 @@ def judged_by_law(answers: Answers, policy: tdk.DropPolicy) -> tuple[np.ndarray,
 
 
 def answered(answers, target, flops, stays, blend, second_look, may_doubt) -> tuple[np.ndarray, float]:
-    """Exits, blend and second look on the target's answers; FLOPs as :func:`judged` has them."""
+    """Apply exits, blend and second look to the target's answers. Return what :func:`judged` returns."""
     reduced = (1 - blend) * target + blend * answers.guidance
     predicted = reduced.argmax(1)
     again = np.zeros_like(stays)
@@ -229,9 +229,9 @@ def dense_right(answers: Answers) -> np.ndarray:
 
 
 def choose(answers: Answers, method: str, drop: float) -> Setting:
-    """The cheapest setting of a method whose loss on these images, plus one standard error, is at most ``drop``.
+    """Return a method's cheapest setting whose loss on these images, plus one standard error, is at most ``drop``.
 
-    Without the margin the many settings that are looked at find one that loses nothing by luck.
+    The margin is needed because one of so many settings would seem to lose nothing by luck.
     """
     ways, blends, second_looks = METHODS[method]
     dense = dense_right(answers).astype(float)
@@ -245,12 +245,15 @@ def choose(answers: Answers, method: str, drop: float) -> Setting:
 
 
 def interval(values: np.ndarray) -> str:
-    """Half of a 95 % interval of a mean, in points."""
+    """Return half of the 95 % interval of a mean, in percentage points."""
     return f"{100 * 1.96 * values.std() / math.sqrt(len(values)):.1f}"
 
 
 def reductions_table(answers: dict[str, Answers]) -> list[str]:
-    """Nothing exits: accuracy of each fixed reduction on the judged halves, in brackets blended with 0.2."""
+    """Return a table of each fixed reduction's accuracy without exits, on the second halves.
+
+    Accuracies in brackets are those with a blend of 0.2.
+    """
     rows = ["| | FLOPs of the target | " + " | ".join(answers) + " |", "|---|---|" + "---|" * len(answers)]
     for name, ways in FAMILIES.items():
         for way in ways:
@@ -266,8 +269,8 @@ def reductions_table(answers: dict[str, Answers]) -> list[str]:
 
 
 def default_table(first: dict[str, Answers], second: dict[str, Answers]) -> list[str]:
-    """The default policy on both halves: it was chosen with the first ones in view."""
-    rows = ["| | FLOPs saved | accuracy lost, judged | first half: saved, lost |", "|---|---|---|---|"]
+    """Return a table of the default policy on both halves. The policy was chosen with knowledge of the first halves."""
+    rows = ["| | FLOPs saved | accuracy lost (points), judged | first half: saved, lost |", "|---|---|---|---|"]
     for name, found in second.items():
         right, cost = judged_by_law(found, tdk.DropPolicy())
         lost = dense_right(found).astype(float) - right
@@ -281,8 +284,8 @@ def default_table(first: dict[str, Answers], second: dict[str, Answers]) -> list
 
 
 def methods_table(chosen: Answers, second: Answers, drop: float) -> list[str]:
-    """Each method's cheapest setting for a drop on the first half, judged on the second."""
-    rows = ["| | FLOPs saved | accuracy lost, judged | chosen on the first half |", "|---|---|---|---|"]
+    """Return a table of each method's cheapest setting for a drop, chosen on the first half, judged on the second."""
+    rows = ["| | FLOPs saved | accuracy lost (points), judged | chosen on the first half |", "|---|---|---|---|"]
     dense = dense_right(second)
     for method in METHODS:
         setting = choose(chosen, method, drop)
@@ -295,10 +298,10 @@ def methods_table(chosen: Answers, second: Answers, drop: float) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with backbones, heads and the three sets")
-    parser.add_argument("--images", type=int, help="at most so many of each half (all by default)")
+    parser.add_argument("--images", type=int, help="largest number of images of each half (default: all)")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of both models")
-    parser.add_argument("--cache", type=Path, help="keep the answers in this folder, and take from it what is there")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of both models")
+    parser.add_argument("--cache", type=Path, help="folder that keeps the answers, so that they are not computed again")
     parser.add_argument("--out", type=Path, help="also write the tables to this file")
     args = parser.parse_args()
     if not args.data.is_dir():
@@ -316,7 +319,7 @@ def main() -> None:
         f"Target {TARGET} at 224 px (257 tokens), guidance {GUIDANCE}, {args.dtype}; torch {torch.__version__}, timm "
         f"{timm.__version__}. Images to choose from + to judge on: {counts}. ± is half of a 95 % interval.",
         "",
-        "## Nothing exits (judged halves; in brackets blended with the guidance, weight 0.2)",
+        "## No exits (second halves; in brackets with a blend of 0.2)",
         "",
         *reductions_table(second),
         "",

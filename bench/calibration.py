@@ -1,9 +1,9 @@
-"""Does a certificate hold, what does it cost, and how fast is it found? On real photographs with real weights.
+"""Validity, cost and speed of the calibration's certificates, on real photographs with real weights.
 
     python bench/calibration.py --data FOLDER --cache FOLDER [--splits N] [--out FILE]
 
-The answers are those of ``bench/accuracy.py``, and its cache serves both. Each set is parted at random many times: one
-half calibrates, and on the other one sees what was certified.
+The models' answers and the cache are those of ``bench/accuracy.py``. Each set is split into two random halves many
+times. One half calibrates a policy, and the other half shows how much accuracy the policy loses.
 """
 
 import argparse
@@ -27,11 +27,11 @@ from tinydrop_kernels.families.grids import coarser_grids
 from tinydrop_kernels.ops.types import ROUNDING_SLACK
 
 DROP, CONFIDENCE = 0.01, 0.9
-LARGE = 5000  # images of the sweep that is timed
+LARGE = 5000  # number of images of the timed sweep
 
 
 def table_of(halves_of_set: list[Answers]) -> Table:
-    """The answers of both halves of a set as one table."""
+    """Return the answers on both halves of a set as one table."""
     levels = coarser_grids((16, 16))
     guidance = torch.from_numpy(np.concatenate([half.guidance for half in halves_of_set])).log()
     confidence, predicted = guidance.softmax(1).max(1)
@@ -56,10 +56,10 @@ def table_of(halves_of_set: list[Answers]) -> Table:
 
 
 class Outcome(NamedTuple):
-    """What a calibration on one half came to on the other."""
+    """The result on one half of a calibration on the other half."""
 
-    saved: float
-    drop: float
+    saved: float  # fraction of the dense FLOPs
+    drop: float  # accuracy lost, as a fraction
 
 
 def outcome(chosen: Candidate | None, rest: Table) -> Outcome:
@@ -70,7 +70,7 @@ def outcome(chosen: Candidate | None, rest: Table) -> Outcome:
 
 
 def splits(table: Table, count: int) -> dict[str, list[Outcome]]:
-    """Certified, and by a plain grid search, on a random half of the images; looked at on the other."""
+    """Choose policies on random halves, certified and by plain grid search, and return their outcomes on the others."""
     found: dict[str, list[Outcome]] = {"certified": [], "grid search": []}
     for seed in tqdm(range(count), leave=False):
         shuffled = np.random.default_rng(seed).permutation(len(table))
@@ -82,7 +82,7 @@ def splits(table: Table, count: int) -> dict[str, list[Outcome]]:
 
 def splits_table(found: dict[str, dict[str, list[Outcome]]]) -> list[str]:
     rows = [
-        "| set | chosen by | drop on the rest above 1 point | mean drop on it | FLOPs saved on it, mean (quartiles) | "
+        "| set | chosen by | splits with a drop above 1 point | mean drop, points | FLOPs saved, mean (quartiles) | "
         "nothing certified |",
         "|---|---|---|---|---|---|",
     ]
@@ -98,9 +98,9 @@ def splits_table(found: dict[str, dict[str, list[Outcome]]]) -> list[str]:
 
 
 def all_images_table(tables: dict[str, Table], seeds: int) -> list[str]:
-    """FLOPs saved with all images: certified, by the best that was seen, and by the best that could be certified."""
+    """Return a table of the FLOPs saved with all images: certified, uncertified best, and best that could pass."""
     rows = [
-        "| set | images | certified | other partings, median (quartiles) | uncertified best | best that could pass |",
+        "| set | images | certified | other splits, median (quartiles) | uncertified best | best that could pass |",
         "|---|---|---|---|---|---|",
     ]
     for name, table in tables.items():
@@ -119,7 +119,7 @@ def all_images_table(tables: dict[str, Table], seeds: int) -> list[str]:
 
 
 def attainable(table: Table) -> float:
-    """Cost of the cheapest policy that would pass the test if the images that test showed just what all of them do."""
+    """Return the cost of the cheapest policy that would pass if the test images had the losses of all images."""
     swept, images = sweep(table), round(0.8 * len(table))
     for number in np.argsort(swept.cost):
         loss, moved = swept.loss[number], swept.moved[number]
@@ -131,10 +131,11 @@ def attainable(table: Table) -> float:
 
 
 def sweep_speed(table: Table) -> str:
-    """Seconds and memory of a sweep over many images, the guidance model at four resolutions."""
+    """Return time and memory of a sweep over many images and four input sizes of the guidance model, in words."""
     large = table.take(np.random.default_rng(0).integers(0, len(table), LARGE))
     view = large.views[0]
-    whole = [number for number, cell in enumerate(view.reductions) if cell.saliency is None]  # of smaller ones
+    # Only a guidance model at its own input size has reductions that drop patches.
+    whole = [number for number, cell in enumerate(view.reductions) if cell.saliency is None]
     smaller = replace(
         view, reductions=tuple(view.reductions[i] for i in whole), answers=view.answers[whole], sure=view.sure[whole]
     )
@@ -153,10 +154,8 @@ def sweep_speed(table: Table) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with backbones, heads and the three sets")
-    parser.add_argument(
-        "--cache", type=Path, required=True, help="the answers of bench/accuracy.py, or where to put them"
-    )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of both models")
+    parser.add_argument("--cache", type=Path, required=True, help="folder of the answers of bench/accuracy.py")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="dtype of both models")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--splits", type=int, default=200)
     parser.add_argument("--out", type=Path, help="also write the tables to this file")
@@ -170,12 +169,12 @@ def main() -> None:
         tables[name] = table_of(
             [combined_answers(args.data, name, half, *options) for half in halves(args.data / name / "val")]
         )
-    speed = sweep_speed(next(iter(tables.values())))  # first: the peak of memory is the process's
+    speed = sweep_speed(next(iter(tables.values())))  # first, because peak memory is that of the whole process
     text = [
         f"Target {TARGET} at 224 px, guidance {GUIDANCE}, {args.dtype}; torch {torch.__version__}, timm "
         f"{timm.__version__}. A drop of {100 * DROP:g} points at {CONFIDENCE:.0%} confidence.",
         "",
-        f"## {args.splits} random splits: calibrated on one half of a set, looked at on the other",
+        f"## {args.splits} random splits: calibrated on one half of a set, judged on the other",
         "",
         *splits_table({name: splits(table, args.splits) for name, table in tables.items()}),
         "",

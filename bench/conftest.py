@@ -1,4 +1,4 @@
-"""The shapes that every operator is timed on, and which implementations.
+"""Shapes, implementations and fixtures of the operators' benchmarks.
 
 pytest bench --lines FILE [--full] [--compiled all|some|none|alone] [--deadline SECONDS]
 """
@@ -15,22 +15,22 @@ from measure import CUDA, DEVICE, Case, measure
 from tinydrop_kernels import ops
 
 GRIDS = ((14, 14), (24, 24), (37, 37))  # 224 and 384 pixels at patch 16, 518 pixels at patch 14
-BATCHES = (1, 256, 8, 64, 1024)  # the bars' first, in case that the deadline comes
+BATCHES = (1, 256, 8, 64, 1024)  # those with targets come first, because a deadline may skip the last ones
 STARTED = time.monotonic()
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("tinydrop")
-    group.addoption("--full", action="store_true", help="all shapes on CPU too")
+    group.addoption("--full", action="store_true", help="measure all shapes on CPU too")
     group.addoption(
         "--compiled",
         choices=("all", "some", "none", "alone"),
         default="some" if CUDA else "none",
-        help="the baselines under torch.compile: at all shapes; at grid 14x14 and batch 256 (default on CUDA); none; "
-        'those of "some" and nothing else',
+        help='shapes at which the baselines are also timed under torch.compile: "all"; "some", which is grid 14x14 and '
+        'batch 256 (default on CUDA); "none"; "alone", which is "some" without any other implementation',
     )
-    group.addoption("--lines", type=Path, help="append the figures of each case as it ends: a line of JSON each")
-    group.addoption("--deadline", type=float, help="skip what has not begun by then, in seconds")
+    group.addoption("--lines", type=Path, help="append one line of JSON per case to this file")
+    group.addoption("--deadline", type=float, help="skip cases that have not begun after this many seconds")
 
 
 def pytest_configure(config):
@@ -38,7 +38,10 @@ def pytest_configure(config):
 
 
 def cases(operator: str, full: bool, compiled: str) -> list[Case]:
-    """Batches and grids; the fraction kept varies at batch 256, and only for operators whose work depends on it."""
+    """Return the cases of an operator.
+
+    The fraction kept varies only at batch 256, and only for operators whose work depends on it.
+    """
     batches, grids = (BATCHES, GRIDS) if CUDA or full else ((1, 8), GRIDS[:2])
     found = []
     for batch in batches:
@@ -62,12 +65,14 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(items):
-    """By batch size, not by operator, so that a deadline costs every operator its last shapes; what is compiled last,
-    since compiling takes longer than all the rest."""
+    """Sort the cases by batch size, so that a deadline skips the last shapes of every operator.
+
+    Compiled cases come last, because compiling takes longer than all other cases together.
+    """
 
     def place(item) -> tuple[bool, int]:
         params: dict[str, Any] = item.callspec.params if hasattr(item, "callspec") else {}
-        case = params.get("case") or params.get("run")  # run: attention's, on a GPU
+        case = params.get("case") or params.get("run")  # "run" is the parameter of the attention benchmark on a GPU
         if case is None:
             return False, -1
         return case.implementation == "compiled", BATCHES.index(case.batch)
@@ -79,13 +84,13 @@ def pytest_collection_modifyitems(items):
 def before_the_deadline(request):
     deadline = request.config.getoption("--deadline")
     if deadline is not None and time.monotonic() - STARTED > deadline:
-        pytest.skip(f"not measured: {deadline:g} s are over")
+        pytest.skip(f"not measured: the deadline of {deadline:g} s has passed")
 
 
 @pytest.fixture(autouse=True)
 def settings():
     torch.manual_seed(0)
-    torch.backends.cudnn.benchmark = True  # gives the baselines their fastest convolution
+    torch.backends.cudnn.benchmark = True  # so that the baselines get cuDNN's fastest convolution
     with torch.inference_mode():
         yield
     if CUDA:
@@ -93,19 +98,19 @@ def settings():
 
 
 def assert_same_rows(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    """Packed rows of equally long segments against a dense batch of them."""
+    """Check that packed rows of equally long segments equal the rows of a dense batch."""
     tolerance = 1e-4 if ours.dtype == torch.float32 else 3e-2
     torch.testing.assert_close(ours.view(theirs.shape), theirs, atol=tolerance, rtol=tolerance)
 
 
 @pytest.fixture
 def compare(benchmark, case):
-    """Time the case's implementation of an operator, and see whether the package's and the user's agree."""
+    """Time the case's implementation of an operator, and check that the package's and the user's answers agree."""
 
     def run(operator, own, eager, make_arguments, moved_bytes, flops=0, agree=assert_same_rows, reads_back=False):
         function = own if case.implementation == "tinydrop" else eager
         if case.implementation == "compiled":
-            torch._dynamo.reset()  # each shape is compiled for itself, as for a user who has one
+            torch._dynamo.reset()  # compile for this shape alone, as for a user with a single shape
             function = torch.compile(eager, dynamic=False, fullgraph=True)
         backend = ops.OPERATORS["pack"].on(DEVICE.type)[0].name if case.implementation == "tinydrop" else "torch"
         call = (operator, case.implementation, backend, case.labels, function, make_arguments)

@@ -1,13 +1,15 @@
-"""Wall clock on CPU: a stock-size ViT dense and patched, in turn, on the same images, guidance counted.
+"""Speed-up on CPU of a stock-size ViT: the dense and the patched model take turns on the same images.
 
     python bench/cpu_speedup.py [--model NAME] [--batch-sizes 1 8 32] [--policy mixed] [--dtype auto] [--compile]
         [--prepack] [--guidance-size 160] [--busy 3] [--process-time] [--json FILE]
 
-Weights are random, which with no exits and a fixed keep ratio does not change the time. The mixed policy spends by the
-guidance's confidence, so there each round's confidences are set: evenly spread from 0 to 1. The figure to beat is
-the ratio of the FLOPs, dense over patched. With ``--compile`` the patched model is compiled and its rival the faster of
-eager and compiled dense. ``--busy`` has other processes want the cores meanwhile. ``--process-time`` counts the time
-that the process ran, not the clock's: with one thread that is what it takes on a machine that is shared.
+The time of the patched model includes the guidance model. Weights are random. Random weights do not change the time
+of a fixed keep ratio without exits. The mixed policy depends on the guidance model's confidences, so they are replaced
+by values evenly spread from 0 to 1. The speed-up is compared with the ratio of dense to patched FLOPs.
+
+With ``--compile`` the patched model is compiled, and its rival is the faster of eager and compiled dense. ``--busy``
+runs other processes that compete for the cores. ``--process-time`` measures the CPU time of this process, which with
+one thread is meaningful on a shared machine too.
 """
 
 import argparse
@@ -31,15 +33,15 @@ from mixes import SpreadConfidences
 import tinydrop_kernels as tdk
 from tinydrop_kernels.cli.options import fast_dtype
 
-ROUND = 32  # images of a round, in as many batches as that takes
-# Half of the images exit, the others have grids of every level with drops on top. No second look: random weights are
-# never sure, so that all images would go through dense after all.
+ROUND = 32  # images per round, in one or more batches
+# Half of the images exit. The other half spreads over all levels, with drops. There is no second look, because random
+# weights are never confident and every image would go through the dense target.
 MIXED = tdk.DropPolicy(0.5, 1.0, 0.25, coarsen=0.6, blend=0.2, second_look=None)
 
 
 @contextmanager
 def busy(processes: int) -> Iterator[None]:
-    """So many other processes that do nothing but compute."""
+    """Keep this many other processes computing within the ``with`` block."""
     running = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
     try:
         yield
@@ -58,13 +60,16 @@ def figures_of(
     clock: Callable[[], float],
     confidences: SpreadConfidences | None,
 ) -> dict[str, Any]:
-    """Medians over the rounds, in each of which all take turns batch by batch; the rival is the faster dense one."""
+    """Return medians over the rounds. In each round, all models take turns batch by batch.
+
+    The speed-up is over the fastest dense model.
+    """
     weight = next(patched.parameters())
     batches = torch.randn(max(1, ROUND // batch_size), batch_size, 3, *patched.patch_embed.img_size).to(weight.dtype)
     models = dense | {"patched": patched}
     seconds: dict[str, list[float]] = {name: [] for name in models}
     reports = []
-    for turn in range(rounds + 1):  # the first warms up
+    for turn in range(rounds + 1):  # the first round warms up
         taken = dict.fromkeys(models, 0.0)
         for number, images in enumerate(batches):
             if confidences is not None:
@@ -86,7 +91,7 @@ def figures_of(
         **{f"{name}_ms": round(1e3 * statistics.median(times), 1) for name, times in seconds.items()},
         "stages_ms": {stage: round(1e3 * spent / len(reports), 1) for stage, spent in report.seconds.items()},
         "exits": f"{report.exits / report.images:.1%}",
-        "kept_patches": "none stayed" if not report.patches else f"{report.mean_keep:.1%}",
+        "kept_patches": "all images exited" if not report.patches else f"{report.mean_keep:.1%}",
         "flops_ratio": round(ratio, 3),
         "speed_up": round(speed_up, 3),
         "speed_up_over_flops_ratio": round(speed_up / ratio, 3),
@@ -99,17 +104,17 @@ def main() -> None:
     parser.add_argument("--guidance", default="efficientformer_l1")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[32])
     parser.add_argument("--policy", choices=("fixed", "mixed"), default="fixed")
-    parser.add_argument("--keep-ratio", type=float, default=0.25, help="of the fixed policy")
-    parser.add_argument("--coarsen", type=float, default=0.0, help="of the fixed policy: the grid's share of the cut")
-    parser.add_argument("--guidance-size", type=int, help="of its images, if not its own")
+    parser.add_argument("--keep-ratio", type=float, default=0.25, help="keep ratio of the fixed policy")
+    parser.add_argument("--coarsen", type=float, default=0.0, help="coarsen of the fixed policy")
+    parser.add_argument("--guidance-size", type=int, help="input size of the guidance model, if not its own")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="float32")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--prepack", action="store_true")
-    parser.add_argument("--busy", type=int, default=0, help="other processes that want the cores")
-    parser.add_argument("--process-time", action="store_true", help="count the time this process ran; for one thread")
+    parser.add_argument("--busy", type=int, default=0, help="number of other processes that compete for the cores")
+    parser.add_argument("--process-time", action="store_true", help="measure CPU time of this process; for one thread")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    parser.add_argument("--bar", type=float, help="fail if a speed-up is less than so much of the FLOPs ratio")
+    parser.add_argument("--bar", type=float, help="fail if a speed-up is less than this fraction of the FLOPs ratio")
     args = parser.parse_args()
 
     torch.manual_seed(0)
@@ -117,7 +122,7 @@ def main() -> None:
     policy = fixed if args.policy == "fixed" else MIXED
     dtype = fast_dtype("cpu") if args.dtype == "auto" else getattr(torch, args.dtype)
     if args.process_time and torch.get_num_threads() > 1:
-        parser.error("--process-time: threads that spin count as running; set OMP_NUM_THREADS=1")
+        parser.error("--process-time: spinning threads count as CPU time; set OMP_NUM_THREADS=1")
     setting = {
         "model": args.model,
         "guidance": args.guidance,

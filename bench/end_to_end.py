@@ -1,25 +1,25 @@
-"""What a user would pick instead, in one run: whole models with random weights, every way in turn on the same images.
+"""Comparison of whole models: the patched model and its rivals take turns on the same images, with random weights.
 
     python bench/end_to_end.py --json FILE [--smoke] [--models NAME ...] [--batches N ...] [--mixes PERCENT ...]
         [--ways WAY ...] [--rounds N] [--dtype auto] [--process-time] [--profile WAY ...] [--deadline SECONDS]
     python bench/end_to_end.py --show FILE [FILE ...] [--plot PNG]
 
-A case is a model, a batch size and a mix of exits, grids and drops that takes a given share of the dense FLOPs, the
-guidance's counted. The ways:
+A case is a model, a batch size and a mix. A mix is a set of exits, grids and drops that costs a given percentage of the
+dense FLOPs, including the guidance model's. The ways to answer are:
 
-* dense, dense-compiled, dense-graphed: timm's own, through ``torch.compile``, or in a CUDA graph;
-* tome: token merging, as many tokens a layer as cost what the mix does (bench/tome.py);
-* padded: the same patches of the same images, in plain PyTorch under a key mask (bench/padded.py);
-* exits: the same images exit, all others go through dense;
-* resolution: all images so small that dense costs what the mix does; no guidance;
+* dense, dense-compiled, dense-graphed: timm's model, also through ``torch.compile`` or in a CUDA graph;
+* tome: token merging at the FLOPs of the mix (bench/tome.py);
+* padded: the same patches of the same images, in plain PyTorch with a key mask (bench/padded.py);
+* exits: the same images exit, and all other images go through dense;
+* resolution: dense on smaller images, at the FLOPs of the mix, without guidance;
 * onnx: dense in ONNX Runtime, on CPU;
-* ours, ours-compiled, ours-graphed; ours-prepacked on CPU: ``patch``, with that option.
+* ours, ours-compiled, ours-graphed, and on CPU ours-prepacked: ``patch`` with that option.
 
-Ways of a case take turns, round by round, after a warm-up. FILE is written anew after each round; a way that fails, or
-that has not begun by the deadline, is a row that says so. Launches, and what ``--profile`` names, are looked at in the
-last case, behind its last round, because what is timed after a profiler is slower on a GPU. ``--show`` prints tables
-and ``--plot`` draws realised speed-up against FLOPs. ``--process-time`` counts the time that the process ran: with one
-thread, what it takes on a CPU that is shared.
+The ways of a case take turns, round by round, after a warm-up. FILE is rewritten after each round. A way that fails, or
+that has not begun by the deadline, gets a row with the reason. Launches and profiles (``--profile``) are recorded after
+the last round of the last case, because a profiler slows later launches on a GPU. ``--show`` prints tables. ``--plot``
+draws the measured speed-up against FLOPs. ``--process-time`` measures the CPU time of this process, which with one
+thread is meaningful on a shared CPU too.
 """
 
 import argparse
@@ -44,7 +44,8 @@ MODELS = ("vit_base_patch16_224", "vit_large_patch16_224", "deit3_large_patch16_
 DEFAULTS: dict[str, Any] = {"mixes": tuple(EXITS_ABOVE), "ways": WAYS, "rounds": 10 if CUDA else 5}
 DEFAULTS |= {"models": MODELS if CUDA else MODELS[:1], "batches": (1, 8, 64, 256) if CUDA else (1, 8, 32)}
 SETTING: dict[str, Any] = {"options": {"num_classes": 1000}, "guidance": "efficientformer_l1", "guidance_size": None}
-# Seconds, and figures that mean nothing. The guidance is as large, beside the model, as for the others.
+# The smoke test takes seconds, and its figures mean nothing. Its guidance model has the same share of the FLOPs as in
+# the real setting, so that the mixes exist.
 SMOKE: dict[str, Any] = {"models": ("vit_tiny_patch16_224",), "batches": (1, 8), "rounds": 2}
 SMOKE |= {"mixes": tuple(EXITS_ABOVE), "ways": tuple(way for way in WAYS if not way.endswith("compiled"))}
 SMOKE_SETTING: dict[str, Any] = {"options": {"num_classes": 10, "depth": 6}}
@@ -54,7 +55,7 @@ SMOKE_SETTING |= {"guidance": "test_byobnet", "guidance_size": 256}
 def measured(
     subject: Subject, batch: int, percent: int, args: argparse.Namespace, clock: Any, is_late: Any, is_last: bool
 ) -> Iterator[list[dict[str, Any]]]:
-    """A row for each way, in the order asked for: again after each round, of what was measured until then."""
+    """Yield the rows measured so far, after each round. There is one row per way, in the order of ``args.ways``."""
     case, ways, why_not = Case(subject, batch, percent), list[Way](), dict[str, str]()
     for name in args.ways:
         try:
@@ -63,7 +64,7 @@ def measured(
             ways.append(case.way(name))
         except NotMeasured as error:
             why_not[name] = str(error)
-        except Exception as error:  # one way's, not the others'
+        except Exception as error:  # an error of one way must not cost the other ways
             why_not[name] = reason(error)
     for clocks in take_turns(ways, args.rounds, clock, is_late, args.profile if is_last else None):
         done = [way for way in ways if way.why_not is None and way.round_seconds]
@@ -76,7 +77,7 @@ def measured(
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure every case, writing as it goes."""
+    """Measure every case, and write the file after each round."""
     started = time.monotonic()
 
     def is_late() -> bool:
@@ -105,7 +106,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
             def write(case: list[dict[str, Any]], before: list[Any] = before, place: dict[str, Any] = place) -> None:
                 found["rows"] = before + [place | row for row in case]
-                written = args.json.with_suffix(".part")  # a kill leaves the file before or behind
+                written = args.json.with_suffix(".part")  # atomic, so that a kill cannot leave half a file
                 written.write_text(json.dumps(found, indent=1) + "\n")
                 written.replace(args.json)
 
@@ -118,33 +119,33 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                     write(case)
             except NotMeasured as error:
                 write([{"way": way, "why_not": str(error)} for way in args.ways])
-            except Exception as error:  # one case's, not the others'
+            except Exception as error:  # an error of one case must not cost the other cases
                 write([{"way": way, "why_not": reason(error)} for way in args.ways])
             if CUDA and any(row["way"].endswith("graphed") and "why_not" in row for row in found["rows"]):
-                return found  # after a capture that failed, torch's allocator believes that it is under way
+                return found  # a failed capture leaves torch's allocator in capture mode
             gc.collect()
             if CUDA:
                 torch.cuda.empty_cache()
-        torch.compiler.reset()  # it keeps a few versions of a function at most, and its models with them
+        torch.compiler.reset()  # frees the models, and the few places for versions of a function
     return found
 
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     to_do = parser.add_mutually_exclusive_group(required=True)
-    to_do.add_argument("--json", type=Path, metavar="FILE", help="measure, and write figures there")
-    to_do.add_argument("--show", type=Path, nargs="+", metavar="FILE", help="print figures as tables")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw them, too")
-    parser.add_argument("--smoke", action="store_true", help="a tiny model, a few rounds: to see that all ways work")
-    parser.add_argument("--models", nargs="+", metavar="NAME", help="timm's names of plain Vision Transformers")
+    to_do.add_argument("--json", type=Path, metavar="FILE", help="measure, and write the figures to this file")
+    to_do.add_argument("--show", type=Path, nargs="+", metavar="FILE", help="print the figures as tables")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw the figures")
+    parser.add_argument("--smoke", action="store_true", help="check that all ways work, on a tiny model")
+    parser.add_argument("--models", nargs="+", metavar="NAME", help="timm names of plain Vision Transformers")
     parser.add_argument("--batches", type=int, nargs="+", metavar="N")
     parser.add_argument("--mixes", type=int, nargs="+", choices=tuple(EXITS_ABOVE), metavar="PERCENT")
     parser.add_argument("--ways", nargs="+", choices=WAYS, metavar="WAY", help=", ".join(WAYS))
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--dtype", choices=("default", "auto", "float32", "bfloat16", "float16"), default="default")
-    parser.add_argument("--process-time", action="store_true", help="on CPU: count the time that this process ran")
-    parser.add_argument("--profile", nargs="+", choices=WAYS, default=(), metavar="WAY", help="in the last case")
-    parser.add_argument("--deadline", type=float, default=float("inf"), help="in seconds, for a way to begin")
+    parser.add_argument("--process-time", action="store_true", help="on CPU: measure CPU time")
+    parser.add_argument("--profile", nargs="+", choices=WAYS, default=(), metavar="WAY", help="ways to profile")
+    parser.add_argument("--deadline", type=float, default=float("inf"), help="no way begins after these seconds")
     args = parser.parse_args()
     for name, default in (SMOKE if args.smoke else DEFAULTS).items():
         if getattr(args, name) is None:
@@ -155,7 +156,7 @@ def parsed() -> argparse.Namespace:
     if args.rounds < 1:
         parser.error(f"--rounds: got {args.rounds}, expected a number >= 1")
     if args.process_time and (CUDA or torch.get_num_threads() > 1):
-        parser.error("--process-time: for one thread on CPU, since those that spin count as running; OMP_NUM_THREADS=1")
+        parser.error("--process-time: needs one thread on CPU, because spinning threads count; OMP_NUM_THREADS=1")
     return args
 
 

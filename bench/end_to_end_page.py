@@ -1,11 +1,17 @@
-"""Tables and plots of what bench/end_to_end.py has measured.
+"""Tables and plots of the figures of bench/end_to_end.py.
 
-Columns: images a second (on a GPU of calls that follow one another without waiting); milliseconds of a call until its
-end, median and 99th percentile over all calls (of fewer than a hundred the longest), and of images that exit at batch 1
-the median; ``x FLOPs``, dense FLOPs over the way's, the most that its speed-up could be; ``x dense``, how many times as
-fast as the faster of dense and dense-compiled, median of the rounds; ``of ideal``, the second over the first; on a GPU,
-GB of peak memory beyond weights and images, milliseconds of host time and launches of a call. **Bold**: faster than
-``ours``, eager like itself, at FLOPs that were chosen to be equal.
+The columns are:
+
+* ``images/s``: images per second, on a GPU for calls that follow each other without waiting;
+* ``p50 ms``, ``p99 ms``: milliseconds of a call until its end, as median and 99th percentile over all calls (with
+  fewer than a hundred calls, the longest);
+* ``exit ms``: median of the calls with an image that exits, at batch 1;
+* ``x FLOPs``: dense FLOPs over the way's FLOPs, an upper bound on the speed-up;
+* ``x dense``: speed-up over the faster of dense and dense-compiled, as median over the rounds;
+* ``of ideal``: ``x dense`` over ``x FLOPs``;
+* ``GB``, ``host ms``, ``launches``: on a GPU, peak memory beyond weights and images, host time and launches per call.
+
+A way in **bold** is faster than ``ours`` at equal FLOPs. Both are eager.
 """
 
 from pathlib import Path
@@ -30,7 +36,7 @@ Row = dict[str, Any]
 
 
 def beats_ours(row: Row, rows: list[Row]) -> bool:
-    """Whether a rival at equal FLOPs is faster than ours in the same case."""
+    """Return True if the row is a rival at equal FLOPs that is faster than ours in the same case."""
     if row["way"] not in AT_EQUAL_FLOPS or "why_not" in row:
         return False
     case = ("model", "batch", "percent")
@@ -64,7 +70,7 @@ def _models(rows: list[Row]) -> list[str]:
 
 
 def shown(found: dict[str, Any]) -> str:
-    """Markdown: the setting, a table for each model, and what was profiled."""
+    """Return Markdown with the setting, one table per model, and the profiles."""
     rows = found["rows"]
     clocks = [mhz for row in rows for mhz in row.get("clock_mhz", ()) if mhz]
     setting = [
@@ -85,11 +91,11 @@ def shown(found: dict[str, Any]) -> str:
 
 
 def plot(found: list[dict[str, Any]], file: Path) -> None:
-    """Realised speed-up against FLOPs, beside the ideal: a row of panels for each model, a column for each batch size.
+    """Draw the measured speed-up against FLOPs, with one row of panels per model and one column per batch size.
 
     Args:
-        found: what was measured in one run or in several.
-        file: a PNG to be written.
+        found: the figures of one or more runs.
+        file: the PNG to write.
     """
     import matplotlib
 

@@ -1,22 +1,23 @@
 #!/usr/bin/env bash
-# On a machine with a CUDA GPU and no network: is every kernel right, and how fast is it? One call, under 10 minutes.
+# Tests every kernel on a machine with a CUDA GPU, and then times it. It needs no network and takes under 10 minutes.
 #
 #     bench/gpu.sh [--rehearse] [RESULTS_FOLDER]          (default bench/results)
 #
-# Writes gpu.md, which is printed in the end, the bars last; and results.tar, anew every 15 seconds: the output of every
-# step, and the figures of every case as soon as it was measured, so that whatever is stopped costs one case. A step has
-# a deadline and is stopped there; one that has less than 15 seconds left is not run. Exits with 1 if a kernel is wrong
-# or a step fails or is stopped. --rehearse takes every step on a machine without a GPU, on a few small cases: its
-# figures mean nothing.
+# The script writes gpu.md and prints it at the end, with the targets last. It also writes results.tar every 15 seconds.
+# results.tar has the output of every step, and the figures of every case as soon as the case is measured. A kill
+# therefore costs one case. A step is stopped at its deadline. A step with less than 15 seconds left is not run. The
+# exit status is 1 if a kernel is wrong, or if a step fails or is stopped. --rehearse runs every step on a few small
+# cases on a machine without a GPU. Its figures mean nothing.
 #
-# Needs torch >= 2.11, triton >= 3.6, pytest, pytest-benchmark and pytest-xdist; for whole models timm >= 1.0.31; for
-# FlashAttention-3 as a rival fa3-fwd. Nothing is downloaded: the wheels in $WHEELS (default: .wheels in the project) are
-# installed into a temporary folder, and those that do not fit are left out. They are fetched elsewhere by
+# It needs torch >= 2.11, triton >= 3.6, pytest, pytest-benchmark and pytest-xdist. Whole models need timm >= 1.0.31.
+# The rival FlashAttention-3 needs fa3-fwd. Nothing is downloaded. The wheels in $WHEELS (default: .wheels in the
+# project) are installed into a temporary folder, and wheels that do not fit are skipped. Fetch them elsewhere with
 #     pip download --no-deps -d .wheels timm==1.0.31
 #     pip download --no-deps -d .wheels --only-binary=:all: --platform manylinux_2_24_x86_64 fa3-fwd==0.0.3
-# The CUDA extension is built here, in what is the tests' time, unless that was done before, which needs nvcc and no GPU:
+# The CUDA extension is built here, which takes time from the tests. To save that time, build it before the run. The
+# build needs nvcc and no GPU:
 #     TORCH_CUDA_ARCH_LIST=9.0a TINYDROP_CUDA=1 python setup.py build_ext --inplace
-# PYTHON names the interpreter (default: python3). PACE stretches all times, in percent (default: 100).
+# PYTHON names the interpreter (default: python3). PACE scales all deadlines, in percent (default: 100).
 set -uo pipefail
 
 usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"; }
@@ -38,11 +39,11 @@ pace=${PACE:-$((rehearsed ? 1000 : 100))}
 temporary=$(mktemp -d)
 trap 'rm -rf "$temporary"' EXIT
 site=$temporary/site
-found=$temporary/results # what goes into the archive
+found=$temporary/results # the contents of results.tar
 mkdir "$site" "$found"
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD:$site${PYTHONPATH:+:$PYTHONPATH}"
 
-pack() { # beside another who packs
+pack() { # may run twice at once, so each call writes a file of its own
     local packed=$results/.results.$BASHPID.tar
     tar -cf "$packed" -C "$found" . && mv "$packed" "$results/results.tar"
 }
@@ -50,9 +51,9 @@ note() { echo "$*" | tee -a "$found/steps.txt"; }
 ask() { "$python" bench/machine.py >"$found/machine.txt"; }
 has() { grep -qx "has $1" "$found/machine.txt"; }
 stop() { jobs -p | xargs -r kill 2>/dev/null; }
-left() { echo $(($1 * pace / 100 - SECONDS)); } # until a deadline, in seconds
+left() { echo $(($1 * pace / 100 - SECONDS)); } # seconds until a deadline
 
-step() { # NAME DEADLINE COMMAND...: its output under its name
+step() { # NAME DEADLINE COMMAND... writes the output to NAME.txt
     local name=$1 seconds status tally
     seconds=$(left "$2")
     shift 2
@@ -60,9 +61,9 @@ step() { # NAME DEADLINE COMMAND...: its output under its name
         note "$name: NOT RUN, $seconds s are left"
         return
     fi
-    # An interrupted pytest still says what has passed; bash has what it runs in the background ignore interrupts.
+    # INT, because an interrupted pytest still prints its results. By default, bash's background jobs ignore INT.
     env --default-signal=INT timeout -s INT -k 5 "$seconds" "$@" >"$found/$name.txt" 2>&1 &
-    wait $! # so that who stops this script stops the step
+    wait $! # in the background, so that a signal to this script also stops the step
     status=$?
     tally=$(grep -E '[0-9]+ (passed|failed|skipped|errors?)\b' "$found/$name.txt" | tail -n 1)
     case $status in
@@ -71,11 +72,11 @@ step() { # NAME DEADLINE COMMAND...: its output under its name
     *) note "$name: FAILED, exit status $status${tally:+, $tally}" ;;
     esac
 }
-begin() { # a step, beside others
+begin() { # starts a step in the background
     (trap stop EXIT && OMP_NUM_THREADS=1 step "$@") &
     begun+=($!)
 }
-end() { # of all that was begun
+end() { # waits for all steps in the background
     wait "${begun[@]}"
     begun=()
 }
@@ -83,7 +84,7 @@ pytest=("$python" -m pytest -rsfE -p no:cacheprovider)
 suite() { # NAME PROCESSES PYTEST_ARGUMENTS...
     begin "$1" 160 "${pytest[@]}" -p no:benchmark --numprocesses "$2" --dist worksteal "${@:3}"
 }
-bench() { # NAME DEADLINE PYTEST_ARGUMENTS...: a case that begins has 10 seconds
+bench() { # NAME DEADLINE PYTEST_ARGUMENTS...; no case begins in the last 10 seconds
     step "$1" "$2" "${pytest[@]}" --lines "$found/figures.jsonl" --deadline $(($(left "$2") - 10)) "${@:3}"
 }
 models() { # NAME DEADLINE ARGUMENTS...
@@ -93,7 +94,7 @@ models() { # NAME DEADLINE ARGUMENTS...
         note "$1: NOT RUN, there is no timm >= 1.0.31 that can be imported"
     fi
 }
-sanitize() { # TOOL DEADLINE TESTS OPTIONS...: without the caching allocator it sees where a tensor ends
+sanitize() { # TOOL DEADLINE TESTS OPTIONS...; no caching allocator, because it hides where a tensor ends
     begin "$1" "$2" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" "${@:4}" \
         --kernel-name kns=varlen_attention --target-processes application-only --launch-timeout 60 --error-exitcode 86 \
         "${pytest[@]}" -p no:benchmark tests/ops/test_attention.py -k "$3"
@@ -133,7 +134,7 @@ if ! has extension && compgen -G "tinydrop_kernels/_C*.so" >/dev/null; then
     note "extension: FAILED, it is not of these sources: remove $(compgen -G "tinydrop_kernels/_C*.so")"
 fi
 
-# What is run of each step, and in a rehearsal.
+# The arguments of the steps, then those of a rehearsal.
 begun=() processes=(12 3) whole=(--models vit_large_patch16_224 --rounds 8)
 operators=(tests/ops) wholes=(tests/engine/test_{cuda_graphs,pipeline,kernels_end_to_end}.py)
 eager=(--batches 1 8 64 256 --mixes 20 50) graphed=(--batches 1 8 64 --mixes 20 50) compiled=(--batches 256 1 --mixes 20)
@@ -146,7 +147,7 @@ if ((rehearsed)); then
     compiled_ways=() few=(-k "b1-14x14-keep0.5") attention="b1-50 and " kernel=segment_pool compiled_case="b1-14x14"
 fi
 
-# Is it right? Most of the time goes into compiling. Beside it, inductor's cache is filled for what is compiled below.
+# Correctness. Most of this time goes into compiling. Meanwhile, inductor's cache is filled for models_compiled below.
 suite operators "${processes[0]}" "${operators[@]}"
 if has timm; then
     suite whole_models "${processes[1]}" "${wholes[@]}"
@@ -156,20 +157,20 @@ fi
 end
 grep -q '^operators: .* passed' "$found/steps.txt" || note "operators: FAILED, nothing passed"
 
-# How fast is it? Alone on the machine from here on, each in a process of its own: a crash costs nothing that follows.
+# Speed. Steps now run one at a time. Each has its own process, so that a crash costs one step.
 models models_eager 255 "${whole[@]}" "${eager[@]}" --ways dense ours exits tome padded resolution --profile dense ours
 models models_graphed 295 "${whole[@]}" "${graphed[@]}" --ways dense ours dense-graphed ours-graphed
 bench attention 365 bench/test_varlen_attention.py -k "${attention}not cudnn"
 bench operators_timed 430 bench --ignore bench/test_varlen_attention.py --compiled none "${few[@]}"
 models models_compiled 505 "${whole[@]}" "${compiled[@]}" --ways dense ours "${compiled_ways[@]}"
-bench cudnn 525 bench/test_varlen_attention.py -k "${attention}cudnn" # for short segments not validated before 9.24
+bench cudnn 525 bench/test_varlen_attention.py -k "${attention}cudnn" # may crash: short segments need cuDNN 9.24
 bench operators_compiled 540 "bench/test_$kernel.py" --compiled alone -k "$compiled_case"
 
-# What is left of the time, in which nothing is timed.
+# The sanitizers use the rest of the time. Nothing is timed any more.
 if command -v compute-sanitizer >/dev/null; then
-    small="ragged_batches and bfloat16" # it slows kernels a hundredfold
-    sanitize memcheck 565 "$small and not reference and not padded" --report-api-errors no # PyTorch's, who asks
-    # The extension's alone: racecheck does not follow what Triton's kernels wait with.
+    small="ragged_batches and bfloat16" # few cases, because compute-sanitizer slows kernels about 100 times
+    sanitize memcheck 565 "$small and not reference and not padded" --report-api-errors no # PyTorch makes some
+    # Only for the extension, because racecheck does not understand the barriers of Triton's kernels.
     has extension && sanitize racecheck 565 "$small and [cuda"
     end
 else

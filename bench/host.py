@@ -1,10 +1,11 @@
-"""Time on the host of a call before its launch, without a GPU: the launcher of Triton's kernels does nothing.
+"""Host time of a call until its kernel launch, measured without a GPU. The launcher of Triton's kernels is a no-op.
 
     python bench/host.py [--calls 2000] [--json FILE]
 
-Everything else is what runs on a GPU: the dispatcher, the checks, the choice of an implementation, the tile, and what
-Triton does until it would hand the arguments to the driver. Tensors lie in memory and take the kernels all the same.
-Microseconds of process time on one thread: the least of several rounds, since whatever else runs only adds to them.
+All other code is the code of a GPU run: the dispatcher, the checks, the choice of an implementation and of a tile, and
+Triton's work until it hands the arguments to the driver. Tensors are in CPU memory, and still take the kernels' path.
+Times are microseconds of process time on one thread. Each is the minimum of several rounds, because other processes can
+only add time.
 """
 
 import argparse
@@ -34,11 +35,11 @@ from tinydrop_kernels.families import Family
 from tinydrop_kernels.ops import registry
 
 ROUNDS = 7
-ROWS = 50  # of one image with 49 patches
+ROWS = 50  # packed rows of one image: 49 patches and the class token
 
 
 class IdleGpu(AbsentGpu):
-    """A GPU on which every launch ends at once. Only what is read back on the host is there then."""
+    """A GPU on which every launch ends at once. Only the values that the host reads back are written."""
 
     utils = SimpleNamespace(
         load_binary=lambda name, *others: (name, name, 32, 0, 1024),
@@ -51,7 +52,7 @@ class IdleGpu(AbsentGpu):
 
         def launch(*arguments) -> None:
             if is_pack:
-                order, _, read_back = arguments[11:14]  # behind nine of the launcher's own, counts and levels
+                order, _, read_back = arguments[11:14]  # after nine arguments of the launcher, counts and levels
                 order.zero_()
                 levels = len(read_back) // 2 - 1
                 read_back.copy_(torch.tensor([ROWS, ROWS, 1, *[0] * (levels - 1), ROWS, *[0] * (levels - 1)]))
@@ -61,7 +62,7 @@ class IdleGpu(AbsentGpu):
 
 @functools.cache
 def kernels_first(operator: registry.Operator, *others) -> Sequence[registry.Implementation]:
-    """What is tried on a GPU, where the extension is not built."""
+    """Return the implementations that a GPU without the CUDA extension tries."""
     return [i for i in operator.implementations if i.name != "cuda"]
 
 
@@ -78,7 +79,7 @@ def host_us(call: Callable, calls: int) -> float:
 
 
 def attention_calls() -> dict[str, Callable]:
-    """One layer's, of a ViT-L whose images keep a quarter."""
+    """Return the attention calls of one layer of a ViT-L whose images keep a quarter of their patches."""
     found = {}
     for batch in (1, 64):
         qkv = torch.zeros(50 * batch, 3, 16, 64, dtype=torch.bfloat16).unbind(1)
@@ -89,7 +90,7 @@ def attention_calls() -> dict[str, Callable]:
 
 
 def front_end_calls() -> dict[str, Callable]:
-    """From the guidance model's output to packed tokens, at batch 1, where the host decides."""
+    """Return the calls from the guidance model's output to packed tokens, at batch 1, where host time dominates."""
     dtype, grids = torch.bfloat16, [(14, 14), (12, 12), (11, 11), (9, 9), (7, 7)]
     logits, features = torch.zeros(1, 1000, dtype=dtype), torch.zeros(1, 49, 448, dtype=dtype)
     class_weight, images = torch.zeros(1000, 448, dtype=dtype), torch.zeros(1, 3, 224, 224, dtype=dtype)
@@ -118,7 +119,7 @@ def front_end_calls() -> dict[str, Callable]:
 
 
 class IdleFamily:
-    """A family whose blocks and head answer at once."""
+    """A family whose blocks and head return precomputed tensors."""
 
     def __init__(self, family: Family, tokens: Tensor, logits: Tensor):
         self._family, self._tokens, self._logits = family, tokens, logits
@@ -134,7 +135,7 @@ class IdleFamily:
 
 
 def whole_calls() -> dict[str, Callable]:
-    """A patched model's call at batch 1 but for its two models, which answer at once; and the checks in it."""
+    """Return a patched model's call at batch 1 without the time of its two models, and the call's checks."""
     found: dict[str, Callable] = {}
     for name, architecture in (("ViT-B", "vit_base_patch16_224"), ("Swin-T", "swin_tiny_patch4_window7_224")):
         model, images = timm.create_model(architecture).eval(), torch.zeros(1, 3, 224, 224)

@@ -1,4 +1,4 @@
-"""What a machine has of what bench/gpu.sh can use, asked in one process: a line for each, and last what is what."""
+"""Report for bench/gpu.sh: one line ``has NAME`` per available part, then one line with the GPU and all versions."""
 
 import importlib
 import sys
@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 
 NAMES = ("torch", "triton", "timm", "numpy", "fa3-fwd")
-LEAST_TIMM = (1, 0, 31)  # an older one lacks what the package asks of it
+LEAST_TIMM = (1, 0, 31)  # an older timm lacks names that the package imports
 
 
 def imports(name: str) -> bool:
     try:
         importlib.import_module(name)
-    except Exception:  # a timm that does not go with the torchvision that is there raises anything
+    except Exception:  # a timm that does not fit the installed torchvision raises errors of many types
         return False
     return True
 
@@ -24,7 +24,7 @@ def has_timm() -> bool:
 
 
 def has_extension() -> bool:
-    """Of the sources that are here: an older one would be tested and timed in their name."""
+    """Return True if the extension is built from the current sources. A stale one would give wrong results."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
     if not imports("tinydrop_kernels._C"):
         return False

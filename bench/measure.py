@@ -1,4 +1,4 @@
-"""Measuring one call: its time on the device and on the host, against what the machine can do at most.
+"""Timing of one call on the device and on the host, compared with the machine's highest rates.
 
 Times are in microseconds, rates in bytes or floating-point operations per second.
 """
@@ -23,14 +23,14 @@ from tinydrop_kernels import ops
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 DTYPE = torch.bfloat16 if CUDA else torch.float32
-REPEATS = 5  # of which the median is taken
+REPEATS = 5  # times are medians over this number of repeats
 SPIN_SECONDS = 0.2
-LINES: Path | None = None  # where measure() appends its figures, pytest's --lines
+LINES: Path | None = None  # file to which measure() appends its figures; pytest's --lines
 
 
 @dataclass(frozen=True)
 class Case:
-    """What one benchmark runs."""
+    """The implementation and the shape of one benchmark."""
 
     implementation: str  # "tinydrop", "eager" or "compiled"
     batch: int
@@ -43,7 +43,7 @@ class Case:
 
     @property
     def kept(self) -> int:
-        """Patches kept of each image, rounded up as the package's policy does."""
+        """Kept patches per image, rounded up as the package's policy does."""
         return math.ceil(self.keep * self.num_patches)
 
     @property
@@ -59,7 +59,7 @@ def randn(*shape: int) -> Tensor:
 
 
 def kept_indices(case: Case) -> Tensor:
-    """As select_tokens gives them: int32 ``(batch, T)``, ``kept`` random patches in raster order, then -1."""
+    """Return indices as select_tokens does: int32 ``(batch, T)``, ``kept`` random patches in raster order, then -1."""
     chosen = torch.rand(case.batch, case.num_patches, device=DEVICE).argsort(dim=1)[:, : case.kept]
     indices = torch.full((case.batch, case.num_patches), -1, dtype=torch.int32, device=DEVICE)
     indices[:, : case.kept] = chosen.sort(dim=1).values
@@ -67,7 +67,10 @@ def kept_indices(case: Case) -> Tensor:
 
 
 def ragged_lengths(mean: float, batch: int, longest: int) -> Tensor:
-    """Lengths of a ragged batch, the same in every run: normal, of a third of the mean in deviation, from 1 up."""
+    """Return the lengths of a ragged batch, the same in every run.
+
+    They are normally distributed, with a standard deviation of a third of the mean, and are at least 1.
+    """
     noise = torch.randn(batch, generator=torch.Generator().manual_seed(0))
     return (mean + mean / 3 * noise).round().clamp(1, longest).int().to(DEVICE)
 
@@ -77,7 +80,10 @@ def cu_seqlens_of(lengths: Tensor) -> Tensor:
 
 
 def relative_bias(lengths: Tensor, heads: int) -> ops.RelativeBias:
-    """BEiT's, for segments of a class token and random patches of the smallest of ViT's grids that has enough."""
+    """Return BEiT's bias for segments of a class token and random patches.
+
+    The grid is the smallest of 14 x 14, 24 x 24 and 37 x 37 that has enough patches.
+    """
     longest = int(lengths.max())
     side = next(side for side in (14, 24, 37) if side**2 >= longest - 1)
     order = torch.rand(len(lengths), side**2, device=DEVICE).argsort(dim=1)
@@ -88,14 +94,14 @@ def relative_bias(lengths: Tensor, heads: int) -> ops.RelativeBias:
 
 
 def size_of(*tensors: Tensor) -> int:
-    """Bytes of the tensors' elements."""
+    """Return the bytes of the tensors' elements."""
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
 class Rotation:
-    """Call a function on one set of arguments after the other, holding as many results.
+    """A callable that runs a function on each of several argument sets in turn, and keeps the result of each.
 
-    With sets that together exceed the L2 cache, neither inputs nor outputs are found there from the call before.
+    If the sets together exceed the L2 cache, no call finds its inputs or outputs in the cache.
     """
 
     def __init__(self, function: Callable, argument_sets: Sequence[tuple]):
@@ -109,7 +115,10 @@ class Rotation:
 
 
 def num_argument_sets(moved_bytes: int) -> int:
-    """Three times the L2 cache's worth, but no more than 16: what fits many times over is bound by latency anyway."""
+    """Return the number of argument sets that exceed the L2 cache three times, at most 16.
+
+    Smaller calls fit into the cache many times and are bound by latency, so more sets would change nothing.
+    """
     if not CUDA:
         return 1
     cache = torch.cuda.get_device_properties(DEVICE).L2_cache_size
@@ -127,7 +136,7 @@ def _spin_matrices() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def spin() -> None:
-    """Keep the device busy for a while: an idle GPU lowers its clocks, and takes its time to raise them again."""
+    """Keep the device busy for ``SPIN_SECONDS``, because an idle GPU lowers its clocks and raises them slowly."""
     if not CUDA:
         return
     left, right, out = _spin_matrices()
@@ -139,10 +148,10 @@ def spin() -> None:
 
 
 def clock_mhz() -> int | None:
-    """What the GPU's multiprocessors run at now; None where neither NVML nor nvidia-smi tells."""
+    """Return the current clock of the GPU's multiprocessors; None if neither NVML nor nvidia-smi reports it."""
     try:
         return torch.cuda.clock_rate()
-    except Exception:  # of torch's own, where there is no pynvml, and of NVML's
+    except Exception:  # torch raises if pynvml is missing, and NVML has errors of its own
         command = ["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
         uuid = f"--id=GPU-{torch.cuda.get_device_properties(DEVICE).uuid}"
         try:
@@ -152,7 +161,7 @@ def clock_mhz() -> int | None:
 
 
 def wall_us(step: Callable, calls: int) -> float:
-    """Time of a call on the host: nothing waits for the device between the calls."""
+    """Return the host time of a call. The host does not wait for the device between calls."""
     times = []
     for _ in range(REPEATS):
         synchronize()
@@ -165,15 +174,15 @@ def wall_us(step: Callable, calls: int) -> float:
 
 
 def device_us(step: Callable, calls: int, host_us: float) -> float:
-    """Time of a call on the device, by CUDA events around many.
+    """Return the device time of a call, measured with CUDA events around ``calls`` calls.
 
-    The device sleeps until the host, which needs ``host_us`` for a call, has queued them all: else a call that is
-    shorter than its launch would be timed at the launch's length.
+    The device sleeps until the host has queued all calls, which takes ``host_us`` per call. Otherwise a call that is
+    shorter than its launch would be timed as long as the launch.
     """
     times = []
     for _ in range(REPEATS):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(int(2000 * 1.2 * host_us * calls))  # cycles, of which a GPU has at most about 2000 in 1 us
+        torch.cuda._sleep(int(2000 * 1.2 * host_us * calls))  # in cycles; a GPU runs at most about 2000 cycles per us
         start.record()
         for _ in range(calls):
             step()
@@ -184,20 +193,20 @@ def device_us(step: Callable, calls: int, host_us: float) -> float:
 
 
 def captured(step: Callable) -> Any:
-    """A CUDA graph of a call.
+    """Return a CUDA graph of a call.
 
-    Where none can hold it, an error is raised, and nothing else should be measured in the process: torch's allocator
-    still believes that a graph is being captured.
+    If the call cannot be captured, an error is raised. Nothing else should be measured in the process afterwards,
+    because torch's allocator stays in capture mode.
     """
     graph = torch.cuda.CUDAGraph()
-    here = torch.cuda.stream(torch.cuda.current_stream())  # to which torch does not go back where capturing fails
+    here = torch.cuda.stream(torch.cuda.current_stream())  # restores the stream, which a failed capture does not
     with here, torch.cuda.graph(graph):
         step()
     return graph
 
 
 def graph_us(step: Callable, calls: int) -> float:
-    """Time of a call on the device within a CUDA graph of ``calls`` calls."""
+    """Return the device time of a call within a CUDA graph of ``calls`` calls."""
 
     def all_calls() -> None:
         for _ in range(calls):
@@ -211,7 +220,7 @@ def graph_us(step: Callable, calls: int) -> float:
 
 @functools.cache
 def copy_rate() -> float:
-    """Bytes read plus bytes written per second by a copy that is larger than any cache."""
+    """Return the bytes read plus bytes written per second of a copy that is larger than any cache."""
     source = torch.randint(256, (2**30 if CUDA else 2**27,), dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     return 2 * size_of(source) / (1e-6 * _plain_us(lambda: target.copy_(source)))
@@ -219,7 +228,7 @@ def copy_rate() -> float:
 
 @functools.cache
 def matrix_rate() -> float:
-    """Floating-point operations per second of a large matrix product in ``DTYPE``, on random data."""
+    """Return the floating-point operations per second of a large matrix product in ``DTYPE`` on random data."""
     size = 8192 if CUDA else 1024
     left, right = randn(size, size), randn(size, size)
     return 2 * size**3 / (1e-6 * _plain_us(lambda: left @ right))
@@ -245,20 +254,21 @@ def measure(
 ) -> None:
     """Time ``function(*make_arguments())``, add the figures to ``benchmark.extra_info`` and append them to ``LINES``.
 
-    ``latency_us`` is of a call and the wait for its end. All figures are of arguments that no cache holds, except
-    ``device_us_warm``: there a call finds its own from the one before, as attention finds what the projection has just
-    written. Where no CUDA graph can hold the call, the process ends behind its figures.
+    ``latency_us`` is the time of a call and the wait for its end. Arguments are not in any cache, except for
+    ``device_us_warm``, where each call uses the arguments of the last one. This is the case of attention, which reads
+    what the projection has just written. If the call cannot be captured in a CUDA graph, its figures are written and
+    the process ends.
 
     Args:
-        backend: what runs in the end: "torch", "reference", "triton", "cuda".
-        labels: what else tells this call from others of its operator; "batch" above all.
-        moved_bytes: the fewest that the operator, not this implementation of it, can read and write.
-        flops: of matrix products that the operator cannot do without.
-        reads_back: the function waits for the device, which a CUDA graph cannot.
+        backend: the implementation that runs: "torch", "reference", "triton" or "cuda".
+        labels: names and values that identify this call among those of its operator, such as "batch".
+        moved_bytes: the fewest bytes that any implementation of the operator must read and write.
+        flops: FLOPs of the matrix products that any implementation needs.
+        reads_back: True if the function waits for the device, which a CUDA graph cannot contain.
     """
     argument_sets = [make_arguments() for _ in range(num_argument_sets(moved_bytes))]
     step = Rotation(function, argument_sets)
-    for _ in range(3 + len(argument_sets)):  # compiles, lets cuDNN choose, and takes the memory of all results
+    for _ in range(3 + len(argument_sets)):  # compiles, lets cuDNN choose, and allocates all results
         step()
     synchronize()
     start = time.perf_counter()
@@ -287,14 +297,14 @@ def measure(
 
     if CUDA:
         spin()
-        info["clock_mhz"] = [clock_mhz()]  # before and after
+        info["clock_mhz"] = [clock_mhz()]  # a second value follows at the end
     benchmark.pedantic(until_its_end, rounds=rounds)
     if benchmark.stats:  # None under --benchmark-disable
         info["latency_us"] = 1e6 * benchmark.stats.stats.median
     if CUDA:
-        calls = int(min(30, max(4, 2e4 / estimate)))  # a GPU queues about 1000 launches
+        calls = int(min(30, max(4, 2e4 / estimate)))  # few enough for the launch queue, which holds about 1000
         info["host_us"] = wall_us(step, calls)
-        # The reference waits for the device in most operators, so that no graph can hold it.
+        # The reference waits for the device in most operators, so it cannot be captured.
         graphable = not reads_back and backend != "reference"
         if not reads_back:
             info["device_us_events"] = device_us(step, calls, info["host_us"])
@@ -310,7 +320,8 @@ def measure(
         rate, copy = moved_bytes / (1e-6 * best), copy_rate()
         info |= {"gb_per_s": rate / 1e9, "copy_gb_per_s": copy / 1e9, "fraction_of_copy": rate / copy}
         if flops:
-            # The floor is the longer of moving the bytes and doing the arithmetic; this is how close the call comes.
+            # A call takes at least the time to move its bytes, and at least the time of its matrix products.
+            # fraction_of_floor is the larger of these two times over the measured time.
             product = matrix_rate()
             info |= {"matrix_tflop_per_s": product / 1e12, "fraction_of_matrix": flops / (1e-6 * best) / product}
         info["fraction_of_floor"] = max(info["fraction_of_copy"], info.get("fraction_of_matrix", 0.0))
@@ -319,6 +330,6 @@ def measure(
         with LINES.open("a") as file:
             file.write(json.dumps(benchmark.extra_info) + "\n")
     if "graph_error" in info:
-        import pytest  # only here: whole models are measured without it
+        import pytest  # imported here, because measuring whole models must not need pytest
 
         pytest.exit(f"no CUDA graph holds {benchmark.group}: {info['graph_error']}", returncode=1)

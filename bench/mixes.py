@@ -1,7 +1,7 @@
-"""Mixes of exits, grids and drops that cost a given share of dense, the same in batches of any size.
+"""Mixes of exits, grids and drops that cost a given percentage of the dense FLOPs, at any batch size.
 
-What a policy does with an image hangs on the guidance's confidence, and with random weights that means nothing. So the
-guidance runs, and its confidences are then replaced by evenly spread ones.
+A policy's effect on an image depends on the guidance model's confidence, which is meaningless with random weights. The
+guidance model therefore runs, and its confidences are then replaced by evenly spread ones.
 """
 
 import functools
@@ -14,13 +14,16 @@ from tinydrop_kernels import DropPolicy, ops
 from tinydrop_kernels.families import family_of
 from tinydrop_kernels.families.grids import coarser_grids
 
-DISTINCT = 8  # confidences of a mix; the batch sizes that divide it, and its multiples, all have the same mix
-EXITS_ABOVE = {100: None, 50: 0.75, 20: 0.5}  # percent of dense FLOPs: tau; nobody, a quarter, half of the images exit
-TOLERANCE = 0.02  # of dense FLOPs
+DISTINCT = 8  # number of confidences; batch sizes that divide it or are its multiples have the same mix
+EXITS_ABOVE = {100: None, 50: 0.75, 20: 0.5}  # percent of dense FLOPs: tau; 0, 1/4 and 1/2 of the images exit
+TOLERANCE = 0.02  # allowed error of a mix, as a fraction of the dense FLOPs
 
 
 def spread(images: int, distinct: int) -> Tensor:
-    """The confidences 0.5 / n, 1.5 / n, ... ``(batches, images)`` of the batches of a round; each has some of all."""
+    """Return the confidences 0.5 / n, 1.5 / n, ... of a round, ``(batches, images)``.
+
+    Each batch has both low and high confidences.
+    """
     batches = max(1, distinct // images)
     number = min(distinct, batches * images)
     order = torch.arange(images) * batches + torch.arange(batches)[:, None]
@@ -28,19 +31,19 @@ def spread(images: int, distinct: int) -> Tensor:
 
 
 class SpreadConfidences:
-    """Has a patched model's guidance answer with :func:`spread` confidences; all that it does is done nevertheless.
+    """Replaces the answers of a patched model's guidance model by :func:`spread` confidences. It still runs in full.
 
-    The answer lies in one place, and is changed between calls by :meth:`turn_to`: so a CUDA graph replays it too.
+    The answer stays in one tensor, which :meth:`turn_to` changes between calls, so that a CUDA graph can replay it.
     """
 
     def __init__(self, model: Any, distinct: int):
         self.distinct, self.turn = distinct, 0
         self._answers: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
         guidance = model.tinydrop.guidance
-        guidance.forward = functools.partial(self._answer, guidance.forward)  # a hook would have it run without graphs
+        guidance.forward = functools.partial(self._answer, guidance.forward)  # a hook would turn graphs off
 
     def turn_to(self, turn: int) -> None:
-        """From now on the guidance answers as for this batch of the round."""
+        """Make the guidance model answer for batch number ``turn`` of the round."""
         self.turn = turn
         for logits, columns in self._answers.values():
             logits[:, 0] = columns[turn % len(columns)]
@@ -58,7 +61,7 @@ class SpreadConfidences:
 
 
 def cost(model: Any, guidance_flops: int, policy: DropPolicy) -> int:
-    """FLOPs of a mix's ``DISTINCT`` images, guidance counted, as a report counts them."""
+    """Return the FLOPs of ``DISTINCT`` images, guidance included, as a report counts them."""
     family, grids = family_of(model), coarser_grids(model.patch_embed.grid_size)
     counts, levels = ops.apply_law(spread(DISTINCT, DISTINCT)[0], grids, policy.law)
     by_grid = ((grid, counts[levels == level].tolist()) for level, grid in enumerate(grids))
@@ -66,32 +69,32 @@ def cost(model: Any, guidance_flops: int, policy: DropPolicy) -> int:
 
 
 def dense_cost(model: Any) -> int:
-    """FLOPs of as many images, dense."""
+    """Return the dense FLOPs of ``DISTINCT`` images."""
     return family_of(model).dense_flops(model, DISTINCT, model.patch_embed.grid_size)
 
 
 def policy_of(model: Any, guidance_flops: int, percent: int) -> DropPolicy:
-    """Of the policies with the mix's exits, the one whose FLOPs come nearest to so much of dense.
+    """Return the policy with the mix's exits whose FLOPs are closest to the given percentage of dense.
 
     Args:
         model: a timm model, patched or not.
-        guidance_flops: of the guidance model on an image.
-        percent: of dense FLOPs, one of ``EXITS_ABOVE``.
+        guidance_flops: FLOPs per image of the guidance model.
+        percent: percentage of the dense FLOPs, a key of ``EXITS_ABOVE``.
 
     Raises:
-        ValueError: none comes within ``TOLERANCE``. Of 100 % one may fall short, where everything is kept: a last block
-            that the head reads one token of is cheaper than dense's.
+        ValueError: no policy is within ``TOLERANCE``. A mix of 100 % may cost less, because the last block is cheaper
+            than dense if the head reads a single token.
     """
 
     def with_gamma(log_gamma: float) -> DropPolicy:
-        # No second look: random weights are never sure, and all images would go through dense after all.
+        # No second look, because random weights are never confident and every image would go through dense.
         return DropPolicy(EXITS_ABOVE[percent], 2.0**log_gamma, 0.05, coarsen=0.6, blend=0.2, second_look=None)
 
     def error(policy: DropPolicy) -> float:
         return cost(model, guidance_flops, policy) / dense - percent / 100
 
     dense, low, high = dense_cost(model), -10.0, 10.0
-    for _ in range(16):  # the more gamma, the more is spent
+    for _ in range(16):  # bisection, because the FLOPs grow with gamma
         middle = (low + high) / 2
         low, high = (middle, high) if error(with_gamma(middle)) < 0 else (low, middle)
     nearest = min(map(with_gamma, (low, high)), key=lambda policy: abs(error(policy)))

@@ -1,9 +1,10 @@
-"""Every operator and what a user would write, timed in turn on a CPU: process time of one thread.
+"""Every operator against plain PyTorch on a CPU, timed in turn as process time of one thread.
 
     OMP_NUM_THREADS=1 python bench/ops_in_turn.py [--dtype bfloat16] [--batches 1 8 64] [--compiled] > FILE.md
 
-``make bench`` times one implementation after the other, by the wall clock. On a machine that others use, only turns of
-a few milliseconds can be compared. The rivals are those of ``bench/test_*.py``.
+``make bench`` measures wall time, one implementation after the other. On a shared machine, only short turns of a few
+milliseconds are comparable, so this script lets the implementations take turns. The rivals are those of
+``bench/test_*.py``.
 """
 
 import argparse
@@ -23,7 +24,7 @@ LEAST_TURNS = 7
 
 
 def calls_of(operator: str, case: Case) -> dict[str, Callable[[], Any]]:
-    """Return ours and the rival's call on the same arguments, as the operator's benchmark makes them."""
+    """Return our call and the rival's call on the arguments of the operator's benchmark."""
     found: dict[str, Callable[[], Any]] = {}
 
     def compare(name: str, own: Callable, eager: Callable, make_arguments: Callable, *_: Any, **__: Any) -> None:
@@ -36,7 +37,7 @@ def calls_of(operator: str, case: Case) -> dict[str, Callable[[], Any]]:
 
 
 def timed(call: Callable[[], Any], calls: int) -> float:
-    """Return the seconds of process time that a call takes, of so many."""
+    """Return the seconds of process time per call, over this number of calls."""
     start = time.process_time()
     for _ in range(calls):
         call()
@@ -44,7 +45,7 @@ def timed(call: Callable[[], Any], calls: int) -> float:
 
 
 def medians(ways: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
-    """Return each way's median over turns, in microseconds, after as many seconds of the wall clock."""
+    """Return each implementation's median over turns in microseconds. Turns go on for ``seconds`` of wall time."""
     for call in ways.values():
         timed(call, 3)
     calls = {name: max(1, int(TURN_SECONDS / timed(call, 3))) for name, call in ways.items()}
@@ -60,10 +61,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=OPERATORS)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--grids", nargs="+", type=int, default=[14, 24], help="patches of a side")
+    parser.add_argument("--grids", nargs="+", type=int, default=[14, 24], help="patches per side of the grid")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--compiled", action="store_true", help="the rival under torch.compile, too")
-    parser.add_argument("--seconds", type=float, default=3.0, help="for each row")
+    parser.add_argument("--compiled", action="store_true", help="also time the rival under torch.compile")
+    parser.add_argument("--seconds", type=float, default=3.0, help="seconds per row")
     options = parser.parse_args()
     measure.DTYPE = getattr(torch, options.dtype)
     torch.set_num_threads(1)

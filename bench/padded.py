@@ -1,4 +1,4 @@
-"""Token dropping as one writes it in plain PyTorch: kept patches gathered, and padded to the longest of the batch."""
+"""Token dropping in plain PyTorch: kept patches are gathered and padded to the longest image of the batch."""
 
 from typing import Any
 
@@ -12,19 +12,19 @@ from tinydrop_kernels.policy.blend import combined_answers, log_probabilities
 
 
 class PaddedDropping:
-    """Calls a timm ``VisionTransformer`` on what a patched one would keep, under a key mask, through timm's own blocks.
+    """Runs timm's own blocks on the patches that a patched model would keep, with a key mask for the padding.
 
     Args:
-        model: not patched.
-        patched: the same model, patched: its guidance, policy and selection are used, in plain PyTorch; of its target
-            nothing runs.
+        model: a timm ``VisionTransformer``, not patched.
+        patched: the same model, patched. Its guidance model, policy and selection run in plain PyTorch. Its target does
+            not run.
     """
 
     def __init__(self, model: Any, patched: Any):
         self.model, self.tinydrop = model, patched.tinydrop
 
     def __call__(self, images: Tensor) -> Tensor:
-        """As the patched model's ``(batch, classes)``, without a second look."""
+        """Return the patched model's answers ``(batch, classes)``, without a second look."""
         with ops.use_backend("reference"):
             plan = steps.plan(self.tinydrop, images)
         logits = plan.guidance_logits
@@ -44,7 +44,7 @@ class PaddedDropping:
             tokens.append(self._embedded(images[places], kept, plan.levels[0], part.grid))
             seen.append(kept >= 0)
         x, mask = torch.cat(tokens), None
-        if plan.packed.total < len(x) * plan.packed.max_seqlen:  # else nothing is padded
+        if plan.packed.total < len(x) * plan.packed.max_seqlen:  # otherwise nothing is padded and no mask is needed
             prefix = seen[0].new_ones(len(x), model.num_prefix_tokens)
             mask = torch.cat((prefix, torch.cat(seen)), dim=1)[:, None, None]
         for block in model.blocks:
@@ -52,9 +52,9 @@ class PaddedDropping:
         return model.norm(x)
 
     def _embedded(self, images: Tensor, kept: Tensor, dense: ops.types.Grid, grid: ops.types.Grid) -> Tensor:
-        """Prefix tokens and kept patches ``(images, prefix + longest, dim)``; patch 0 where there is padding."""
+        """Return prefix tokens and kept patches ``(images, prefix + longest, dim)``. Padding repeats patch 0."""
         model, prefix = self.model, self.model.num_prefix_tokens
-        own = 0 if model.no_embed_class else prefix  # positions that are the prefix tokens'
+        own = 0 if model.no_embed_class else prefix  # number of positions of prefix tokens
         if grid != dense:
             images = resized_images(images, model.patch_embed.patch_size, dense, grid)
         patches = model.patch_embed.norm(model.patch_embed.proj(images).flatten(2).mT)

@@ -1,4 +1,4 @@
-"""What a user would pick instead, and ours: ways to answer, made from one model with random weights."""
+"""Our patched model and its rivals, all built from one model with random weights."""
 
 import copy
 import tempfile
@@ -21,7 +21,7 @@ import tinydrop_kernels as tdk
 from tinydrop_kernels.families import family_of
 from tinydrop_kernels.families.flops import count_flops
 
-# Eager ones first, compiled ones last: so they are built and warmed up.
+# The order in which ways are built and warmed up. Compiled ways come last, because they take the longest.
 EAGER = ("dense", "tome", "padded", "exits", "resolution", "onnx", "ours", "ours-prepacked")
 WAYS = (*EAGER, "dense-graphed", "ours-graphed", "dense-compiled", "ours-compiled")
 GPU_ALONE, CPU_ALONE = ("dense-graphed", "ours-graphed"), ("onnx", "ours-prepacked")
@@ -30,25 +30,25 @@ PATCH_OPTIONS |= {"graphed": {"graphs": True}, "compiled": {"compile": True}}
 
 
 class NotMeasured(Exception):
-    """Why a way cannot be taken here."""
+    """Raised if a way cannot be measured here. The message gives the reason."""
 
 
 class Subject:
-    """A model and its guidance, and whatever is made of them for more than one batch size or mix.
+    """A model and its guidance model, with the variants that several batch sizes and mixes share.
 
     Args:
-        name: timm's.
-        options: of ``timm.create_model``.
-        guidance: timm's name of the guidance model, of as many classes.
-        guidance_size: of its images, if not its own.
-        dtype: of both.
+        name: the model's timm name.
+        options: options of ``timm.create_model``.
+        guidance: the guidance model's timm name. It gets the model's number of classes.
+        guidance_size: input size of the guidance model, if not its own.
+        dtype: dtype of both models.
     """
 
     def __init__(
         self, name: str, options: dict[str, Any], guidance: str, guidance_size: int | None, dtype: torch.dtype
     ):
         torch.manual_seed(0)
-        with torch.device(DEVICE), torch.inference_mode(False):  # random weights take a CPU seconds
+        with torch.device(DEVICE), torch.inference_mode(False):  # on a CPU, random weights take seconds
             self.dense = timm.create_model(name, **options).eval().requires_grad_(False).to(dtype)
             guide = timm.create_model(guidance, num_classes=self.dense.num_classes)
         self.guidance = tdk.Guidance(guide, guidance_size)
@@ -61,11 +61,11 @@ class Subject:
         return self._kept[key]
 
     def twin(self) -> Any:
-        """Another model with the same tensors."""
+        """Return a copy of the model that shares its tensors."""
         return copy.deepcopy(self.dense, {id(t): t for t in (*self.dense.parameters(), *self.dense.buffers())})
 
     def patched(self, mode: str) -> tuple[Any, SpreadConfidences]:
-        """A patched twin, and what sets its guidance's confidences."""
+        """Return a patched twin, and the object that sets its guidance model's confidences."""
 
         def make() -> tuple[Any, SpreadConfidences]:
             model = tdk.patch(self.twin(), self.guidance, **PATCH_OPTIONS[mode])
@@ -74,17 +74,17 @@ class Subject:
         return self._once(("patched", mode), make)
 
     def compiled(self) -> Callable[[Tensor], Tensor]:
-        """The dense model through ``torch.compile``, anew for each batch size."""
+        """Return the dense model through ``torch.compile``. Each batch size is compiled separately."""
         return self._once("compiled", lambda: torch.compile(self.dense, dynamic=False))
 
     def onnx(self, images: Tensor) -> Callable[[Tensor], Any]:
-        """The dense model exported for such images, in ONNX Runtime."""
+        """Return the dense model in ONNX Runtime, exported for a batch of this shape."""
         return self._once(("onnx", len(images)), lambda: _exported(self.dense, images))
 
 
 @dataclass
 class Case:
-    """One model, batch size and mix. A round is ``DISTINCT`` images, or one batch where that is more."""
+    """One model, batch size and mix. A round has ``DISTINCT`` images, or one batch if a batch is larger."""
 
     subject: Subject
     batch: int
@@ -101,10 +101,10 @@ class Case:
         self.batches = list(torch.randn(rounds, self.batch, *size, device=DEVICE).to(self.dtype))
 
     def way(self, name: str) -> Way:
-        """One of ``WAYS``.
+        """Return the way of this name, one of ``WAYS``.
 
         Raises:
-            NotMeasured: it cannot be taken here.
+            NotMeasured: the way cannot be measured here.
         """
         if name in GPU_ALONE and not CUDA:
             raise NotMeasured("CUDA graphs need a GPU")
@@ -154,7 +154,7 @@ class Case:
         return Way(name, TokenMerging(dense, total_for(dense, self.image_flops)), self.batches, self.batch)
 
     def _resolution(self, name: str, mode: str) -> Way:
-        """The images are already small when they come: a user's loader would make them so, for less than large ones."""
+        """Return dense on small images. Resizing is not timed, because a user's loader would produce small images."""
         model = self.subject.twin()
         side = _nearest_side(model, self.image_flops)
         size = tuple(side * pixels for pixels in model.patch_embed.patch_size)
@@ -169,7 +169,7 @@ class Case:
 
 
 class Graphed:
-    """A model's replay in a CUDA graph, which is captured at the first call."""
+    """A model that is replayed from a CUDA graph. The graph is captured at the first call."""
 
     def __init__(self, model: Callable[[Tensor], Tensor]):
         self.model: Callable[[Tensor], Tensor] = model
@@ -191,7 +191,7 @@ class Graphed:
 
 
 def _nearest_side(model: Any, aim: float) -> int:
-    """Of the square grids the one at which an image costs as nearly so many FLOPs as can be."""
+    """Return the side of the square grid whose FLOPs per image are closest to ``aim``."""
     family, largest = family_of(model), model.patch_embed.grid_size[0]
     return min(range(1, largest + 1), key=lambda side: abs(family.dense_flops(model, 1, (side, side)) - aim))
 

@@ -1,12 +1,12 @@
-"""Insertion and deletion: is what a guidance model finds salient what the target needs?
+"""Insertion and deletion scores, which show whether the target needs the patches that a guidance model finds salient.
 
     python bench/saliency.py --data FOLDER [--images N] [--out FILE]
 
-After RISE (Petsiuk et al. 2018, arXiv 1806.07421, section 4.2), with patches in the place of pixels: nothing is blurred
-or greyed, since the target need not see a patch at all. Insertion keeps the most salient fraction of the patches,
-deletion keeps what is left when that fraction is gone; both are the area under the curve of what the target then makes
-of the image, over the fraction kept or gone. A good ranking has a high insertion and a low deletion score. Beside each
-guidance model stand the order of nearness to the center and a random one.
+The scores are those of RISE (Petsiuk et al. 2018, arXiv 1806.07421, section 4.2), with patches in place of pixels.
+Nothing is blurred or greyed, because the target can leave patches out. Insertion keeps the most salient fraction of the
+patches. Deletion removes that fraction and keeps the rest. Each score is the area under the curve of the target's
+probability over the fraction kept or removed. A good ranking has a high insertion and a low deletion score. For
+comparison, patches are also ranked by nearness to the center and at random.
 """
 
 import argparse
@@ -27,32 +27,32 @@ from tinydrop_kernels.ops.saliency import closeness
 
 GUIDANCE = ("mobilenetv2_100", "resnet18", "tf_efficientnet_lite0")
 SALIENCY = {"Grad-CAM": tdk.Saliency(), "the default": tdk.DropPolicy.saliency}
-KEEPS = (1 / 256, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)  # the target must see something: a patch is the least
+KEEPS = (1 / 256, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)  # starts at one patch, because the target needs at least one
 
 
 class Curves(NamedTuple):
-    """What the target makes of images of which a fraction is kept: ``(images, len(KEEPS))``."""
+    """The target's answers at each fraction of ``KEEPS``. Arrays are ``(images, len(KEEPS))``."""
 
-    probability: np.ndarray  # of the class that dense says
-    right: np.ndarray  # 1 where the first class is the label, else 0
+    probability: np.ndarray  # probability of the dense model's top class
+    right: np.ndarray  # 1 if the top class is the label, 0 otherwise
 
     def area(self, values: np.ndarray) -> np.ndarray:
-        """Area under each image's curve over the fraction kept, which is that over the fraction gone as well."""
+        """Return the area under each image's curve. The fraction removed gives the same area as the fraction kept."""
         widths = np.diff(np.array(KEEPS)) / (KEEPS[-1] - KEEPS[0])
         return ((values[:, 1:] + values[:, :-1]) / 2 * widths).sum(1)
 
 
 def maps_of(tinydrop, images: torch.Tensor, saliency: tdk.Saliency) -> torch.Tensor:
-    """What the guidance finds salient, at the target's grid: float32 ``(batch, rows, columns)``."""
+    """Return the guidance model's saliency at the target's grid, float32 ``(batch, rows, columns)``."""
     tinydrop.policy = replace(tdk.DropPolicy.fixed(1.0), saliency=saliency)
     plan = steps.plan(tinydrop, images)
     return plan.selection.saliency.view(len(images), *plan.levels[0])
 
 
 def seen(tinydrop, images: torch.Tensor, maps: torch.Tensor, keep: float) -> torch.Tensor:
-    """The target's probabilities ``(batch, classes)`` when it sees the fraction where the maps are highest."""
+    """Return the target's probabilities ``(batch, classes)`` on the fraction ``keep`` with the highest map values."""
     tinydrop.policy = tdk.DropPolicy.fixed(keep)
-    nothing = images.new_zeros(len(images), tinydrop.guidance.num_classes)  # the guidance's opinion has no say
+    nothing = images.new_zeros(len(images), tinydrop.guidance.num_classes)  # unused: nothing exits or blends
     return (
         steps.run(tinydrop, images, steps.plan(tinydrop, images, GuidanceOutput(nothing, None, maps)))
         .float()
@@ -64,7 +64,7 @@ def seen(tinydrop, images: torch.Tensor, maps: torch.Tensor, keep: float) -> tor
 def curves_of(
     data: Path, name: str, count: int, batch_size: int, dtype: torch.dtype
 ) -> tuple[dict[str, tuple[Curves, Curves]], int]:
-    """Insertion and deletion of every ranking on images of a set's judged half, and how many images there were."""
+    """Return insertion and deletion curves of every ranking on a set's second half, and the number of images."""
     _, classes, resize = accuracy.SETS[name]
     _, second = accuracy.halves(data / name / "val")
     files = accuracy.thinned(second, count)
@@ -87,7 +87,7 @@ def curves_of(
         dense = seen(tinydrop, images, maps["random"], 1.0)
         first = dense.argmax(1)
         for ranking, scores in maps.items():
-            for sign in (1, -1):  # deletion keeps the least salient
+            for sign in (1, -1):  # -1 keeps the least salient patches, which is deletion
                 answers = [dense if keep == 1 else seen(tinydrop, images, sign * scores, keep) for keep in KEEPS]
                 probability = torch.stack([p.gather(1, first[:, None])[:, 0] for p in answers], 1)
                 right = torch.stack([p.argmax(1) == labels for p in answers], 1).float()
@@ -103,7 +103,7 @@ def curves_of(
 
 
 def interval(values: np.ndarray) -> str:
-    """Mean and half of a 95 % interval, in percent."""
+    """Return the mean and half of its 95 % interval, in percent."""
     return f"{100 * values.mean():.1f} ± {196 * values.std() / len(values) ** 0.5:.1f}"
 
 
@@ -123,7 +123,7 @@ def table(curves: dict[str, tuple[Curves, Curves]]) -> list[str]:
 
 
 def points(curves: dict[str, tuple[Curves, Curves]]) -> list[str]:
-    """Accuracy at each fraction that is kept: the most salient, and in brackets the least."""
+    """Return a table of the accuracy at each fraction kept, of the most salient patches and in brackets the least."""
     shown = [keep for keep in KEEPS if keep < 1][::-1]
     rows = [
         "| accuracy with this much kept | " + " | ".join(f"{keep:.2g}" for keep in shown) + " |",
@@ -141,9 +141,9 @@ def points(curves: dict[str, tuple[Curves, Curves]]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with backbones, heads and the three sets")
-    parser.add_argument("--images", type=int, default=200, help="of each set's judged half, evenly thinned")
+    parser.add_argument("--images", type=int, default=200, help="images from each set's second half")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of all models")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="dtype of all models")
     parser.add_argument("--out", type=Path, help="also write the tables to this file")
     args = parser.parse_args()
     if not args.data.is_dir():
@@ -151,8 +151,8 @@ def main() -> None:
 
     text = [
         f"Target {accuracy.TARGET} at 224 px (256 patches), {args.dtype}; torch {torch.__version__}, timm "
-        f"{timm.__version__}. Areas in percent, ± half of a 95 % interval; insertion, deletion and the gain over the "
-        f"center are of the probability of the class that dense says. Kept: {', '.join(f'{k:.2g}' for k in KEEPS)}.",
+        f"{timm.__version__}. Areas in percent, ± half of a 95 % interval. Insertion, deletion and the gain over the "
+        f"center are areas of the probability of dense's top class. Kept: {', '.join(f'{k:.2g}' for k in KEEPS)}.",
         "",
     ]
     for name, (kind, *_) in accuracy.SETS.items():

@@ -1,14 +1,13 @@
-"""What the compiler made of every kernel in every configuration shipped, for GPUs that need not be here.
+"""Registers, shared memory and spills of every kernel in every shipped configuration, compiled without a GPU.
 
     python bench/static.py [--every N] [--json FILE] [--table FILE] [--summary FILE [--beside JSON]]
 
-Each operator's own Triton implementation is called on CPU tensors of typical shapes, with launches turned into
-compilations, so that what is inspected is exactly what would run: the same tiles, warps and argument specialisations.
-Registers and shared memory come from the binary; spills, tensor-core instructions and what a warp issues in its longest
-loop from its disassembly.
+Each operator's Triton implementation is called on CPU tensors of typical shapes, and its launches only compile. The
+binaries therefore have the tiles, warps and argument specialisations of a real run. Registers and shared memory are
+read from the binary. Spills, tensor-core instructions and the length of the longest loop are read from its disassembly.
 
-Another Triton needs no environment of its own, only a folder that comes first on the path; its figures stand beside the
-installed one's in the summary (``make static``):
+To compare with another Triton, install it into a folder and put the folder first on the path. The summary then shows
+its figures beside those of the installed Triton (``make static``):
 
     pip install --no-deps --target FOLDER triton==3.6.0
     PYTHONPATH=FOLDER python bench/static.py --json triton36.json
@@ -41,12 +40,12 @@ from tinydrop_kernels.ops.types import LEVELS
 
 CAPABILITIES = (80, 90, 100)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-LAW = (0.8, 2.0, 0.25, 0.5)  # tau, gamma, min_keep, coarsen: the binary is the same whatever they are
+LAW = (0.8, 2.0, 0.25, 0.5)  # tau, gamma, min_keep, coarsen; the binary does not depend on them
 TENSOR_CORE = r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA|UTCOMMA)\b"
 
 
 class AbsentGpu:
-    """As much of a Triton driver as compiling asks for."""
+    """The part of a Triton driver that compiling needs."""
 
     def __init__(self, capability: int):
         self.capability = capability
@@ -55,7 +54,7 @@ class AbsentGpu:
         return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
-        return self.capability  # Triton keeps its compiled kernels by device
+        return self.capability  # a number per capability, because Triton caches compiled kernels by device
 
     def get_current_stream(self, device=None) -> int:
         return 0
@@ -63,7 +62,7 @@ class AbsentGpu:
 
 @contextmanager
 def compiling_for(capability: int) -> Iterator[list]:
-    """Within the block launches only compile; yields the list of (kernel name, compiled kernel)."""
+    """Make launches only compile within the ``with`` block. Yield the list of (kernel name, compiled kernel)."""
     compiled: list = []
 
     def compile_only(function: JITFunction, grid):
@@ -82,7 +81,7 @@ def compiling_for(capability: int) -> Iterator[list]:
 
 
 def disassembled(cubin: bytes) -> tuple[str, str]:
-    """Resource usage and instructions of a binary."""
+    """Return the resource usage and the instructions of a binary."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -94,9 +93,9 @@ def disassembled(cubin: bytes) -> tuple[str, str]:
 
 
 def longest_loop(code: str) -> int:
-    """Instructions that a warp issues each time round the longest loop, on its usual way.
+    """Return the number of instructions that a warp issues in a usual iteration of the longest loop.
 
-    Within it, a guarded branch forward skips what is for few rounds, as attention's mask of a last block is.
+    A guarded forward branch is taken as a skip of code for rare iterations, such as attention's mask of the last block.
     """
     instructions: list[str] = []
     labels: dict[str, int] = {}
@@ -122,7 +121,7 @@ def longest_loop(code: str) -> int:
 
 
 def facts(name: str, kernel) -> dict:
-    """Registers, shared memory, spills and tensor-core instructions of a compiled kernel."""
+    """Return registers, shared memory, spills and tensor-core instructions of a compiled kernel."""
     usage, code = disassembled(kernel.asm["cubin"])
     (registers,) = re.findall(r"REG:(\d+)", usage)
     return {
@@ -140,7 +139,7 @@ def facts(name: str, kernel) -> dict:
 
 
 def selected(batch: int, num_patches: int, keep: int, num_prefix_tokens: int) -> tuple[Tensor, Tensor, int]:
-    """Indices and packing as the operators would hand them on."""
+    """Return indices, cu_seqlens and the number of rows as the operators return them."""
     indices = torch.full((batch, num_patches), -1, dtype=torch.int32)
     indices[:, :keep] = torch.arange(keep)
     counts = torch.full((batch,), keep, dtype=torch.int32)
@@ -149,14 +148,15 @@ def selected(batch: int, num_patches: int, keep: int, num_prefix_tokens: int) ->
 
 
 def levels_of(side: int) -> list[int]:
-    """The grids that an image of this many rows and columns may have, as the schema has them."""
+    """Return the grids of all levels of a ``side x side`` grid, as a flat list of rows and columns."""
     return [grid for share in LEVELS for grid in (int(side * share + 0.5),) * 2]
 
 
 def select_calls(dtype: torch.dtype) -> Iterator[tuple[str, tuple]]:
-    """The usual shape in both layouts, the largest grid, many channels; with Grad-CAM alone and with all parts.
+    """Yield calls with the usual shape in both layouts, the largest grid, and many channels.
 
-    What lies between is tried at the largest grid, which has the fewest registers to spare.
+    They use Grad-CAM alone and all parts of the saliency. Other combinations are tried at the largest grid only, which
+    has the fewest registers to spare.
     """
     alone, every = (1, 0.0, 0.0), (5, 1.0, 1.0)
     between = ((1, 0.0, 1.0), (1, 1.0, 0.0), (5, 0.0, 0.0))
@@ -178,8 +178,10 @@ def select_calls(dtype: torch.dtype) -> Iterator[tuple[str, tuple]]:
 
 
 def attention_calls(dtype: torch.dtype) -> Iterator[tuple[str, tuple]]:
-    """Segments that take each of the tiles, of one length and ragged; and attention pools', of one query each, that
-    skip the prefix."""
+    """Yield calls whose segments select each tile, with equal and with ragged lengths.
+
+    Calls of attention pools have one query per segment and skip the prefix.
+    """
     lengths = (16, 64, 197) if dtype == torch.float32 else (16, 32, 64, 128, 197)
     means = (8,) if dtype == torch.float32 else (8, 20, 50)
     for head_dim, queries, longest, mean in (
@@ -201,10 +203,10 @@ def attention_calls(dtype: torch.dtype) -> Iterator[tuple[str, tuple]]:
 
 
 def calls() -> Iterator[tuple[str, str, tuple]]:
-    """(operator, what is special about the call, arguments) for every configuration that a launch can choose."""
+    """Yield (operator, description of the call, arguments) for every configuration that a launch can choose."""
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         kind = str(dtype).removeprefix("torch.")
-        if dtype != torch.float16:  # compiles as bfloat16 does
+        if dtype != torch.float16:  # float16 compiles to the same binaries as bfloat16
             yield from (("select_tokens", f"{kind}, {shape}", given) for shape, given in select_calls(dtype))
             yield from (("varlen_attention", f"{kind}, {shape}", given) for shape, given in attention_calls(dtype))
         for side, grids in ((14, levels_of(14)), (64, levels_of(64)), (64, [64, 64])):
@@ -240,7 +242,7 @@ def calls() -> Iterator[tuple[str, str, tuple]]:
 
 
 def inspect(capabilities=CAPABILITIES, only: str = "", every: int = 1) -> list[dict]:
-    """Facts of every distinct binary, or of one of so many calls of each operator."""
+    """Return the facts of every distinct binary, from one in ``every`` calls of each operator."""
     rows, seen = [], set()
     for capability in capabilities:
         met: Counter = Counter()
@@ -259,9 +261,9 @@ def inspect(capabilities=CAPABILITIES, only: str = "", every: int = 1) -> list[d
 
 
 def table(rows: list[dict]) -> str:
-    """Every binary."""
+    """Return a table with one row per binary."""
     lines = [
-        f"# What triton {triton.__version__} made of the kernels",
+        f"# The kernels as compiled by triton {triton.__version__}",
         "",
         "| kernel | call | sm | warps | registers | shared KiB | spills | loop | tensor cores |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -275,7 +277,7 @@ def table(rows: list[dict]) -> str:
 
 
 def condensed(rows: list[dict]) -> tuple[str, ...]:
-    """What the binaries of one kernel have in common: the summary's cells."""
+    """Return the summary's cells for the binaries of one kernel."""
     least, most = (bound(row["registers"] for row in rows) for bound in (min, max))
     return (
         str(len(rows)),
@@ -287,17 +289,17 @@ def condensed(rows: list[dict]) -> tuple[str, ...]:
 
 
 def summary(rows: list[dict]) -> str:
-    """A line for each kernel and capability."""
+    """Return a table with one row per kernel and capability."""
     kernels, capabilities, versions = (
         list(dict.fromkeys(row[name] for row in rows)) for name in ("kernel", "capability", "triton")
     )
     names = " and ".join(versions)
     lines = [
-        f"# What triton {names} made of the kernels",
+        f"# The kernels as compiled by triton {names}",
         "",
-        "Written by `make static`; no GPU needed. Registers: least and most of a thread. Shared memory: the most of a",
-        "block. Spills: loads from and stores to local memory."
-        + (f" Where two values stand, they are of {names}, in this order." if len(versions) > 1 else ""),
+        "Written by `make static`, which needs no GPU. Registers: range per thread. Shared memory: maximum per block.",
+        "Spills: loads from and stores to local memory."
+        + (f" Two values belong to {names}, in this order." if len(versions) > 1 else ""),
         "",
         "| kernel | sm | binaries | registers | shared KiB | spills | tensor cores |",
         "|---|---|---|---|---|---|---|",
@@ -313,12 +315,12 @@ def summary(rows: list[dict]) -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capabilities", type=int, nargs="+", default=CAPABILITIES)
-    parser.add_argument("--only", default="", help="operators whose name holds this")
-    parser.add_argument("--every", type=int, default=1, metavar="N", help="of each operator one call in N")
-    parser.add_argument("--json", type=Path, help="write every binary's figures")
-    parser.add_argument("--table", type=Path, help="write them as a table")
-    parser.add_argument("--summary", type=Path, help="write a line for each kernel and capability")
-    parser.add_argument("--beside", type=Path, metavar="JSON", help="another Triton's figures, for the summary")
+    parser.add_argument("--only", default="", help="only operators whose name contains this")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="inspect one call in N of each operator")
+    parser.add_argument("--json", type=Path, help="write the figures of every binary to this file")
+    parser.add_argument("--table", type=Path, help="write the figures of every binary as a table")
+    parser.add_argument("--summary", type=Path, help="write a table with one row per kernel and capability")
+    parser.add_argument("--beside", type=Path, metavar="JSON", help="figures of another Triton for the summary")
     args = parser.parse_args()
     beside = json.loads(args.beside.read_text()) if args.beside else []
     rows = inspect(args.capabilities, args.only, args.every)

@@ -1,22 +1,22 @@
-"""Tables of what ``pytest bench --lines FILE`` has measured, and last a short one: the bars.
+"""Tables of the figures of ``pytest bench --lines FILE``, and a last table with the targets.
 
     python bench/table.py FILE [FILE ...]
 
-Attention on a GPU has a table of its own: a row for each shape, a column for each implementation's ``us``; the package
-runs the starred one by itself, and ``x best``, ``copy``, ``warm`` (its time with its arguments in the cache) and
-``host`` are of that one. Of all other operators one row for each shape, for the package's own implementation (Triton on
-CUDA, plain PyTorch on CPU):
+Attention on a GPU has its own table, with one row per shape and the ``us`` of each implementation in a column. A star
+marks the implementation that the package selects. ``x best`` (speed-up over the best rival), ``copy``, ``warm`` (time
+with the arguments in the cache) and ``host`` belong to the starred one. All other operators have one row per shape, for
+the package's implementation, which is Triton on CUDA and plain PyTorch on CPU. The columns are:
 
-* ``us``: microseconds of a call; on CUDA of device time within a CUDA graph (``g``) or, where none can hold the call,
-  between CUDA events (``e``); else of wall clock until the call has ended (``w``);
-* ``events``: microseconds of device time between CUDA events, launched one by one;
+* ``us``: microseconds per call. ``g`` is device time within a CUDA graph. ``e`` is device time between CUDA events, if
+  the call cannot be captured. ``w`` is wall time until the call has ended;
+* ``events``: microseconds of device time between CUDA events, with calls launched one by one;
 * ``host``: microseconds of host time;
-* ``x eager``, ``x compiled``: how many times longer the PyTorch baseline takes, by the first of these clocks that
-  timed both;
-* ``copy``: the bytes that must move over ``us``, as a fraction of what a large copy moves in the same run;
-* ``floor``: the same, or the matrix products' rate as a fraction of a large product's where that is more.
+* ``x eager``, ``x compiled``: speed-up over the PyTorch baseline, by the first of these clocks that timed both;
+* ``copy``: rate of the bytes that must move, as a fraction of the rate of a large copy in the same run;
+* ``floor``: the larger of ``copy`` and the rate of the matrix products as a fraction of a large product's rate.
 
-The bars are an H200's. An H100 is held against them too: what is a fraction of the copy's rate is of its own copy's.
+The targets are those of an H200. An H100 is compared with the same targets. Fractions of a copy's rate always refer to
+a copy on the same card.
 """
 
 import functools
@@ -42,25 +42,25 @@ COLUMNS = (
     "copy",
     "floor",
 )
-CLOCKS = {"device_us_graph": "g", "device_us_events": "e", "latency_us": "w"}  # the first that was measured counts
+CLOCKS = {"device_us_graph": "g", "device_us_events": "e", "latency_us": "w"}  # the first measured clock is used
 GRIDS = ("14x14", "24x24", "37x37")
 RIVALS = ("varlen_attn", "cudnn", "fa3", "padded", "dense")
 ATTENTION = ("triton", "cuda", *RIVALS)
 CARDS = ("H200", "H100")
 NOT_MEASURED = "not measured"
 
-Row = dict[str, dict]  # implementation: what was measured
+Row = dict[str, dict]  # implementation: its figures
 Key = tuple[str, int, str, float]  # operator, batch, grid, fraction kept
-Segments = tuple[int, str, bool]  # attention's: batch, lengths, whether with a bias
-Bar = tuple[str, str, str]  # what is asked for, what was measured, whether it is met
+Segments = tuple[int, str, bool]  # of attention: batch, lengths, True with a bias
+Bar = tuple[str, str, str]  # a target, the measured value, "met" or "missed"
 
 
 def load(paths: list[str]) -> tuple[dict[Key, Row], dict[Segments, Row]]:
-    """What was measured of everything else, and of attention on a GPU."""
+    """Return the rows of all operators except attention on a GPU, and the rows of attention on a GPU."""
     rows: dict[Key, Row] = {}
     attention: dict[Segments, Row] = {}
     for line in chain.from_iterable(Path(path).read_text().splitlines(keepends=True) for path in paths):
-        if not line.endswith("\n"):  # killed while it was written
+        if not line.endswith("\n"):  # the process was killed while it wrote this line
             continue
         info = json.loads(line)
         if "lengths" in info:
@@ -76,7 +76,7 @@ def clock_of(own: dict) -> str:
 
 
 def speed_up(row: Row, other: str, own: str = "tinydrop") -> float | None:
-    """How many times longer another implementation takes than the package's, if both were measured alike."""
+    """Return how many times longer another implementation takes than ``own``; None if no clock timed both."""
     if own not in row:
         return None
     clock = next((clock for clock in CLOCKS if clock in row[own] and clock in row.get(other, {})), None)
@@ -84,12 +84,12 @@ def speed_up(row: Row, other: str, own: str = "tinydrop") -> float | None:
 
 
 def default(row: Row) -> dict:
-    """Of attention's row: what was measured of the implementation that the package runs by itself."""
+    """Return the figures of the attention implementation that the package selects."""
     return next((info for info in row.values() if info["is_default"]), {})
 
 
 def best_rival(row: Row) -> float | None:
-    """How many times longer than the package the fastest of the others takes."""
+    """Return how many times longer the fastest rival takes than the package; None if no rival was measured."""
     own = default(row).get("implementation", "")
     return min((ratio for rival in RIVALS if (ratio := speed_up(row, rival, own))), default=None)
 
@@ -148,7 +148,7 @@ def table(rows: dict[Key, Row]) -> str:
 
 
 def summary(rows: list[Row]) -> str:
-    """What was measured on, and the ceilings."""
+    """Return the devices, versions and highest rates of a run in words."""
     infos = [info for row in rows for info in row.values()]
     parts = [", ".join(sorted({f"{i['device']}, torch {i['torch']}, {i['dtype']}" for i in infos}))]
     for name, label in (("copy_gb_per_s", "copy %.0f GB/s"), ("matrix_tflop_per_s", "matrix product %.3g TFLOP/s")):
@@ -167,7 +167,7 @@ def judge(bar: str, values: list[float | None], good: Callable[[float], bool], w
 
 
 def attention_bars(rows: dict[Segments, Row]) -> list[Bar]:
-    """In bfloat16, 16 heads of 64, of what the package runs by itself."""
+    """Return the targets of attention, for bfloat16, 16 heads of 64 and the implementation that the package selects."""
 
     def judged(*segments) -> Row:
         row = rows.get(segments, {})
@@ -180,12 +180,12 @@ def attention_bars(rows: dict[Segments, Row]) -> list[Bar]:
         missing = [rival for rival in RIVALS if rival not in row and (rival != "dense" or lengths.isdecimal())]
         note = f"; without {', '.join(missing)}" if missing else ""
         strongest_were_there = not {"fa3", "varlen_attn"} & set(missing)
-        factor = best_rival(row) if strongest_were_there else None  # not met by their absence
-        bar = f"attention, batch 256, {lengths}: {least} times over the best rival"
+        factor = best_rival(row) if strongest_were_there else None  # None without the strongest
+        bar = f"attention, batch 256, {lengths}: at least {least} times as fast as the best rival"
         found.append(judge(bar, [factor], functools.partial(operator.le, least), min, note))
     for lengths in ("mean 50", "mean 99", "197", "257"):
         fraction = default(judged(256, lengths, False)).get("fraction_of_copy")
-        bar = f"attention, batch 256, {lengths}: 0.7 of the copy's rate"
+        bar = f"attention, batch 256, {lengths}: at least 0.7 of the copy's rate"
         found.append(judge(bar, [fraction], lambda x: x >= 0.7, min))
     for lengths in ("mean 20", "mean 50", "mean 99", "197"):
         biased = default(judged(256, lengths, True))
@@ -198,12 +198,12 @@ def attention_bars(rows: dict[Segments, Row]) -> list[Bar]:
         default(row)["host_us"] / row["varlen_attn"]["host_us"] if "host_us" in row.get("varlen_attn", {}) else None
         for row in measured
     ]
-    bar = "attention, every batch and length: at most varlen_attn's time on the host"
+    bar = "attention, every batch and length: at most varlen_attn's host time"
     return [*found, judge(bar, ratios, lambda x: x <= 1, max)]
 
 
 def operator_bars(rows: dict[Key, Row]) -> list[Bar]:
-    """All of them are of Triton kernels in bfloat16."""
+    """Return the targets of all other operators, for Triton kernels in bfloat16."""
 
     def judged(key: Key) -> Row:
         row = rows.get(key, {})
@@ -218,17 +218,17 @@ def operator_bars(rows: dict[Key, Row]) -> list[Bar]:
     device_time = own(select, "device_us_graph") or own(select, "device_us_events")
     found = [
         judge(f"{name}: at most 15 us of device time", [device_time], lambda us: us <= 15, max),
-        judge(f"{name}: 10 times over eager", [speed_up(judged(select), "eager")], lambda x: x >= 10, min),
-        judge(f"{name}: 3 times over compiled", [speed_up(judged(select), "compiled")], lambda x: x >= 3, min),
+        judge(f"{name}: 10 times as fast as eager", [speed_up(judged(select), "eager")], lambda x: x >= 10, min),
+        judge(f"{name}: 3 times as fast as compiled", [speed_up(judged(select), "compiled")], lambda x: x >= 3, min),
     ]
     for name in ("embed_tokens", "gather_tokens"):
         for grid in GRIDS:
             fractions = [own((name, 256, grid, keep), "fraction_of_floor") for keep in (0.25, 0.5, 1.0)]
-            bar = f"{name}, batch 256, {grid}, keep 0.25 to 1: 0.75 of the copy's or the matrix product's rate"
+            bar = f"{name}, batch 256, {grid}, keep 0.25 to 1: at least 0.75 of the copy's or the matrix product's rate"
             found.append(judge(bar, fractions, lambda fraction: fraction >= 0.75, min))
     for grid in GRIDS:
         host_time = own(("front_end", 1, grid, 0.5), "host_us")
-        bar = f"front end, batch 1, {grid}: at most 60 us on the host, its read-back included"
+        bar = f"front end, batch 1, {grid}: at most 60 us of host time, read-back included"
         found.append(judge(bar, [host_time], lambda us: us <= 60, max))
     return found
 
@@ -245,7 +245,7 @@ def main() -> None:
     parts += [table(rows)] if rows else []
     found = [*attention.values(), *rows.values()]
     cards = sorted({info["device"] for row in found for info in row.values()})
-    head = f"an H200's bars, on {', '.join(cards) or 'nothing'}", "measured", ""
+    head = f"targets for an H200, measured on {', '.join(cards) or 'nothing'}", "measured", ""
     print(*parts, summary(found), markdown([head, *attention_bars(attention), *operator_bars(rows)]), sep="\n\n")
 
 

@@ -1,4 +1,4 @@
-"""From pixels to packed tokens, at ViT-B's width."""
+"""Benchmark of ``embed_tokens``, from pixels to packed tokens, at the width of ViT-B."""
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ PATCH_SIZES = {14: 16, 24: 16, 37: 14}
 
 
 def user(images, weight, bias, prefix, pos_embed, kept):
-    """Embed every patch, then gather: (batch, prefix + kept, dim). Left out are counts that differ."""
+    """Embed every patch, then gather the kept ones, ``(batch, prefix + kept, dim)``. All images keep equally many."""
     tokens = F.conv2d(images, weight, bias, stride=weight.shape[2:]).flatten(2).transpose(1, 2) + pos_embed
     tokens = tokens.gather(1, kept[:, :, None].expand(-1, -1, tokens.shape[2]))
     return torch.cat((prefix.expand(len(tokens), -1, -1), tokens), dim=1)

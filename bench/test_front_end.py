@@ -1,4 +1,4 @@
-"""The whole way from the guidance model's output to packed tokens, its one read-back from the device included."""
+"""Benchmark of all steps from the guidance model's output to packed tokens, with their read-back from the device."""
 
 from measure import CUDA, randn, size_of
 from test_embed_tokens import DIM, PATCH_SIZES
@@ -38,6 +38,6 @@ def test_front_end(case, compare):
     compare(
         *("front_end", own, eager, make_arguments, moved_bytes),
         flops=2 * num_kept * weight.numel(),
-        agree=lambda ours, theirs: None,  # ties keep different patches; each operator is compared by itself
+        agree=lambda ours, theirs: None,  # ties may keep different patches; each operator is checked by itself
         reads_back=CUDA and case.implementation == "tinydrop",
     )

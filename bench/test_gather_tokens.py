@@ -1,4 +1,4 @@
-"""From embedded to packed tokens, at ViT-B's width."""
+"""Benchmark of ``gather_tokens``, from embedded to packed tokens, at the width of ViT-B."""
 
 import torch
 from measure import kept_indices, randn, size_of
@@ -9,7 +9,7 @@ DIM = 768
 
 
 def user(tokens, prefix, kept):
-    """Gather: (batch, prefix + kept, dim). Left out are counts that differ."""
+    """Gather the kept patches, ``(batch, prefix + kept, dim)``. All images keep equally many."""
     tokens = tokens.gather(1, kept[:, :, None].expand(-1, -1, tokens.shape[2]))
     return torch.cat((prefix, tokens), dim=1)
 

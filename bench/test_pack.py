@@ -1,4 +1,4 @@
-"""The layout of a ragged batch. Without the read-back, which is the host's waiting for the device; see front_end."""
+"""Benchmark of ``pack`` without its read-back, whose wait for the device is timed in test_front_end.py."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from tinydrop_kernels.ops.types import LEVELS
 
 
 def user(counts, levels):
-    """Sort by level, those that exited last; then lengths, and sums of both over each level."""
+    """Sort images by level, with exits last. Return the order, the packing, and counts of images and rows per level."""
     place = torch.where(counts > 0, levels, len(LEVELS))
     order = place.argsort(stable=True)
     lengths = torch.where(counts > 0, counts + 1, 0)

@@ -1,4 +1,4 @@
-"""Mean over the segments, class token left out, at ViT-B's width."""
+"""Benchmark of ``segment_pool``: mean over each segment without its class token, at the width of ViT-B."""
 
 import torch
 from measure import DEVICE, randn, size_of
@@ -9,9 +9,9 @@ DIM = 768
 
 
 def user(tokens, lengths):
-    """Average each segment behind its class token, without a loop over the batch.
+    """Return the mean of each segment after its class token, without a loop over the batch.
 
-    Left out are segments without rows, and NaN in a class token, which spreads.
+    Unlike the operator, it does not handle segments without rows, and a NaN in a class token spreads to the mean.
     """
     segment = torch.repeat_interleave(
         torch.arange(len(lengths), device=tokens.device), lengths, output_size=len(tokens)
@@ -22,7 +22,7 @@ def user(tokens, lengths):
 
 
 def test_segment_pool(case, compare):
-    # Segments of different lengths, as exits and policies make them; their mean is the case's.
+    # Lengths differ, as they do after exits and with most policies. Their mean is that of the case.
     spread = torch.linspace(0.5, 1.5, case.batch) if case.batch > 1 else torch.ones(1)
     lengths = ((case.kept * spread).int() + 1).to(DEVICE)
     cu_seqlens = torch.cat((lengths.new_zeros(1), lengths.cumsum(0, dtype=torch.int32)))
@@ -39,5 +39,6 @@ def test_segment_pool(case, compare):
         return user(tokens, lengths)
 
     (tokens,) = make_arguments()
-    moved_bytes = size_of(tokens, cu_seqlens) + case.batch * DIM * tokens.element_size()  # less the class tokens' rows
+    # The class tokens' rows need not be read, but are counted.
+    moved_bytes = size_of(tokens, cu_seqlens) + case.batch * DIM * tokens.element_size()
     compare("segment_pool", own, eager, make_arguments, moved_bytes)

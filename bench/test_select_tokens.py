@@ -1,4 +1,4 @@
-"""From the guidance model's output to kept patches, at EfficientFormer-L1's sizes."""
+"""Benchmark of ``select_tokens``, from the guidance model's output to kept patches, at EfficientFormer-L1's sizes."""
 
 import torch
 import torch.nn.functional as F
@@ -11,17 +11,17 @@ FEATURE_SIZES = {14: (7, 7), 24: (12, 12), 37: (17, 17)}  # the guidance model's
 
 
 def sure_logits(batch):
-    """Of random logits in bfloat16, two are often the largest: one class is raised above all others."""
+    """Return random logits in which one class is clearly the largest, because bfloat16 values often tie."""
     logits = randn(batch, CLASSES)
     raised = torch.randint(CLASSES, (batch, 1), device=logits.device)
     return logits.scatter_add_(1, raised, torch.full_like(logits[:, :1], 8.0))
 
 
 def user(logits, features, class_weight, feature_size, grid, kept):
-    """Keep a fixed fraction of every image, and give the confidence to whoever wants to exit.
+    """Keep a fixed fraction of every image, and return the kept patches, the confidence and the saliency.
 
-    Left out is what the operator promises beside that: the law, from a confidence to a count and a grid of each image's
-    own; exits; the order of equal scores and of NaN; float32 products of half-precision features.
+    The operator does more: it applies a law that gives each image its own count and grid, handles exits, orders equal
+    scores and NaN, and computes in float32 from half-precision features.
     """
     confidence, predicted = logits.float().softmax(dim=1).max(dim=1)
     saliency = torch.bmm(features, class_weight[predicted][:, :, None]).relu().float()
@@ -31,7 +31,7 @@ def user(logits, features, class_weight, feature_size, grid, kept):
 
 
 def agree(ours, theirs):
-    """Which of several equal patches is kept may differ: compare what was kept by its saliency, within bfloat16's."""
+    """Check that both keep the same total saliency, because ties may keep different patches."""
     kept, confidence, saliency = theirs
     assert ours.counts.eq(kept.shape[1]).all()
     torch.testing.assert_close(ours.confidence, confidence)

@@ -1,4 +1,4 @@
-"""Attention within segments: on CPU against padding, at ViT-B's heads; on a GPU against every rival, at ViT-L's."""
+"""Benchmark of attention within segments: against padding with ViT-B's heads on CPU, against all rivals on a GPU."""
 
 import itertools
 import os
@@ -19,20 +19,20 @@ from tinydrop_kernels.ops import cuda_extension
 from tinydrop_kernels.ops.attention_reference import attend_padded
 
 HEADS, HEAD_DIM = 16, 64
-LONGEST_RAGGED = 197  # every patch of a 14 x 14 grid, and the class token
-# (batch, length of every segment or the mean of their lengths, whether they differ)
+LONGEST_RAGGED = 197  # all patches of a 14 x 14 grid and the class token
+# (batch, length or mean length of the segments, True if the lengths differ)
 SHAPES = (
     *((256, mean, True) for mean in (20, 50, 99)),
     *((256, length, False) for length in (197, 257, 577)),
     *itertools.product((1, 8), (50, 197), (False,)),
 )
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # a rehearsal on a CPU, whose figures mean nothing
-TOLERANCE = 3e-2 if DTYPE == torch.bfloat16 else 1e-4  # of a row's norm
+TOLERANCE = 3e-2 if DTYPE == torch.bfloat16 else 1e-4  # as a fraction of a row's norm
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one benchmark on a GPU runs."""
+    """The implementation and the shape of one benchmark on a GPU."""
 
     implementation: str
     batch: int
@@ -51,13 +51,13 @@ class Run:
 
 
 class Layout(NamedTuple):
-    """What all layers of a model share, and what is therefore not timed."""
+    """The layout of a batch. It is not timed, because all layers of a model share it."""
 
     cu_seqlens: Tensor
     longest: int
     bias: ops.RelativeBias | None
-    packed_rows: Tensor  # of each place of the padded batch
-    padded_rows: Tensor  # of each packed row
+    packed_rows: Tensor  # packed row of each position of the padded batch
+    padded_rows: Tensor  # position in the padded batch of each packed row
     key_mask: Tensor  # (batch, 1, 1, width), added to the scores
 
     @property
@@ -71,7 +71,8 @@ def layout_of(run: Run) -> Layout:
     else:
         lengths = torch.full((run.batch,), run.length, dtype=torch.int32, device=DEVICE)
     cu_seqlens, longest = cu_seqlens_of(lengths), int(lengths.max())
-    place = torch.arange(-(-longest // 8) * 8, device=DEVICE)  # a mask of another width would be copied in every call
+    # A multiple of 8, because attention copies a mask of another width in every call.
+    place = torch.arange(-(-longest // 8) * 8, device=DEVICE)
     is_token = place < lengths[:, None]
     packed_rows = (cu_seqlens[:-1, None] + place).clamp(max=int(cu_seqlens[-1]) - 1).flatten()
     key_mask = torch.zeros(is_token.shape, device=DEVICE, dtype=DTYPE).masked_fill_(~is_token, float("-inf"))
@@ -97,20 +98,20 @@ def flash_attention_3(layout: Layout) -> Callable:
 
     def call(qkv, *projections):
         out = flash_attn_varlen_func(*projections, *layout.lengths)
-        return out[0] if isinstance(out, tuple) else out  # some releases give the log-sum-exp too
+        return out[0] if isinstance(out, tuple) else out  # some releases also return the log-sum-exp
 
     return call
 
 
 def cudnn(layout: Layout) -> Callable:
-    """What varlen_attn calls where it chooses cuDNN. Called directly, because torch 2.11 never chooses it."""
+    """Return varlen_attn's cuDNN operator. It is called directly, because varlen_attn in torch 2.11 never uses it."""
     attend = torch.ops.aten._cudnn_attention_forward.default
     flags = True, 0.0, False, False  # log-sum-exp (as varlen_attn), dropout, causal, debug mask
     return lambda qkv, *projections: attend(*projections, None, *layout.lengths, *flags)[0]
 
 
 def padded(layout: Layout) -> Callable:
-    """Pad to the longest segment, mask the padding's keys, and pack again."""
+    """Return a call that pads to the longest segment, masks the padded keys and packs the result."""
     batch, width = layout.key_mask.shape[0], layout.key_mask.shape[3]
 
     def call(qkv, *projections):
@@ -123,7 +124,7 @@ def padded(layout: Layout) -> Callable:
 
 
 def dense(layout: Layout) -> Callable:
-    """Equal lengths are a batch."""
+    """Return a call that reshapes segments of equal length to a dense batch."""
 
     def call(qkv, *projections):
         batch = qkv.view(-1, layout.longest, 3, HEADS, HEAD_DIM)
@@ -155,7 +156,7 @@ def runs() -> list[Run]:
 
 
 def chosen(layout: Layout, qkv: Tensor, *projections: Tensor) -> str:
-    """Which of the package's implementations runs."""
+    """Return the name of the package's implementation that runs."""
     bias = layout.bias or (None, None, (1, 1))
     return ops.OPERATORS["varlen_attention"].choose(*projections, *layout.lengths, None, *bias, 0).name
 
@@ -188,7 +189,7 @@ def test_rivals(run, benchmark):
     lengths = layout.cu_seqlens.diff().long()
     flops = 4 * int(lengths.square().sum()) * HEADS * HEAD_DIM
 
-    # Newer torch lets varlen_attn choose between FlashAttention-2 and cuDNN, which is timed by itself.
+    # Force FlashAttention-2, because newer varlen_attn may choose cuDNN, which is a rival of its own here.
     flash_alone = sdpa_kernel(SDPBackend.FLASH_ATTENTION) if run.implementation == "varlen_attn" else nullcontext()
     with ops.use_backend(run.implementation if is_own else "auto"), flash_alone:
         if is_own and chosen(layout, *arguments) != run.implementation:
@@ -207,7 +208,7 @@ def test_rivals(run, benchmark):
 
 
 def user(query, key, value, index, mask):
-    """Pad to the longest segment, mask the padding's keys, and pack again, from packed query, key and value."""
+    """Pad query, key and value to the longest segment, mask the padded keys, and pack the result."""
 
     def padded(packed):
         rows = packed.new_zeros(mask.numel(), *packed.shape[1:]).index_copy_(0, index, packed)

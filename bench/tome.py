@@ -1,8 +1,8 @@
-"""Token merging (ToMe) for timm's Vision Transformers, from the paper: Bolya et al. 2023, arXiv 2210.09461.
+"""Token merging (ToMe) for timm's Vision Transformers, as in Bolya et al. 2023, arXiv 2210.09461.
 
-Between attention and MLP of every block, r patches are merged into those most like them by their keys (bipartite soft
-matching). A token's size is the number of patches in it: means are weighted by it, and its logarithm is added to
-attention's scores (proportional attention). Prefix tokens are left alone.
+Between attention and MLP of every block, r patches are merged into the patches with the most similar keys (bipartite
+soft matching). A token's size is the number of patches in it. Means are weighted by size, and the logarithm of the size
+is added to attention's scores (proportional attention). Prefix tokens are not merged.
 """
 
 import math
@@ -18,16 +18,17 @@ from tinydrop_kernels.families.flops import linear_flops
 def merge(tokens: Tensor, sizes: Tensor, keys: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """Merge r tokens of each image into others.
 
-    Every second token is the source of an edge to the most similar of the others; the r best edges are merged along.
+    Every second token is a source, with an edge to the most similar of the remaining tokens. The r sources with the
+    best edges are merged.
 
     Args:
         tokens: ``(batch, n, dim)``.
         sizes: float32 ``(batch, n, 1)``.
-        keys: ``(batch, n, head_dim)``, whose cosine is the similarity.
-        r: at most ``n // 2``.
+        keys: ``(batch, n, head_dim)``. The similarity is the cosine of two keys.
+        r: number of merged tokens, at most ``n // 2``.
 
     Returns:
-        ``(batch, n - r, dim)`` and their sizes: the sources that stay, then the others.
+        Tokens ``(batch, n - r, dim)`` and their sizes. Sources that were not merged come first.
     """
     batch, _, dim = tokens.shape
     keys = F.normalize(keys, dim=-1)
@@ -52,7 +53,10 @@ def merge(tokens: Tensor, sizes: Tensor, keys: Tensor, r: int) -> tuple[Tensor, 
 
 
 def merged_by_layer(patches: int, depth: int, total: int) -> list[int]:
-    """Patches merged in each layer: r = total / depth, as evenly as whole numbers can, and never more than half."""
+    """Return the number of patches merged in each layer.
+
+    The total is spread evenly over the layers. A layer merges at most half of its patches.
+    """
     merged = []
     for layer in range(depth):
         merged.append(min((layer + 1) * total // depth - layer * total // depth, patches // 2))
@@ -61,14 +65,14 @@ def merged_by_layer(patches: int, depth: int, total: int) -> list[int]:
 
 
 class TokenMerging:
-    """A timm ``VisionTransformer`` with plain blocks, called with merging; the model itself is not changed.
+    """Calls a timm ``VisionTransformer`` with token merging, without changing the model.
 
     Args:
-        model: not patched.
-        total: patches that are merged in all layers together; r times their number in the paper.
+        model: a model with plain blocks, not patched.
+        total: number of patches merged in all layers together. In the paper, this is r times the number of layers.
 
     Attributes:
-        tokens: of each image behind each layer of the last call, prefix included.
+        tokens: number of tokens per image after each layer of the last call, prefix included.
     """
 
     def __init__(self, model: Any, total: int):
@@ -76,7 +80,7 @@ class TokenMerging:
         self.merged = merged_by_layer(model.patch_embed.num_patches, len(model.blocks), total)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Logits ``(batch, classes)``."""
+        """Return logits ``(batch, classes)``."""
         model, prefix = self.model, self.model.num_prefix_tokens
         x = model.norm_pre(model._pos_embed(model.patch_embed(images)))
         sizes, self.tokens = None, []
@@ -93,7 +97,7 @@ class TokenMerging:
 
 
 def _attend(block: Any, x: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The attention half of a block, and its keys' mean over the heads: ``(batch, tokens, head_dim)``."""
+    """Return the output of a block's attention, and the keys' mean over the heads ``(batch, tokens, head_dim)``."""
     attention = block.attn
     qkv = attention.qkv(block.norm1(x)).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
     query, key, value = qkv.unbind(0)
@@ -105,7 +109,7 @@ def _attend(block: Any, x: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor
 
 
 def flops(model: Any, total: int) -> int:
-    """FLOPs of an image, the matching counted; ``total`` as in :class:`TokenMerging`."""
+    """Return the FLOPs per image, matching included. ``total`` is that of :class:`TokenMerging`."""
     patches, prefix, found = model.patch_embed.num_patches, model.num_prefix_tokens, linear_flops(model.head)
     found += patches * 2 * model.patch_embed.proj.weight.numel()
     for block, merged in zip(model.blocks, merged_by_layer(patches, len(model.blocks), total), strict=True):
@@ -119,6 +123,6 @@ def flops(model: Any, total: int) -> int:
 
 
 def total_for(model: Any, aim: float) -> int:
-    """How many patches to merge for an image to cost as nearly ``aim`` FLOPs as can be."""
+    """Return the number of merged patches whose FLOPs per image are closest to ``aim``."""
     most = len(model.blocks) * model.patch_embed.num_patches // 2
     return min(range(most + 1), key=lambda total: abs(flops(model, total) - aim))

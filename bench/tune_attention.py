@@ -1,12 +1,13 @@
-"""Which tiles attention's Triton kernel should have, on the GPU that is here: tries many, and prints the fastest.
+"""Search for the fastest tiles of attention's Triton kernel on the GPU of this machine.
 
     python bench/tune_attention.py [--dtype bfloat16] [--head-dim 64 ...] [--processes N]
 
-For each longest segment of the tables in ops/kernels/attention_tiles.py, with and without a bias, the geometric mean
-of batches of 256 under a CUDA graph: equal lengths, ragged ones where a ViT has them, and those that the default policy
-gives. Prints every time, then the tables as they would be written, the shipped tile beside the fastest. Answers are
-compared with the shipped tile's. By calculation some 6 minutes on 16 cores for one head_dim; most of it goes into
-compiling, which many processes do first.
+The script covers each longest segment of the tables in ops/kernels/attention_tiles.py, with and without a bias. The
+score of a tile is the geometric mean of its times on several batches of 256 in a CUDA graph. The batches have equal
+lengths, ragged lengths, or the lengths that the default policy gives. The script prints every time, and then the tables
+with the fastest tile beside the shipped one. Answers are compared with those of the shipped tile. One head_dim takes
+about 6 minutes on 16 cores (calculated, not measured). Most of this time is compiling, which runs first in many
+processes.
 """
 
 import argparse
@@ -41,9 +42,9 @@ from tinydrop_kernels.ops.kernels.attention_tiles import LONG, Tile, tile_for
 from tinydrop_kernels.policy.drop import DropPolicy
 
 BATCH, HEADS = 256, 16
-LEVELS = [(side, side) for side in (14, 12, 11, 9, 7)]  # the grids an image may have, of ViT's at 224 pixels
-# Longest segment: the lengths of its batches. "mean 20" is ragged, and its longest is twice its mean; "policy" is what
-# the default policy leaves of a 14 x 14 grid where the guidance model is as often unsure as sure.
+LEVELS = [(side, side) for side in (14, 12, 11, 9, 7)]  # all grids of a ViT at 224 pixels and patch 16
+# Longest segment: the lengths of its batches. "mean 20" is ragged with this mean. "policy" has the lengths that the
+# default policy gives on a 14 x 14 grid for evenly spread confidences.
 BATCHES = {
     16: ("mean 8", "13"),
     32: ("mean 13", "26"),
@@ -52,7 +53,7 @@ BATCHES = {
     256: ("mean 99", "197", "policy"),
     LONG: ("257", "577"),
 }
-# Longest segment: blocks of queries and of keys that are worth a try, the keys whole or in a loop.
+# Longest segment: block sizes of queries and of keys to try. Keys fit into one block or are looped over.
 BLOCKS = {
     16: ((16,), (16,)),
     32: ((16, 32), (16, 32)),
@@ -61,13 +62,13 @@ BLOCKS = {
     256: ((64, 128), (64, 128, 256)),
     LONG: ((64, 128), (32, 64, 128)),
 }
-# Rows of queries: the numbers of warps that are worth a try. A warpgroup's product takes 64 rows and 4 warps.
+# Rows of queries: numbers of warps to try. A warpgroup's product needs 64 rows and 4 warps.
 NUM_WARPS = {16: (1, 2, 4), 32: (1, 2, 4), 64: (2, 4, 8), 128: (4, 8)}
-SAME = 0.02  # of an answer's norm: two roundings to bfloat16
+SAME = 0.02  # allowed error as a fraction of an answer's norm, for two roundings to bfloat16
 
 
 class Problem(NamedTuple):
-    """One entry of the tables."""
+    """One entry of the tile tables."""
 
     dtype: torch.dtype
     head_dim: int
@@ -79,10 +80,10 @@ class Problem(NamedTuple):
         return tile_for(longest, longest, mean, self.head_dim, self.dtype == torch.float32, self.has_bias)
 
     def tiles(self) -> list[Tile]:
-        """What is tried. float32 runs without tensor cores, and takes twice the registers for a tile."""
+        """Return the tiles to try. float32 gets small tiles only, because it needs twice the registers per tile."""
         found = []
         for block_query, block_key in itertools.product(*BLOCKS[self.longest]):
-            stages = (2,) if block_key >= self.longest else (2, 3)  # one block of keys is no loop to pipeline
+            stages = (2,) if block_key >= self.longest else (2, 3)  # one block of keys has no loop to pipeline
             if self.dtype != torch.float32 or max(block_query, block_key) <= 64:
                 rest = itertools.product(NUM_WARPS[block_query], stages)
                 found += [Tile(block_query, block_key, *options) for options in rest]
@@ -92,14 +93,14 @@ class Problem(NamedTuple):
 def lengths_of(problem: Problem, batch: str) -> Tensor:
     if batch == "policy":
         counts, _ = apply_law(torch.linspace(0, 1, BATCH), LEVELS, DropPolicy().law)
-        return (counts[counts > 0] + 1).to(DEVICE)  # with the class token; what exits has no segment
+        return (counts[counts > 0] + 1).to(DEVICE)  # plus the class token; images that exit have no segment
     if batch.startswith("mean "):
         return ragged_lengths(int(batch.removeprefix("mean ")), BATCH, problem.longest)
     return torch.full((BATCH,), int(batch), dtype=torch.int32, device=DEVICE)
 
 
 def argument_sets(problem: Problem, lengths: Tensor, rotate: bool) -> list[tuple]:
-    """Arguments of the kernel's launch, as many as it takes to leave nothing in the cache."""
+    """Return arguments of the kernel's launch. With ``rotate``, there are enough sets to exceed the cache."""
     cu_seqlens, longest, total = cu_seqlens_of(lengths), int(lengths.max()), int(lengths.sum())
     bias: tuple = (None, None, (0, 0))
     if problem.has_bias:
@@ -116,7 +117,7 @@ def argument_sets(problem: Problem, lengths: Tensor, rotate: bool) -> list[tuple
 
 @contextmanager
 def tiled(tile: Tile) -> Iterator[None]:
-    """The kernel's launches have this tile."""
+    """Make the kernel's launches use this tile within the ``with`` block."""
     kernel.plan_launch.cache_clear()
     try:
         with mock.patch.object(kernel, "tile_for", lambda *_: tile):
@@ -131,7 +132,7 @@ def one_of_each(problem: Problem) -> list[tuple]:
 
 
 def compiled(problem: Problem, tile: Tile) -> str:
-    """Launch once on each batch, so that Triton's cache on disk holds every variant; why it fails, if it does."""
+    """Compile every variant into Triton's disk cache by launching it. Return the error, or an empty string."""
     try:
         with tiled(tile):
             for arguments in one_of_each(problem):
@@ -143,7 +144,7 @@ def compiled(problem: Problem, tile: Tile) -> str:
 
 
 def times(problem: Problem, tiles: list[Tile], timer: Callable = graph_us) -> dict[Tile, list[float]]:
-    """Microseconds of each tile on each batch; of the shipped one under the name of None."""
+    """Return the microseconds of each tile on each batch. The key None is the shipped tile."""
     found: dict = {None: [], **{tile: [] for tile in tiles}}
     for batch in BATCHES[problem.longest]:
         lengths = lengths_of(problem, batch)
@@ -156,7 +157,7 @@ def times(problem: Problem, tiles: list[Tile], timer: Callable = graph_us) -> di
         for name, microseconds in found.items():
             with tiled(name or shipped):
                 error = (kernel.launch(*sets[0]).float() - wanted).norm() / wanted.norm()
-                is_same = error.item() <= SAME  # false for NaN
+                is_same = error.item() <= SAME  # written so that NaN counts as different
                 microseconds.append(timer(Rotation(kernel.launch, sets), calls) if is_same else math.inf)
     return found
 
@@ -168,7 +169,7 @@ def written(tile: Tile) -> str:
 
 
 def entry(problem: Problem, found: dict) -> str:
-    """A line of the table."""
+    """Return a line of the table."""
     mean = {name: math.prod(microseconds) ** (1 / len(microseconds)) for name, microseconds in found.items()}
     best = min((tile for tile in found if tile), key=mean.__getitem__)
     longest = "LONG" if problem.longest == LONG else problem.longest

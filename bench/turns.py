@@ -1,4 +1,4 @@
-"""Several ways to one answer, timed in turn on the same images."""
+"""Timing of several ways to answer, which take turns on the same images."""
 
 import statistics
 import time
@@ -13,40 +13,40 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 WARM_UPS = 3 if CUDA else 1  # rounds
-STREAMED = 4  # calls at least that follow one another without waiting, on CUDA
+STREAMED = 4  # smallest number of calls in a round without waiting, on CUDA
 
 LATE = "the deadline came"
 
-Profile = list[tuple[str, int, float]]  # of each kernel, or operator on CPU: name, launches and microseconds
+Profile = list[tuple[str, int, float]]  # name, launches and microseconds of each kernel, or of each operator on CPU
 
 
 def nothing(turn: int) -> None:
-    """Done before a call where nothing has to be."""
+    """Do nothing. This is the default of ``Way.turn_to``."""
 
 
 @dataclass
 class Way:
-    """One way to answer, and what has been measured of it."""
+    """One way to answer, and its measurements."""
 
     name: str
     call: Callable[[Any], Any]
-    batches: Sequence[Any]  # of a round
-    images: int  # of a batch
-    turn_to: Callable[[int], None] = nothing  # before each call, untimed, with the batch's number
-    flops: Callable[[], int] | None = None  # of the call before; None: they are counted while it runs
-    exits: Sequence[bool] = ()  # of the batches of a round, where one is one image
-    captures: bool = False  # whether its memory is taken when it is first called, in a CUDA graph
+    batches: Sequence[Any]  # the batches of a round
+    images: int  # per batch
+    turn_to: Callable[[int], None] = nothing  # called before each call with the batch's number; not timed
+    flops: Callable[[], int] | None = None  # returns the FLOPs of the last call; None counts them during the call
+    exits: Sequence[bool] = ()  # for each batch of a round, True if its only image exits; empty for larger batches
+    captures: bool = False  # True if the first call allocates all memory, in a CUDA graph
     round_flops: int = 0
     round_seconds: list[float] = field(default_factory=list)
-    waited: list[float] = field(default_factory=list)  # of each call, seconds until its end
-    host_seconds: list[float] = field(default_factory=list)  # of each call, by rounds
-    peak_bytes: int | None = None  # beyond what was held before
+    waited: list[float] = field(default_factory=list)  # seconds until the end of each call
+    host_seconds: list[float] = field(default_factory=list)  # host seconds per call, one value per round
+    peak_bytes: int | None = None  # beyond the memory in use before
     launches: int | None = None
     profile: Profile | None = None
-    why_not: str | None = None  # not measured
+    why_not: str | None = None  # reason if the way was not measured
 
     def attempt(self, step: Callable[["Way"], None]) -> None:
-        """Take a step, unless an earlier one failed; what fails costs this way's figures, and no other's."""
+        """Take a step, unless an earlier step failed. An error is recorded, so that other ways are still measured."""
         if self.why_not is None:
             try:
                 step(self)
@@ -55,12 +55,12 @@ class Way:
 
 
 def reason(error: Exception) -> str:
-    """An error in one short line."""
+    """Return an error as one short line."""
     return f"{type(error).__name__}: {error}".split("\n")[0][:120]
 
 
 def counting() -> FlopCounterMode:
-    """Counts the FLOPs of what runs within, attention on CPU too, which torch leaves out."""
+    """Return a context that counts FLOPs, including attention on CPU, which torch does not count."""
 
     def attention(query: Any, key: Any, value: Any, *others: Any, **named: Any) -> int:
         return sdpa_flop_count(query, key, value)
@@ -70,7 +70,7 @@ def counting() -> FlopCounterMode:
 
 
 def profiled(call: Callable[[], Any]) -> Profile:
-    """Of a call; the longest first."""
+    """Return the profile of a call, the longest kernel first."""
     with profile(activities=[ProfilerActivity.CUDA if CUDA else ProfilerActivity.CPU]) as found:
         call()
         synchronize()
@@ -80,7 +80,7 @@ def profiled(call: Callable[[], Any]) -> Profile:
 
 
 def warm_up(way: Way) -> None:
-    """Rounds that are not timed: what has to be compiled is, and the first one's FLOPs are counted."""
+    """Run rounds that are not timed, so that everything is compiled. Record FLOPs and peak memory."""
     held = torch.cuda.memory_allocated() if CUDA else 0
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
@@ -110,7 +110,7 @@ def warm_up(way: Way) -> None:
 
 
 def look_at(way: Way, keeps_profile: bool) -> None:
-    """Count a call's launches and, if it is to be kept, how long each kernel takes."""
+    """Record the number of launches of a call and, with ``keeps_profile``, its profile."""
     way.turn_to(0)
     found = profiled(lambda: way.call(way.batches[0]))
     if CUDA:
@@ -120,7 +120,7 @@ def look_at(way: Way, keeps_profile: bool) -> None:
 
 
 def timed_round(way: Way, clock: Callable[[], float]) -> None:
-    """One call after the other, each waited for."""
+    """Time a round of calls, and wait for the end of each call."""
     waited = []
     for turn, images in enumerate(way.batches):
         way.turn_to(turn)
@@ -135,9 +135,9 @@ def timed_round(way: Way, clock: Callable[[], float]) -> None:
 
 
 def streamed_round(way: Way) -> None:
-    """On CUDA: calls that are not waited for, so that the host prepares the next one while the device works.
+    """Time a round of calls on CUDA without waiting, so that the host prepares a call while the device works.
 
-    What turns to another batch is timed too: a copy of some microseconds, which only an image that exits would notice.
+    The time includes ``turn_to``, a copy of a few microseconds, which is negligible unless a single image exits.
     """
     calls, host = max(STREAMED, len(way.batches)), 0.0
     synchronize()
@@ -163,15 +163,15 @@ def take_turns(
     """Warm up, then time every way in every round.
 
     Args:
-        ways: are written into.
-        rounds: fewer, but two, where it gets late.
-        clock: seconds.
-        is_late: whether the deadline has come; a way that is not warm by then is not measured.
-        profile_too: names of ways whose profile is kept. Nothing must be timed in the process afterwards, since a
-            profiler leaves later launches slower; None profiles nothing, and counts no launches.
+        ways: the ways to time. Measurements are written into them.
+        rounds: number of rounds. After the deadline, there are only two.
+        clock: returns seconds.
+        is_late: returns True after the deadline. A way that has not been warmed up by then is not measured.
+        profile_too: names of ways whose profile is kept. Nothing may be timed in the process afterwards, because a
+            profiler slows later launches. With None, nothing is profiled and launches are not counted.
 
     Yields:
-        After each round and at the end, the GPU's clock before and now, in MHz.
+        The GPU's clock before the first round and now in MHz, after each round and at the end.
     """
     for way in ways:
         if is_late():
@@ -191,18 +191,18 @@ def take_turns(
         return
     for way in ways:
         if way.why_not is None and (CUDA or way.name in profile_too):
-            with suppress(Exception):  # its figures are there
+            with suppress(Exception):  # the figures are measured, so a failing profiler costs nothing
                 look_at(way, way.name in profile_too)
     yield [before, clock_mhz() if CUDA else None]
 
 
 def figures(way: Way, dense: Sequence[Way], dense_round_flops: int) -> dict[str, Any]:
-    """What is reported of a way that was measured.
+    """Return the reported figures of a measured way.
 
     Args:
-        way: measured in turn with
-        dense: the ways whose fastest it is held against.
-        dense_round_flops: of a round, dense.
+        way: the way.
+        dense: dense ways measured in turn with ``way``. The speed-up is over the fastest of them.
+        dense_round_flops: dense FLOPs of a round.
     """
     exits = [waited for turn, waited in enumerate(way.waited) if way.exits and way.exits[turn % len(way.exits)]]
     found: dict[str, Any] = {

@@ -1,5 +1,5 @@
-// The operator tinydrop_cuda::varlen_attention: checks its arguments and launches the kernel. Through torch's stable
-// ABI and with the CUDA runtime linked in, so that one library loads on every torch from 2.11 on, without a GPU too.
+// The operator tinydrop_cuda::varlen_attention. It checks its arguments and launches the kernel. It uses torch's stable
+// ABI and links the CUDA runtime statically, so that one library loads on every torch from 2.11 on, even without a GPU.
 #include <algorithm>
 #include <cmath>
 #include <optional>
@@ -21,7 +21,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// As STD_TORCH_CHECK, but the message begins with what the caller wrote: the argument's name.
+// Throws unless `fine`, like STD_TORCH_CHECK. The message has no prefix, so it begins with the argument's name.
 template <typename... Parts>
 void check(bool fine, const Parts&... parts) {
   if (fine) return;
@@ -34,7 +34,7 @@ void check_cuda(cudaError_t status, const char* call) {
   check(status == cudaSuccess, call, ": ", cudaGetErrorString(status));
 }
 
-// torch's current stream. Looked up when it is needed, because a torch without CUDA does not have the symbol.
+// Returns torch's current stream. The symbol is looked up at run time, because a torch without CUDA does not have it.
 cudaStream_t current_stream(int32_t device) {
   using Function = int32_t (*)(int32_t, void**);
   static const auto function = [] {
@@ -52,7 +52,7 @@ void check_device(const char* name, const Tensor& tensor, const Tensor& query) {
         ": is on another device than query");
 }
 
-// A tensor (rows, heads, head_dim) as the kernel reads it, of query's dtype, heads and head_dim.
+// Checks a tensor (rows, heads, head_dim) against query's dtype, heads and head_dim. Returns the kernel's view of it.
 View view(const char* name, const Tensor& tensor, const Tensor& query) {
   check_device(name, tensor, query);
   check(tensor.dim() == 3, name, ": got ", tensor.dim(), " dimensions, expected (total, heads, head_dim)");
@@ -79,7 +79,7 @@ const int* int_vector(const char* name, const Tensor& tensor, int64_t length, co
   return static_cast<const int*>(tensor.const_data_ptr());
 }
 
-// The grid and the table of a relative-position bias.
+// Checks a relative position bias and adds its table, positions and grid to the arguments.
 void add_bias(AttentionArguments& a, const Tensor& table, const std::optional<Tensor>& positions, int64_t grid_rows,
               int64_t grid_columns, const Tensor& query, const Tensor& key) {
   check(positions.has_value(), "positions: got None, which a bias_table does not go without");
@@ -143,7 +143,7 @@ Tensor varlen_attention(const Tensor& query, const Tensor& key, const Tensor& va
   if (out.numel() == 0 || batch == 0) return out;
   a.out = out.mutable_data_ptr();
 
-  // No segment is longer than all together, so that a generous bound costs nothing.
+  // Limit the bounds to the number of rows, because no segment is longer; then a generous bound costs nothing.
   const AttentionLaunch launch =
       plan_attention(a, bfloat16, batch, std::min(max_seqlen_q, query.size(0)), std::min(max_seqlen_k, key.size(0)),
                      attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
@@ -152,7 +152,7 @@ Tensor varlen_attention(const Tensor& query, const Tensor& key, const Tensor& va
         a.plan.shared_bytes, " bytes of shared memory in a block, this device has ", shared_limit);
   check(launch.blocks <= INT32_MAX, "cu_seqlens_q: needs ", launch.blocks, " blocks, expected at most ", INT32_MAX);
 
-  // The same limit from every call: threads share it, and one that lowers it would fail another's launch.
+  // Set the same limit in every call, because threads share it; a thread that lowered it would fail another's launch.
   const void* kernel = reinterpret_cast<const void*>(launch.kernel);
   constexpr int64_t kSharedBytesUnasked = 48 * 1024;
   if (a.plan.shared_bytes > kSharedBytesUnasked) {

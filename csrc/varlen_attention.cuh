@@ -1,4 +1,5 @@
-// Softmax attention within each segment of a packed batch, for segments short enough that reading them is the work.
+// The attention kernel: softmax attention within each segment of a packed batch. It is made for short segments, which
+// take more time to read than to compute.
 #pragma once
 
 #include <cfloat>
@@ -8,7 +9,7 @@
 #include <cuda_runtime.h>
 
 #include "launch_plan.h"
-#include <tensor_core.cuh>  // in angle brackets: found on the include path, where tests put an emulation first
+#include <tensor_core.cuh>  // angle brackets, so that tests can put an emulation first on the include path
 
 namespace tinydrop {
 
@@ -17,7 +18,7 @@ struct View {
   const void* data;
   int64_t row_stride, head_stride;  // in elements
 };
-constexpr int64_t kMaxRowStride = (int64_t{1} << 30) - 1;  // of what is copied and of out: its bytes are an int
+constexpr int64_t kMaxRowStride = (int64_t{1} << 30) - 1;  // of the inputs and of out; in bytes it fits an int
 
 struct AttentionArguments {
   View query;                // (total_q, heads, head_dim)
@@ -25,37 +26,38 @@ struct AttentionArguments {
   void* out;                 // (total_q, heads, head_dim), contiguous
   const int* cu_seqlens_q;   // (batch + 1,)
   const int* cu_seqlens_k;   // (batch + 1,)
-  View bias_table;           // (distances, heads), with nothing to align; its data is null where there is no bias
-  const int* positions;      // (total_q,), patch numbers in raster order; negative: the class token
+  View bias_table;           // (distances, heads), any alignment; its data is null without a bias
+  const int* positions;      // (total_q,), patch numbers in raster order; a negative number is the class token
   int grid_rows, grid_columns;
-  int class_token_entries;   // whether the last three of the table's rows are those of the class token
+  int class_token_entries;   // whether the table's last three rows are for the class token
   int heads, head_dim;
-  float scale_log2;          // scale * log2(e), because softmax is taken in base 2
+  float scale_log2;          // scale * log2(e), because the softmax uses base 2
   LaunchPlan plan;
 };
 
 constexpr float kLog2e = 1.4426950408889634f;
 
-// Rows of kHeadDim 16-bit elements in shared memory, cut into chunks of 16 bytes. The chunks of a row are permuted
-// (XOR) so that one and the same chunk of 8 consecutive rows, which is what ldmatrix reads at a time, lies in 8
-// different groups of banks. A place in the banks comes again every 8 / kPermuted rows: kPermuted is gcd(kChunks, 8).
-// Addresses are bytes, and the first row's is a multiple of 128.
+// Rows of kHeadDim 16-bit elements in shared memory, divided into chunks of 16 bytes. ldmatrix reads the same chunk of
+// 8 consecutive rows at a time. The chunks of a row are permuted (XOR) so that these 8 chunks lie in 8 different groups
+// of banks. Without the permutation the banks would repeat every 8 / kPermuted rows; kPermuted is gcd(kChunks, 8).
+// Addresses are in bytes. The first row's address must be a multiple of 128.
 template <int kHeadDim>
 struct SharedRows {
   static constexpr int kChunks = kHeadDim / 8;
   static constexpr int kRowBytes = kChunks * 16;
-  static constexpr int kPermuted = kChunks % 8 == 0 ? 8 : kChunks % 4 == 0 ? 4 : 2;  // neighbours that change places
+  static constexpr int kPermuted = kChunks % 8 == 0 ? 8 : kChunks % 4 == 0 ? 4 : 2;  // chunks that swap places
 
   __device__ static int address(int row, int chunk) {
     return row * kRowBytes + (chunk ^ row * kPermuted / 8 % kPermuted) * 16;
   }
-  // From the address of chunk 0 of a row to that of any other, or from chunk 1 to that of an even number of chunks on.
+  // Returns the address `chunks` chunks further in the same row. `address` must be that of chunk 0, or that of chunk 1
+  // if `chunks` is even.
   __device__ static uint32_t advance(uint32_t address, int chunks) {
     return (address ^ chunks % kPermuted * 16) + chunks / kPermuted * kPermuted * 16;
   }
 };
 
-// Rows of one head, from `first` on, and where in shared memory they go.
+// The rows of one head from `first` on, and their destination in shared memory.
 struct CopiedRows {
   uint32_t shared;
   int row_bytes;
@@ -67,10 +69,10 @@ struct CopiedRows {
         data(strided(static_cast<const uint16_t*>(view.data) + head * view.head_stride, first, row_bytes)) {}
 };
 
-// Copies `count` rows, a multiple of 8, of each tensor to shared memory, as one thread's part of the block's work; what
-// lies beyond `valid` rows and head_dim columns becomes zeros. A warp takes 8 rows at a time, after which the
-// permutation comes again, and kLanes chunks of each, which are whole groups of permuted ones: so a lane finds its
-// places before the loop, and for every further group of chunks a constant is added.
+// Copies this thread's share of `count` rows (a multiple of 8) of each tensor to shared memory. Elements beyond `valid`
+// rows or head_dim columns become zeros. A warp copies 8 rows at a time, because the permutation repeats after 8 rows,
+// and kLanes chunks of each row, because these are whole groups of permuted chunks. So a lane computes its addresses
+// before the loop and adds a constant for each further group of chunks.
 template <int kHeadDim, int kTensors>
 __device__ __forceinline__ void load_rows(const CopiedRows (&tensors)[kTensors], int count, int valid, int head_dim) {
   using Rows = SharedRows<kHeadDim>;
@@ -94,7 +96,8 @@ __device__ __forceinline__ void load_rows(const CopiedRows (&tensors)[kTensors],
   }
 }
 
-// Waits until at most `pending` groups of this thread are under way, or fewer: it takes a constant.
+// Waits until at most `pending` groups of this thread's copies are pending. For more than 3 it waits for all but 3,
+// because the instruction takes a constant.
 __device__ __forceinline__ void wait_for_copies(int pending) {
   switch (pending) {
     case 0: return cp_async_wait<0>();
@@ -117,7 +120,7 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   return bits;
 }
 
-// Maximum and sum over the four lanes that share a row.
+// Return the maximum and the sum over the four lanes that share a row.
 __device__ __forceinline__ float row_maximum(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
   return fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));
@@ -127,11 +130,12 @@ __device__ __forceinline__ float row_total(float x) {
   return x + __shfl_xor_sync(0xffffffff, x, 2);
 }
 
-// The bias. BEiT numbers the entry of query patch q and key patch k
-//   (q.y - k.y + rows - 1) * (2 columns - 1) + (q.x - k.x + columns - 1),
-// which is code(q) - code(k) + codes - 1 with code(p) = p.y * (2 columns - 1) + p.x, below codes = the table's middle
-// plus one. The last three entries are those of (class query, patch key), (patch query, class key), (class, class).
-// In shared memory these are repeated so that one subtraction finds every entry, query_code(q) - key_code(k):
+// The lookup of a relative position bias. In BEiT's table the entry of query patch q and key patch k has the number
+//   (q.y - k.y + rows - 1) * (2 columns - 1) + (q.x - k.x + columns - 1).
+// This equals code(q) - code(k) + codes - 1 with code(p) = p.y * (2 columns - 1) + p.x. Every code is below `codes`,
+// the number of the table's middle entry plus one. The last three entries are for (class query, patch key),
+// (patch query, class key) and (class query, class key). In shared memory these three are repeated, so that every entry
+// is found by one subtraction, query_code(q) - key_code(k):
 //   [0, 2 codes - 1)           patch query, patch key
 //   [2 codes - 1, 3 codes - 1) patch query, class key
 //   [3 codes - 1, 4 codes - 1) class query, patch key
@@ -146,7 +150,7 @@ struct BiasCodes {
     return position < 0 ? 4 * codes - 2 : key_code(position) + codes - 1;
   }
   __device__ int entries() const { return 5 * codes - 1; }
-  // Row of the global table that an entry repeats.
+  // Returns the row of the global table from which an entry of the shared table is copied.
   __device__ int table_row(int entry) const {
     const int distances = 2 * codes - 1;
     if (entry < distances) return entry;
@@ -155,19 +159,20 @@ struct BiasCodes {
   }
 };
 
-// What a warp keeps of its 16 query rows while the keys go by. A lane holds parts of rows lane / 4 and lane / 4 + 8.
+// The running softmax of a warp's 16 query rows over the keys seen so far. A lane holds parts of rows lane / 4 and
+// lane / 4 + 8.
 template <int kHeadDim>
 struct RowBlock {
   float out[kHeadDim / 8][4] = {};          // not yet divided by the sum
-  float origin[2] = {-FLT_MAX, -FLT_MAX};   // what probabilities are relative to, in base 2; never -inf, so that a
-                                            // score of -inf has probability 0 even where all so far are -inf
-  float sum[2] = {};                        // of this lane's columns
+  float origin[2] = {-FLT_MAX, -FLT_MAX};   // score to which probabilities are relative, in base 2; never -inf, so that
+                                            // a score of -inf has probability 0 even if all scores so far are -inf
+  float sum[2] = {};                        // sum of probabilities in this lane's columns
 };
 
-// One step of the online softmax: 16 query rows against kKeyStep keys, of which `keys` (at least 1) exist.
-// Steps are short because the scores of 64 keys would take 16 registers more, which is a block less in flight at
-// head_dim 64, and because lengths are padded to them.
-// `query`, `key`, `value` are shared addresses of the first row; `table` and `key_codes` are used with a bias only.
+// Performs one step of the online softmax: 16 query rows against kKeyStep keys. Only the first `keys` (>= 1) exist.
+// Steps are short for two reasons. The scores of 64 keys would take 16 more registers, so that one block less would be
+// resident at head_dim 64. Also, segment lengths are padded to whole steps.
+// `query`, `key`, `value` are shared addresses of the first row. `table` and `key_codes` are used only with a bias.
 template <typename T, int kHeadDim, bool kBias>
 __device__ __forceinline__ void attend(RowBlock<kHeadDim>& rows, uint32_t query, uint32_t key, uint32_t value, int keys,
                                        bool first, float scale_log2, const float* table, const int (&query_codes)[2],
@@ -175,13 +180,14 @@ __device__ __forceinline__ void attend(RowBlock<kHeadDim>& rows, uint32_t query,
   using Rows = SharedRows<kHeadDim>;
   const int lane = threadIdx.x % 32;
   const int column = 2 * (lane % 4);
-  // Rows and chunks that this lane points ldmatrix to. A key is a column of the score product and a row of the other.
+  // The rows and chunks whose addresses this lane passes to ldmatrix. A key is a column of the score product and a row
+  // of the value product.
   query += Rows::address(lane % 16, lane / 16);
   key += Rows::address(lane % 8 + lane / 16 * 8, lane / 8 % 2);
   value += Rows::address(lane % 16, lane / 16);
 
-  // Scores: 8 columns an array, laid out as mma_16816's sum. Query fragments are read again in every step, which
-  // is a fifth of the shared-memory reads and spares kHeadDim / 4 registers.
+  // Scores: 8 columns per array, laid out as mma_16816's sum. Query fragments are read again in every step. This is a
+  // fifth of the shared-memory reads and saves kHeadDim / 4 registers.
   float scores[kKeyStep / 8][4] = {};
 #pragma unroll
   for (int chunk = 0; chunk < Rows::kChunks; chunk += 2) {
@@ -217,7 +223,7 @@ __device__ __forceinline__ void attend(RowBlock<kHeadDim>& rows, uint32_t query,
     }
   }
 
-  // With a bias the scores are in base 2 already; without, the scale rides along in the exponent's multiply-add.
+  // With a bias the scores are already in base 2. Without one, the exponent's multiply-add applies the scale.
   const float scale = kBias ? 1.0f : scale_log2;
   float maximum[2];
 #pragma unroll
@@ -229,9 +235,9 @@ __device__ __forceinline__ void attend(RowBlock<kHeadDim>& rows, uint32_t query,
     }
     maximum[r] = row_maximum(maximum[r]) * scale;
   }
-  // An origin need not be the maximum, since the sum divides it out: it stays until probabilities might exceed 2^8, and
-  // most steps correct nothing. float16 holds 2^16, which leaves 2^8 to rounding: that of an origin of up to 2^27, far
-  // from any logit of a network that works.
+  // The origin need not be the maximum, because the division by the sum cancels it. It changes only if probabilities
+  // might exceed 2^8, so most steps need no correction. float16 holds values up to 2^16, which leaves a factor of 2^8
+  // for rounding errors. That is enough for an origin of up to 2^27, far above the scores of any working network.
   constexpr float kSlack = 8;
   if (maximum[0] > rows.origin[0] + kSlack || maximum[1] > rows.origin[1] + kSlack) {
 #pragma unroll
@@ -239,7 +245,7 @@ __device__ __forceinline__ void attend(RowBlock<kHeadDim>& rows, uint32_t query,
       const float origin = fmaxf(rows.origin[r], maximum[r]);
       const float correction = exp2_approx(rows.origin[r] - origin);
       rows.origin[r] = origin;
-      if (first) continue;  // out and sum are zero
+      if (first) continue;  // out and sum are still zero
       rows.sum[r] *= correction;
 #pragma unroll
       for (int i = 0; i < kHeadDim / 8; ++i) {
@@ -257,7 +263,7 @@ __device__ __forceinline__ void attend(RowBlock<kHeadDim>& rows, uint32_t query,
     }
   }
 
-  // A sum's layout is that of a's halves, so the probabilities are multiplied from where they are.
+  // The layout of mma_16816's sum is that of the halves of its a, so the probabilities need no rearrangement.
 #pragma unroll
   for (int group = 0; group < kKeyStep / 16; ++group) {
     const float(&low)[4] = scores[2 * group], (&high)[4] = scores[2 * group + 1];
@@ -275,15 +281,15 @@ __device__ __forceinline__ void attend(RowBlock<kHeadDim>& rows, uint32_t query,
 
 extern __shared__ __align__(128) unsigned char shared_memory[];
 
-// Divides by the sum and writes `valid` rows of 16 to global memory, 16 bytes a lane, by way of 16 rows that only this
-// warp uses, `staging` bytes from the start of shared memory. Rows that met no key are zeros.
+// Divides by the sum and writes the first `valid` of 16 rows to global memory, 16 bytes per lane. The rows pass through
+// 16 rows of shared memory that only this warp uses, `staging` bytes from its start. Rows without keys become zeros.
 template <typename T, int kHeadDim>
 __device__ __forceinline__ void store_rows(const RowBlock<kHeadDim>& rows, uint32_t staging, T* out, int row_bytes,
                                            int valid, int head_dim) {
   using Rows = SharedRows<kHeadDim>;
   const int lane = threadIdx.x % 32;
   const uint32_t mine = staging + Rows::address(lane / 4, 0) + lane % 4 * 4;
-  __syncwarp();  // every lane has read the query that lay here
+  __syncwarp();  // wait until every lane has read the query rows that are overwritten here
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float sum = row_total(rows.sum[r]);
@@ -306,13 +312,14 @@ __device__ __forceinline__ void store_rows(const RowBlock<kHeadDim>& rows, uint3
 }
 
 // One block processes one head of up to plan.rows_per_block() query rows of one segment, against all keys of that
-// segment; each warp takes 16 rows at a time. Heads are fastest in the grid: neighbouring blocks read neighbouring
-// bytes of the projection's output.
+// segment. Each warp takes 16 rows at a time. The head varies fastest in the grid, so that neighbouring blocks read
+// neighbouring bytes of the projection's output.
 //
 // Shared memory: query rows | key_capacity keys | their values | with a bias: its table, the codes of the keys.
-// Copies run in groups of one key tile, so the first tile is multiplied while the others arrive. Where not all tiles
-// fit, tile t lies in half t % 2 and the next one is fetched once every warp is done with the one before. Two blocks
-// of 8 warps have their registers, up to head_dim 80 (64 with a bias); beyond, the compiler would spill for it.
+// Copies run in groups of one key tile, so the first tile is multiplied while the others arrive. If not all tiles fit,
+// tile t lies in half t % 2, and the next tile is fetched once every warp has finished the previous one. The registers
+// suffice for two resident blocks of 8 warps up to head_dim 80 (64 with a bias). Beyond that, two blocks would make the
+// compiler spill.
 template <typename T, int kHeadDim, bool kBias>
 __global__ void __launch_bounds__(kMaxWarps * 32, kHeadDim <= (kBias ? 64 : 80) ? 2 : 1)
     varlen_attention_kernel(const AttentionArguments a) {
@@ -325,7 +332,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kHeadDim <= (kBias ? 64 : 80) 
   if (num_rows <= 0) return;
   const int first_key = a.cu_seqlens_k[segment];
   int num_keys = a.cu_seqlens_k[segment + 1] - first_key;
-  if (!a.plan.streams_keys) num_keys = min(num_keys, a.plan.key_capacity);  // should max_seqlen_k be too small
+  if (!a.plan.streams_keys) num_keys = min(num_keys, a.plan.key_capacity);  // in case max_seqlen_k is too small
   const int tiles = (num_keys + kKeyTile - 1) / kKeyTile;
 
   constexpr int kRowBytes = SharedRows<kHeadDim>::kRowBytes;
@@ -349,7 +356,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kHeadDim <= (kBias ? 64 : 80) 
     }
   };
 
-  const int ahead = a.plan.streams_keys ? min(tiles, 1) : tiles;  // tiles under way at first
+  const int ahead = a.plan.streams_keys ? min(tiles, 1) : tiles;  // tiles requested at the start
   for (int tile = 0; tile < ahead; ++tile) {
     if (tile == 0) {
       const int padded = (num_rows + kRowBlock - 1) / kRowBlock * kRowBlock;
@@ -369,7 +376,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kHeadDim <= (kBias ? 64 : 80) 
 
   const int lane = threadIdx.x % 32;
   for (int round = 0; round < a.plan.row_blocks_per_warp; ++round) {
-    const int row = (round * a.plan.warps + static_cast<int>(threadIdx.x) / 32) * kRowBlock;  // this warp's first
+    const int row = (round * a.plan.warps + static_cast<int>(threadIdx.x) / 32) * kRowBlock;  // this warp's first row
     const bool has_rows = row < num_rows;
     int query_codes[2] = {};
     if constexpr (kBias) {
@@ -381,11 +388,11 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kHeadDim <= (kBias ? 64 : 80) 
 
     RowBlock<kHeadDim> rows;
     for (int tile = 0; tile < tiles; ++tile) {
-      if (round == 0) {  // in later rounds, which only resident keys have, every tile is there
+      if (round == 0) {  // later rounds exist only if all keys stay, and then every tile is there
         wait_for_copies(ahead - 1);
         __syncthreads();
         if (tile + ahead < tiles) load_tile(tile + ahead);
-        cp_async_commit();  // empty at the end, so that `ahead - 1` stays the number that may be pending
+        cp_async_commit();  // an empty group at the end keeps `ahead - 1` the number that may be pending
       }
       if (!has_rows) continue;
       const int keys = min(num_keys - tile * kKeyTile, kKeyTile);
@@ -421,7 +428,7 @@ struct AttentionLaunch {
   int threads;
 };
 
-// Completes the arguments by their plan, and says what to launch with them.
+// Adds the plan to the arguments and returns the kernel, blocks and threads to launch.
 inline AttentionLaunch plan_attention(AttentionArguments& a, bool bfloat16, int64_t batch, int64_t max_seqlen_q,
                                       int64_t max_seqlen_k, int64_t shared_bytes_per_multiprocessor) {
   const bool bias = a.bias_table.data != nullptr;

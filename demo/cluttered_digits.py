@@ -1,11 +1,10 @@
-"""Cluttered digits: real handwriting hidden in real photographs, made on the fly.
+"""Cluttered digits: handwritten digits hidden in photographs, made on the fly.
 
-In the tradition of cluttered MNIST: one handwritten digit (scikit-learn's copy of the UCI optical digits) is pasted
-somewhere on a photograph (scikit-image's public-domain ones) among fragments of other digits. The class is the digit,
-so most of the image can be dropped by a model that knows where to look.
+As in cluttered MNIST, one handwritten digit is pasted at a random place of a photograph, among fragments of other
+digits. The digits are scikit-learn's copy of the UCI optical digits, and the photographs are public-domain ones of
+scikit-image. The class is the digit, so a model that knows where to look can drop most of the image.
 
-Handwriting and photographs are both split: no digit image and no photograph of ``split="train"`` is in
-``split="test"``.
+``split="train"`` and ``split="test"`` have no digit image and no photograph in common.
 """
 
 import numpy as np
@@ -18,24 +17,25 @@ from torch.utils.data import Dataset
 
 IMAGE_SIZE = 224
 CLASS_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-TRAIN_DIGITS = 1297  # of scikit-learn's 1797; the rest are for testing
+TRAIN_DIGITS = 1297  # the first 1297 of scikit-learn's 1797 digits; the other 500 are for testing
 TRAIN_PHOTOGRAPHS = ("astronaut", "camera", "brick", "grass", "gravel", "moon", "hubble_deep_field")
 TEST_PHOTOGRAPHS = ("chelsea", "coffee", "rocket")
-STROKE_SIZE = 64  # side to which the 8 x 8 digits are upsampled once
+STROKE_SIZE = 64  # side in pixels that the 8 x 8 digits are upsampled to when they are loaded
 FRAGMENTS = 8
 
 
 class Cluttered(Dataset):
-    """``length`` images of cluttered digits, the same for the same ``seed``.
+    """A data set of ``length`` images of cluttered digits.
+
+    An item is ``(image, label, box)``. The image is uint8 ``(224, 224, 3)``, the label is the digit, and the box is
+    int64 ``(top, left, bottom, right)``, the digit's place in pixels.
 
     Args:
-        split: ``"train"`` or ``"test"``: which handwriting and which photographs.
+        split: ``"train"`` or ``"test"``. It selects the handwriting and the photographs.
         length: number of images.
-        seed: image ``i`` depends on ``(seed, i)`` alone.
-        easy: the first so many images begin with digits twice as large and no fragments, and end as the others.
-
-    Items are ``(image, label, box)``: uint8 ``(224, 224, 3)``, the digit as an int, and where it is, as int64
-    ``(top, left, bottom, right)`` in pixels.
+        seed: seed of the random numbers. Image ``i`` depends on ``(seed, i)`` alone.
+        easy: number of easier images at the start. The first has a digit twice as large and no fragments, and the
+            difficulty rises to that of the other images.
     """
 
     def __init__(self, split: str, length: int, seed: int = 0, easy: int = 0):
@@ -80,7 +80,7 @@ class Cluttered(Dataset):
         return 0.6 * (pixels[:, ::-1] if rng.random() < 0.5 else pixels)  # darker than the strokes
 
     def _stroke(self, rng, index, size) -> np.ndarray:
-        """The digit at ``size`` pixels, rotated by up to 15 degrees: ``(size, size)`` opacities in [0, 1]."""
+        """Return a digit, rotated by up to 15 degrees, as opacities in [0, 1] of shape ``(size, size)``."""
         angle = float(rng.uniform(-np.pi / 12, np.pi / 12))
         rotation = torch.tensor([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0]]).float()
         grid = F.affine_grid(rotation[None], [1, 1, int(size), int(size)], align_corners=False)
@@ -93,7 +93,7 @@ def _as_rgb(photograph: np.ndarray) -> np.ndarray:
 
 
 def _paste(rng, canvas: np.ndarray, opacity: np.ndarray) -> np.ndarray:
-    """Blend a stroke of one random light colour into ``canvas`` at a random place, (top, left, bottom, right)."""
+    """Blend a stroke in a random light colour into ``canvas`` at a random place. Return (top, left, bottom, right)."""
     height, width = opacity.shape
     top = int(rng.integers(canvas.shape[0] - height + 1))
     left = int(rng.integers(canvas.shape[1] - width + 1))

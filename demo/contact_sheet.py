@@ -1,4 +1,4 @@
-"""A page of what a call kept: each image above the patches that the target was given."""
+"""A contact sheet of a call, with each image above its kept patches."""
 
 from collections.abc import Sequence
 
@@ -18,17 +18,17 @@ def contact_sheet(
     columns: int = 8,
     width: int = 224,
 ) -> Image.Image:
-    """A page of a whole call: each image, and beneath it what the target saw of it and how much that is.
+    """Draw each image of a call, and below it the patches that the target was given and their number.
 
     Args:
-        images: RGB, those of the call, in order; fewer are fine.
-        call: what happened to the batch, ``model.tinydrop.last``.
-        captions: what stands above each image, such as the class.
-        columns: images side by side; more of them go on below.
-        width: of each image on the page, in pixels.
+        images: the RGB images of the call in order, or the first few.
+        call: the record of the call, ``model.tinydrop.last``.
+        captions: text above each image, such as its class.
+        columns: number of images side by side. Further images go below.
+        width: width of each image on the page, in pixels.
 
     Raises:
-        ValueError: no images, more than the call had, or not as many captions.
+        ValueError: there are no images, more images than in the call, or another number of captions.
     """
     if not 0 < len(images) <= len(call.grid_sizes):
         raise ValueError(f"images: got {len(images)}, expected 1 to {len(call.grid_sizes)}, those of the call")

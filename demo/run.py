@@ -1,11 +1,11 @@
-"""The demo: a large ViT and the same ViT patched, on the same images, in one run.
+"""The demo, which compares a ViT with the same ViT patched, on the same images.
 
     python demo/run.py
 
-Where the model hub is reachable: stock ImageNet models on scikit-image's photographs. Where it is not: the two small
-models of ``demo/weights`` (trained by ``demo/train.py``) on handwritten digits hidden in photographs that neither has
-seen. Either way it ends in a table, in a picture of the kept patches, ``demo/out/kept_patches.png``, in a page of what
-was looked at in each image, ``demo/out/index.html``, and in a policy calibrated on other images, with its certificate.
+If the model hub can be reached, the demo runs stock ImageNet models on scikit-image's photographs. Otherwise it runs
+the two small models of ``demo/weights`` (trained by ``demo/train.py``) on handwritten digits hidden in photographs that
+neither model has seen. In both cases it prints a table, draws the kept patches (``demo/out/kept_patches.png``), writes
+a page that shows them for each image (``demo/out/index.html``), and calibrates a policy on other images.
 """
 
 import argparse
@@ -35,12 +35,12 @@ HERE = Path(__file__).parent
 PICTURE = HERE / "out" / "kept_patches.png"
 STOCK_TARGET = "vit_base_patch16_224.augreg2_in21k_ft_in1k"
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "camera", "hubble_deep_field", "brick", "grass")
-SHOWN = 64  # images on the page
+SHOWN = 64  # number of images on the page
 ROUNDS = 5
-DROP = 0.02  # of accuracy, that the calibrated policy may lose
-CAM = tdk.Saliency()  # the paper's: Grad-CAM of one class
-# For the embedded target, which was trained at one resolution and looks for something small in a large image: drops, no
-# coarser grid, and a second look. Chosen on images of the training half (``Cluttered("train", 192, seed=7)``).
+DROP = 0.02  # accuracy that the calibrated policy may lose
+CAM = tdk.Saliency()  # Grad-CAM of one class, as in the paper
+# The embedded target was trained at one resolution, and its digits are small. So its policy drops patches, keeps the
+# dense grid and takes a second look. It was chosen on training images (``Cluttered("train", 192, seed=7)``).
 EMBEDDED_POLICY = tdk.DropPolicy(0.8, 0.0, 0.25, coarsen=0.0, blend=0.2, second_look=(0.2, 0.6), saliency=CAM)
 RIVALS = {
     "TinyDrop, defaults": tdk.DropPolicy(),
@@ -52,16 +52,16 @@ RIVALS = {
 
 @dataclass
 class Scene:
-    """Models, images normalised for the target, and what is known about them."""
+    """The models and images of a demo. Images are normalised for the target."""
 
     title: str
-    model: Any  # timm's
+    model: Any  # the target, a timm model
     guidance: torch.nn.Module
     images: torch.Tensor
     labels: torch.Tensor | None
     names: list[str]
     policy: tdk.DropPolicy
-    others: list  # batches of other images, and labels where they are known, to calibrate with
+    others: list  # batches to calibrate with: images, or pairs of images and labels if labels are known
 
 
 def hub_is_reachable() -> bool:
@@ -98,7 +98,7 @@ def embedded_scene(length: int, batch_size: int) -> Scene:
     images, labels = cluttered(length, seed=1)
     others = [part.split(batch_size) for part in cluttered(2 * length, seed=2)]
     return Scene(
-        "the embedded ViT (6 blocks, 196 patches) and its tiny guidance, on handwritten digits in real photographs",
+        "the embedded ViT (6 blocks, 196 patches) and its guidance model, on handwritten digits in real photographs",
         load_model(str(HERE / "weights" / "target")),
         load_model(str(HERE / "weights" / "guidance")),
         images,
@@ -116,7 +116,7 @@ def seconds(call, batches) -> tuple[float, torch.Tensor]:
 
 
 def draw(scene: Scene, last, logits: torch.Tensor, shown: int = 8) -> None:
-    """Each image, and beneath it what the target saw of it: dropped patches dark, exits framed."""
+    """Save a picture of each image and of its kept patches. Dropped patches are dark, and exits are framed."""
     pictures = as_pictures(scene.model, scene.images[:shown])
     names = [scene.names[label].split(",")[0] for label in logits[:shown].argmax(1).tolist()]
     PICTURE.parent.mkdir(exist_ok=True)
@@ -124,7 +124,7 @@ def draw(scene: Scene, last, logits: torch.Tensor, shown: int = 8) -> None:
 
 
 def leaf_through(scene: Scene, batch_size: int) -> Path:
-    """Write the page of what was looked at, and say where it is."""
+    """Write the page that shows the kept patches of each image. Return the page's path."""
     images = scene.images[:SHOWN]
     if scene.labels is None:
         names = list(PHOTOGRAPHS)
@@ -139,7 +139,7 @@ def leaf_through(scene: Scene, batch_size: int) -> Path:
 
 
 def calibrate(scene: Scene, dense: torch.Tensor) -> None:
-    """Find a policy for a stated drop, print what is known of it, and see what it does on the images of the table."""
+    """Calibrate a policy that loses at most ``DROP``, print its certificate, and try it on the images of the table."""
     path = PICTURE.parent / "policy.json"
     tdk.unpatch(scene.model)
     policy = tdk.calibrate(scene.model, scene.guidance, scene.others, accuracy_drop=DROP)
@@ -155,16 +155,16 @@ def calibrate(scene: Scene, dense: torch.Tensor) -> None:
 @torch.inference_mode()
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=256, help="digits to classify")
+    parser.add_argument("--images", type=int, default=256, help="number of images in the embedded demo")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--embedded", action="store_true", help="do not look for the model hub")
+    parser.add_argument("--embedded", action="store_true", help="run the embedded demo in any case")
     args = parser.parse_args()
 
     stock = not args.embedded and hub_is_reachable()
     if not stock:
-        print("The model hub is not used or out of reach: this is the embedded demo.")
+        print("The model hub is not used or cannot be reached, so this is the embedded demo.")
     scene = stock_scene() if stock else embedded_scene(args.images, args.batch_size)
-    print(f"{scene.title}; {len(scene.images)} images, {torch.get_num_threads()} threads of a CPU\n")
+    print(f"{scene.title}; {len(scene.images)} images, {torch.get_num_threads()} CPU threads\n")
 
     batches = scene.images.split(args.batch_size)
     model = tdk.patch(scene.model, scene.guidance, scene.policy)
@@ -175,7 +175,7 @@ def main():
     }
     spent: dict[str, list[float]] = {way: [] for way in ways}
     answers, reports = {}, {}
-    for turn in range(ROUNDS + 1):  # in turn, so that all see the same machine; the first turn warms up
+    for turn in range(ROUNDS + 1):  # all ways take turns, so that other load slows all of them; the first turn warms up
         for way, (call, policy) in ways.items():
             if policy:
                 model.tinydrop.policy = policy
@@ -211,7 +211,7 @@ def main():
     print(f"\nPicture of the kept patches: {PICTURE.relative_to(HERE.parent)}")
     model.tinydrop.policy = scene.policy
     page = leaf_through(scene, args.batch_size)
-    print(f"Page of what was looked at, to open in a browser: {page.relative_to(HERE.parent)}")
+    print(f"Page of the kept patches of each image, to open in a browser: {page.relative_to(HERE.parent)}")
     calibrate(scene, answers["dense"])
     print(f"timm {timm.__version__}, torch {torch.__version__}; medians of {ROUNDS} runs in turn, guidance counted")
 

@@ -1,4 +1,4 @@
-"""A patched model under torch.compile, timed against itself before it was patched and before it was compiled.
+"""The time of a model dense, patched, and patched under ``torch.compile``.
 
 python examples/compile.py [--model SPEC] [--guidance SPEC] [--batch-size 32] [--device cuda]
 """
@@ -33,10 +33,10 @@ def main() -> None:
     model = load_model(args.model).to(args.device)
     images = torch.randn(args.batch_size, 3, *model.patch_embed.img_size, device=args.device)
     print(f"dense: {milliseconds(model, images):.1f} ms")
-    tdk.patch(model, args.guidance, tdk.DropPolicy.fixed(0.5))  # noise would exit or not by chance
+    tdk.patch(model, args.guidance, tdk.DropPolicy.fixed(0.5))  # without exits, because noise would exit by chance
     print(f"patched: {milliseconds(model, images):.1f} ms")
     print(f"patched and compiled: {milliseconds(torch.compile(model), images):.1f} ms")
-    tdk.unpatch(model)  # the model itself, not what torch.compile made of it
+    tdk.unpatch(model)  # takes the model itself, not the wrapper from torch.compile
 
 
 if __name__ == "__main__":

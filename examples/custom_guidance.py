@@ -1,9 +1,9 @@
-"""A guidance model of your own, at a size of your own; and two policies, one of which only exits early.
+"""A guidance model of your own with an image size of your own, and two policies. The second policy only exits early.
 
 python examples/custom_guidance.py photo.jpg [--model SPEC] [--guidance SPEC] [--size 160]
 
-Any timm classifier with the target's classes can guide. The smaller its images, the less it costs; whether its answers
-still do is for the accuracy on your own images to tell.
+Any timm classifier with the target's classes can be the guidance model. With smaller images it costs less, but its
+answers may get worse. Measure the accuracy on your own images.
 """
 
 import argparse
@@ -17,14 +17,14 @@ def main() -> None:
     parser.add_argument("images", nargs="+")
     parser.add_argument("--model", default="vit_base_patch16_224.augreg2_in21k_ft_in1k")
     parser.add_argument("--guidance", default="mobilenetv3_large_100.ra_in1k")
-    parser.add_argument("--size", type=int, default=160, help="pixels of a side of what the guidance model sees")
+    parser.add_argument("--size", type=int, default=160, help="side of the guidance model's images, in pixels")
     args = parser.parse_args()
 
     model = load_model(args.model)
     guidance = tdk.Guidance(load_model(args.guidance), input_size=(args.size, args.size))
     tdk.patch(model, guidance)
     for policy in (tdk.DropPolicy(tau=0.8, min_keep=0.25), tdk.DropPolicy.cascade(tau=0.8)):
-        model.tinydrop.policy = policy  # may change between calls
+        model.tinydrop.policy = policy  # the policy may be replaced between calls
         predictor = tdk.Predictor(model, batch_size=8)
         for row in predictor.predict(args.images):
             print(row.as_dict())

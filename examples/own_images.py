@@ -1,4 +1,4 @@
-"""Your own loop: images made by timm's transform for the model, as for any timm model.
+"""A loop of your own, with images from timm's transform, as for any timm model.
 
 python examples/own_images.py photo.jpg more/*.jpg [--model SPEC] [--guidance SPEC]
 """
@@ -21,7 +21,8 @@ def main() -> None:
     args = parser.parse_args()
 
     model = load_model(args.model)
-    # Size, mean and standard deviation are the target's; the guidance model's own are made from them inside.
+    # Use the target's size, mean and standard deviation, because the patched model converts images for the guidance
+    # model by itself.
     transform = create_transform(**resolve_model_data_config(model), is_training=False)
     images = torch.stack([transform(Image.open(path).convert("RGB")) for path in args.images])
 

@@ -1,4 +1,4 @@
-"""Classify photographs with a Vision Transformer that drops tokens, and see what it saved.
+"""Classification of photographs with a Vision Transformer that drops tokens, and a report of what that saved.
 
 python examples/quickstart.py photo.jpg more/*.jpg
 python examples/quickstart.py photo.jpg --model NAME=weights.safetensors --guidance resnet18=small.safetensors

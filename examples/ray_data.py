@@ -1,4 +1,4 @@
-"""Many images on many workers, with Ray Data (pip install "ray[data]"): one patched model in each actor.
+"""Classification of many images on many workers with Ray Data (pip install "ray[data]"), one patched model per actor.
 
 python examples/ray_data.py photos/ [--model SPEC] [--guidance SPEC] [--actors 1]
 """
@@ -19,9 +19,9 @@ class Classify:
         self.predictor = tdk.Predictor(patched, batch_size=32, top=1)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list]:
-        # Ray's arrays are read-only, which the predictor minds as little as images of different sizes.
+        # Images need not be copied or resized, because the predictor takes Ray's read-only arrays and any sizes.
         rows = self.predictor.predict_batch(batch["image"])
-        best = [row.top[0] if row else None for row in rows]  # None of what cannot be read
+        best = [row.top[0] if row else None for row in rows]  # None if an image cannot be read
         return {
             "path": list(batch["path"]),
             "class": [candidate and candidate.name for candidate in best],

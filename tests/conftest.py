@@ -1,17 +1,17 @@
-"""Shared fixtures. Memory that the package takes uninitialised is poisoned, so that a row it forgets to write shows."""
+"""Shared fixtures. Uninitialised memory of the package is filled with NaN, so that rows that are never written show."""
 
 import importlib.util
 import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a model hub
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # because otherwise tests wait for the model hub
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported: kernels run on CPU tensors
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels then run on CPU; Triton reads this at its import
 
 if importlib.util.find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1":
     import interpreter_bf16
@@ -34,14 +34,14 @@ def _poisoned(create):
 
 @pytest.fixture(autouse=True)
 def poison_empty(monkeypatch):
-    """As flash-linear-attention does: what ``torch.empty`` hands to the package is NaN."""
+    """Fill what the package gets from ``torch.empty`` with NaN, as flash-linear-attention's tests do."""
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
 
 
 @pytest.fixture(autouse=True)
 def untrained(monkeypatch):
-    """What trained before in this process is forgotten: nothing would be kept of weights (``derived``)."""
+    """Forget that earlier tests have trained, because otherwise nothing computed from weights is cached."""
     if importlib.util.find_spec("timm") is not None:
         monkeypatch.setattr("tinydrop_kernels.ops.derived._training", 0)
 
@@ -53,7 +53,7 @@ def seed():
 
 @pytest.fixture(scope="session")
 def data():
-    """The folder of real weights and photographs; skips where there is none."""
+    """Return the folder of real weights and photographs. The test is skipped if there is none."""
     if not DATA.is_dir():
         pytest.skip(f"no real weights and photographs in {DATA} (set TINYDROP_DATA)")
     return DATA
@@ -61,7 +61,7 @@ def data():
 
 @pytest.fixture
 def vit():
-    """A small ViT."""
+    """Return a small ViT."""
     from helpers import tiny_vit
 
     return tiny_vit()
@@ -69,7 +69,7 @@ def vit():
 
 @pytest.fixture
 def patched(vit):
-    """A patched tiny ViT that exits nothing and keeps half of the patches."""
+    """Return a patched tiny ViT that keeps half of the patches and has no exits."""
     from helpers import tiny_guidance
 
     import tinydrop_kernels as tdk
@@ -84,7 +84,7 @@ def images():
 
 @pytest.fixture(autouse=True)
 def rounding_where_a_gpu_would():
-    """With TINYDROP_TF32 in the environment, for a test that a GPU's float32 is good enough for others."""
+    """Round convolutions to TF32 if TINYDROP_TF32 is set, to test that tolerances are wide enough for a GPU."""
     if "TINYDROP_TF32" not in os.environ:
         yield
         return

@@ -1,4 +1,4 @@
-"""Counts of what a device would wait for, and of FLOPs; and the same model on the reference and on the kernels."""
+"""Counters of device synchronisations and of FLOPs, and a comparison of the Triton kernels with the reference."""
 
 import torch
 from helpers import tiny_guidance
@@ -14,8 +14,11 @@ READS = ("tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__
 
 
 class SizesFromValues(TorchDispatchMode):
-    """Counts operations whose result's size depends on values, and tensors made of the host's numbers: for both a GPU
-    would be waited for, and no CUDA graph holds them."""
+    """A dispatch mode that records operations for which the host would wait for a GPU.
+
+    These are operations whose result's size depends on values, and tensors made from Python numbers. A CUDA graph
+    cannot hold either of them.
+    """
 
     def __init__(self):
         super().__init__()
@@ -35,7 +38,7 @@ class SizesFromValues(TorchDispatchMode):
 
 
 def assert_same_on_the_kernels(model, images):
-    """In logits and in what was kept, of images that exit and take grids of their own."""
+    """Assert that both backends give the same logits and keep the same patches, with exits and several grids."""
     tdk.patch(model, tiny_guidance(), tdk.DropPolicy(tau=0.6, gamma=1.0, min_keep=0.1, coarsen=0.5, second_look=None))
     with torch.inference_mode():
         with ops.use_backend("reference"):
@@ -48,7 +51,7 @@ def assert_same_on_the_kernels(model, images):
 
 
 def counted(call, *args) -> int:
-    """Attention as its two products: torch 2.11's counter does not know the fused one on CPU."""
+    """Return the FLOPs of a call. Attention runs unfused, because torch 2.11 does not count fused attention on CPU."""
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         call(*args)
     return counter.get_total_flops()

@@ -1,9 +1,11 @@
-"""A patched model whose answers are set by hand, for what stands on patched models."""
+"""A fake patched model with answers set by hand, for tests of code that uses patched models."""
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 
+from tinydrop_kernels.engine import pipeline, steps
 from tinydrop_kernels.policy.drop import DropPolicy
 from tinydrop_kernels.report import Report
 
@@ -11,14 +13,14 @@ CLASSES = 4
 
 
 def fake_report(**figures):
-    """A report in round numbers: half of dense, of which a tenth is the guidance's."""
+    """Return a report in round numbers: 100 FLOPs dense, 50 patched, 10 for the guidance model."""
     plain = dict.fromkeys(("exits", "second_looks", "coarser", "kept_patches", "patches"), 0)
     plain |= {"images": 8, "flops": 50, "guidance_flops": 10, "cascade_flops": 80, "dense_flops": 100}
     return Report(**(plain | {"read_backs": 1, "calls": 1, "seconds": {}} | figures))
 
 
 def fake_call(kept, grid_sizes, num_patches=16, confidence=0.5, second_look=()):
-    """What a call with these kept patches leaves behind; an image without any has exited."""
+    """Return the record of a call with these kept patches. An image without kept patches has exited."""
     return SimpleNamespace(
         exited=torch.tensor([not patches for patches in kept]),
         counts=torch.tensor([len(patches) for patches in kept], dtype=torch.int32),
@@ -33,10 +35,38 @@ def fake_call(kept, grid_sizes, num_patches=16, confidence=0.5, second_look=()):
     )
 
 
-class FakePatched(torch.nn.Module):
-    """Sees 8 x 8 pixels, normalised to [0, 1]. The class is the image's brightness in quarters; the brightest exit.
+class FakeSteps:
+    """The steps of a pipeline: the fake's for a :class:`FakePatched`, the engine's own for a patched model."""
 
-    Dense it says class 0 of everything, and of what does not exit its guidance says class 1.
+    @staticmethod
+    def ask(state, images):
+        return images if isinstance(state, SimpleNamespace) else steps.ask(state, images)
+
+    @staticmethod
+    def decide(state, pending):
+        return pending if isinstance(state, SimpleNamespace) else steps.decide(state, pending)
+
+    @staticmethod
+    def start(state, images, plan):
+        return (
+            SimpleNamespace(images=images) if isinstance(state, SimpleNamespace) else steps.start(state, images, plan)
+        )
+
+    @staticmethod
+    def finish(state, running):
+        return state.model(running.images) if isinstance(state, SimpleNamespace) else steps.finish(state, running)
+
+
+@pytest.fixture(autouse=True)
+def fake_steps(monkeypatch):
+    """Let a :class:`FakePatched` go through a pipeline."""
+    monkeypatch.setattr(pipeline, "steps", FakeSteps)
+
+
+class FakePatched(torch.nn.Module):
+    """A fake model for images of 8 x 8 pixels in [0, 1]. The class is the brightness in quarters. The brightest exit.
+
+    Dense, the answer is always class 0. The guidance model answers class 1 for images that do not exit.
     """
 
     def __init__(self, in_chans=3, confidence=0.5):
@@ -65,10 +95,7 @@ class FakePatched(torch.nn.Module):
             timed=False,
             graphs=None,
             check=lambda images: None,
-            ask=lambda images: images,
-            decide=lambda images: images,
-            start=lambda images, plan: SimpleNamespace(images=images),
-            finish=lambda running: self(running.images),
+            model=self,
         )
         self.eval()
 
@@ -83,8 +110,8 @@ class FakePatched(torch.nn.Module):
     def dense(self, images):
         return torch.eye(CLASSES)[[0] * len(images)]
 
-    def report(self):
-        last = self.tinydrop.last
+    def report(self, call=None):
+        last = call or self.tinydrop.last
         return fake_report(
             images=len(last.exited),
             exits=int(last.exited.sum()),

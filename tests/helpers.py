@@ -1,4 +1,4 @@
-"""Small models of timm's own classes, and images that random guidance tells apart."""
+"""Small models of timm's own classes, and images that a random guidance model classifies differently."""
 
 import timm
 import torch
@@ -7,15 +7,18 @@ from tinydrop_kernels.ops import derived
 
 
 def tiny_vit(**options) -> torch.nn.Module:
-    """A ViT of timm's own class, small enough for every test: 4 x 4 patches of 8 pixels, 2 blocks, 5 classes."""
+    """Return a small ViT of timm's own class: 4 x 4 patches of 8 pixels, 2 blocks, 5 classes."""
     options = {"num_classes": 5, "img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2} | options
     return with_random_weights(timm.create_model("vit_tiny_patch16_224", **options))
 
 
 def tiny_guidance(num_classes: int = 5, in_chans: int = 3, sharpness: float = 12.0) -> torch.nn.Module:
-    """timm's smallest convolutional classifier with a head that is linear after average pooling.
+    """Return timm's smallest convolutional classifier with a head that is linear after average pooling.
 
-    ``sharpness`` spreads its confidences: random weights alone are about equally unsure of everything.
+    Args:
+        num_classes: number of classes.
+        in_chans: number of image channels.
+        sharpness: factor on the head's weights that spreads the confidences. Without it they are all about equal.
     """
     model = with_random_weights(timm.create_model("test_byobnet", num_classes=num_classes, in_chans=in_chans))
     model.head.fc.weight.data.mul_(sharpness)
@@ -23,9 +26,10 @@ def tiny_guidance(num_classes: int = 5, in_chans: int = 3, sharpness: float = 12
 
 
 def with_random_weights(model: torch.nn.Module) -> torch.nn.Module:
-    """Eval mode, and every parameter and running statistic that timm starts at zero or one made to matter.
+    """Set the model to eval mode and give every parameter and running statistic an effect on the output.
 
-    Queries and keys are made longer: as timm starts them, every key weighs nearly the same, wherever it is.
+    timm initialises some of them to zero or one, so noise is added. The weights of queries and keys are scaled up,
+    because with timm's initialisation every key gets nearly the same attention.
     """
     with torch.no_grad():
         for name, tensor in model.named_parameters():
@@ -42,11 +46,11 @@ def with_random_weights(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def masked_features(model, images: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-    """timm's own ``forward_features`` with some tokens hidden from attention; ``seen`` is bool ``(tokens,)``."""
+    """Return timm's ``forward_features`` with some tokens masked in attention. ``seen`` is bool ``(tokens,)``."""
     mask = seen.expand(1, 1, len(seen), len(seen))
     if not isinstance(model, timm.models.Beit):
         return model.forward_features(images, attn_mask=mask)
-    patches = model.patch_embed(images)  # its forward takes no mask, but its blocks add whatever the model shares
+    patches = model.patch_embed(images)  # BEiT's forward takes no mask, so pass the mask as the shared bias
     x = torch.cat((model.cls_token.expand(len(patches), -1, -1), patches), dim=1)
     x = x if model.pos_embed is None else x + model.pos_embed
     hidden = torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))
@@ -56,25 +60,25 @@ def masked_features(model, images: torch.Tensor, seen: torch.Tensor) -> torch.Te
 
 
 def varied_images(batch: int, size: int = 32) -> torch.Tensor:
-    """Images that differ enough, in colour and coarse shape, for a random guidance model to tell them apart."""
+    """Return images that differ in colour and coarse shape, so that a random guidance model can distinguish them."""
     coarse = torch.nn.functional.interpolate(torch.randn(batch, 3, 4, 4), size=size, mode="nearest")
     return 2 * coarse + 2 * torch.randn(batch, 3, 1, 1) + 0.1 * torch.randn(batch, 3, size, size)
 
 
 def packed_of(weight):
-    """What is kept of a weight in oneDNN's layout, or None."""
+    """Return the cached copy of a weight in oneDNN's layout, or None if there is none."""
     kept = derived._kept.get(weight)
     return kept and kept.values.get("prepacked")
 
 
 def close(out, wanted):
-    """Within 1e-4 of the largest logit, the bound the project promises in float32."""
+    """Assert that two outputs differ by at most 1e-4 of the largest logit, the bound that is promised for float32."""
     assert out.shape == wanted.shape
     assert (out - wanted).abs().max() <= 1e-4 * wanted.abs().max()
 
 
 def spread_confidence(module, args, guided):
-    """Confidences from near 0 to near 1 over the batch."""
+    """Replace the logits by ones whose confidences rise from near 0 to near 1 over the batch (a forward hook)."""
     batch = len(guided.logits)
     logits = torch.zeros_like(guided.logits)
     logits[:, 0] = torch.linspace(0.0, 6.0, batch)

@@ -1,8 +1,9 @@
-"""bfloat16 in Triton's interpreter, which knows it only as 16 bits that NumPy takes for an integer.
+"""A correction of bfloat16 in Triton's interpreter, which stores it as 16-bit integers in NumPy.
 
-Loads, stores, moves and the widening to float32 are right as they are. Mended here: narrowing to bfloat16, which
-truncates, and ``tl.dot``, which multiplies the bits. What would still compute on bits is refused: a kernel widens what
-it loads, as all of this package do, and a test of one that forgets fails instead of passing on nonsense.
+Loads, stores, moves and the cast to float32 are correct without changes. Two operations are replaced here: the cast to
+bfloat16, which truncates instead of rounding, and ``tl.dot``, which multiplies the bits as integers. Any other
+arithmetic on bfloat16 raises TypeError, because it would compute on the bits. A kernel must therefore cast what it
+loads to float32, as all kernels of this package do.
 """
 
 import inspect
@@ -14,7 +15,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, ReduceScanOpInterface, TensorHandle
 
-# What is replaced, with its parameters in Triton 3.6 to 3.9.
+# The methods that are replaced, with their parameters in Triton 3.6 to 3.9.
 KNOWN = {
     InterpreterBuilder.cast_impl: "self src dst_type",
     InterpreterBuilder.create_dot: "self a b d input_precision max_num_imprecise_acc",
@@ -34,20 +35,20 @@ def is_bfloat16(value) -> bool:
 
 
 def widened(handle: TensorHandle) -> TensorHandle:
-    """bfloat16 as float32; anything else as it is."""
+    """Cast bfloat16 to float32. Return any other dtype unchanged."""
     if not is_bfloat16(handle):
         return handle
     return TensorHandle(torch.tensor(handle.data).view(torch.bfloat16).float().numpy(), tl.float32)
 
 
 def narrowed(handle: TensorHandle) -> TensorHandle:
-    """Any number rounded to the nearest bfloat16, of two equally near the even one."""
+    """Round any number to the nearest bfloat16, with ties to even."""
     rounded = torch.tensor(handle.data.astype(np.float32)).bfloat16()
     return TensorHandle(rounded.view(torch.uint16).numpy(), tl.bfloat16)
 
 
 def refusing(method):
-    """The method, but for bfloat16 operands. Choosing between two (``tl.where``) moves bits and may."""
+    """Return the method with a TypeError for bfloat16 operands. ``tl.where`` is allowed, because it only moves bits."""
 
     def run(self, *args):
         operands = args[0] if isinstance(args[0], tuple) else args
@@ -59,10 +60,10 @@ def refusing(method):
 
 
 def mend() -> None:
-    """Replace the interpreter's methods; once a process, after TRITON_INTERPRET is set.
+    """Replace the interpreter's methods. Call this once per process, after TRITON_INTERPRET is set.
 
     Raises:
-        RuntimeError: this Triton's interpreter is not one that is known here.
+        RuntimeError: The interpreter of this Triton version differs from the versions in ``KNOWN``.
     """
     for method, parameters in KNOWN.items():
         if list(inspect.signature(method).parameters) != parameters.split():

@@ -1,4 +1,4 @@
-"""CUDA graphs without a GPU."""
+"""A replacement for CUDA graphs that runs without a GPU."""
 
 import torch
 from torch.utils import _pytree as pytree
@@ -7,7 +7,7 @@ from tinydrop_kernels.engine.cuda_graphs import Recording
 
 
 class Again:
-    """In the place of ``graphs.Recorder``: does on any device what a CUDA graph does, by running the stage again."""
+    """A replacement for ``cuda_graphs.Recorder`` on any device. A replay runs the stage again into the same outputs."""
 
     def __init__(self, device):
         pass

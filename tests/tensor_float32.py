@@ -1,23 +1,26 @@
-"""What a device does to float32 products where it may: their operands rounded, by the settings in force."""
+"""An emulation of reduced-precision float32 products. Operands are rounded as torch's current settings allow."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-BITS = {"tf32": 10, "bf16": 7}  # of the mantissa; float32 has 23
-CONVOLUTIONS = {"aten::convolution": (0, 1), "aten::conv2d": (0, 1)}  # operands, by their places among the arguments
+BITS = {"tf32": 10, "bf16": 7}  # bits of the mantissa; float32 has 23
+CONVOLUTIONS = {"aten::convolution": (0, 1), "aten::conv2d": (0, 1)}  # positions of the operands among the arguments
 PRODUCTS = {"aten::mm": (0, 1), "aten::bmm": (0, 1), "aten::matmul": (0, 1), "aten::linear": (0, 1)}
 PRODUCTS |= {"aten::addmm": (1, 2), "aten::baddbmm": (1, 2), "mkldnn::_linear_pointwise": (0, 1)}
 
 
 def rounded(tensor: torch.Tensor, bits: int) -> torch.Tensor:
-    """A float32 tensor to so many bits of mantissa, to nearest, ties away from zero."""
+    """Round a float32 tensor to this many bits of mantissa, to nearest, with ties away from zero."""
     dropped = 23 - bits
     whole = tensor.contiguous().view(torch.int32) + (1 << dropped - 1)
     return (whole >> dropped << dropped).view(torch.float32)
 
 
 class RoundingProducts(TorchDispatchMode):
-    """Rounds as a GPU's tensor cores do or, ``on_cpu``, as a CPU's AMX does; the package's own operators do not."""
+    """A dispatch mode that rounds operands as a GPU's tensor cores do, or as a CPU's AMX does if ``on_cpu`` is set.
+
+    The package's own operators are not rounded.
+    """
 
     def __init__(self, on_cpu: bool = False):
         super().__init__()
@@ -36,6 +39,6 @@ class RoundingProducts(TorchDispatchMode):
 
     @staticmethod
     def _rounded(tensor: torch.Tensor, bits: int) -> torch.Tensor:
-        # packed weights are opaque
+        # Weights in oneDNN's layout have no strides and cannot be viewed as integers, so they are not rounded.
         is_float32 = tensor.dtype == torch.float32 and tensor.layout == torch.strided
         return rounded(tensor, bits) if is_float32 else tensor

@@ -1,4 +1,4 @@
-"""Dense and patched are timed in turn, on the same images, and nothing else is changed."""
+"""``benchmark`` times the dense and the patched model in turn on the same images, and changes nothing else."""
 
 import time
 
@@ -24,7 +24,7 @@ def test_both_are_measured(model):
 
 
 def test_they_take_turns_and_the_first_turn_does_not_count(monkeypatch):
-    """A clock of our own: each patched call takes 4 s, each dense one 1 s, and ten times that in the first turn."""
+    """On a fake clock, a patched call takes 4 s and a dense call 1 s. In the first turn both take ten times as long."""
     model, clock, calls = FakePatched(), [0.0], []
 
     def call(name, seconds):

@@ -1,4 +1,4 @@
-"""Models from every kind of specification, and one clear, quick error where they cannot be loaded."""
+"""Models are loaded from every kind of specification. If that fails, there is one clear error at once."""
 
 import shutil
 
@@ -13,7 +13,7 @@ from tinydrop_kernels.checkpoints import CheckpointError, check_spec, class_name
 
 @pytest.fixture
 def weights(tmp_path):
-    """A model of seven classes, and its weights as a file."""
+    """Return a model with seven classes and the file of its weights."""
     model = timm.create_model("test_vit", num_classes=7)
     save_file(model.state_dict(), tmp_path / "w.safetensors")
     return model, tmp_path / "w.safetensors"
@@ -30,7 +30,7 @@ def test_checkpoint_file_tells_its_classes(tmp_path):
 
 
 def test_checkpoint_file_at_another_size(weights):
-    """Positions are resampled as timm resamples those of its own weights."""
+    """Position embeddings are resampled as timm does for its own weights."""
     model, file = weights
     loaded = load_model(f"test_vit={file}", img_size=96)
     model.set_input_size(96)
@@ -101,5 +101,5 @@ def test_class_names():
     model = timm.create_model("test_vit", num_classes=3)
     model.pretrained_cfg["label_names"] = ("ant", "bee", "cat")
     assert class_names(model) == ["ant", "bee", "cat"]
-    model.pretrained_cfg["label_names"] = ("ant", "bee")  # of another head
+    model.pretrained_cfg["label_names"] = ("ant", "bee")  # stale names from another head
     assert class_names(model) == ["0", "1", "2"]

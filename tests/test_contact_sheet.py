@@ -1,4 +1,4 @@
-"""The demo's page of what a call kept."""
+"""The demo's contact sheet of a call."""
 
 import sys
 from pathlib import Path
@@ -19,7 +19,7 @@ def white():
 
 @pytest.fixture
 def call():
-    """Kept on the full grid; kept on a coarser one, then dense; exited."""
+    """Return a call of three images: one on the dense grid, one on a coarser grid with a second look, and an exit."""
     return fake_call([[0, 5], [1], []], [(4, 4), (2, 2), (4, 4)], second_look=(1,))
 
 

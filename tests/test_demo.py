@@ -1,4 +1,4 @@
-"""What the demo stands on: its data are split, its weights are small and do what they claim."""
+"""The demo runs, its data are split, and its weights are small and as accurate as claimed."""
 
 import sys
 from dataclasses import replace
@@ -43,8 +43,10 @@ def test_weights_are_small():
 
 @torch.inference_mode()
 def test_saliency_earns_its_keep():
-    """The embedded models: the target is clearly better than its guidance, and a quarter of the patches where the
-    guidance looks is worth far more than a quarter of them at random."""
+    """With the embedded models, salient patches are worth far more than as many random patches.
+
+    The target is clearly more accurate than the guidance model, too.
+    """
     data = cluttered_digits.Cluttered("test", 96, seed=7)
     pixels, labels, _ = zip(*(data[i] for i in range(96)), strict=True)
     images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -63,10 +65,10 @@ def test_saliency_earns_its_keep():
     both = accuracy(model(images))
     assert model.tinydrop.report().flops_saved > 0.5
     assert model.tinydrop.last.exited.any() and not model.tinydrop.last.exited.all()
-    model.tinydrop.policy = replace(tdk.DropPolicy.fixed(0.25), saliency=run.CAM)  # what random weights blind
+    model.tinydrop.policy = replace(tdk.DropPolicy.fixed(0.25), saliency=run.CAM)  # a map that random weights spoil
     guided = accuracy(model(images))
     guided_counts = model.tinydrop.last.counts
-    model.tinydrop.guidance.class_weight.normal_()  # where it looks no longer means anything
+    model.tinydrop.guidance.class_weight.normal_()  # makes the saliency map meaningless
     blind = accuracy(model(images))
     assert torch.equal(model.tinydrop.last.counts, guided_counts)
     assert dense > alone + 0.05
@@ -76,7 +78,7 @@ def test_saliency_earns_its_keep():
 
 @pytest.mark.parametrize("stock", [False, True])
 def test_demo_ends_in_a_table_a_picture_and_a_page(monkeypatch, capsys, tmp_path, stock):
-    """Both branches; the one that finds the model hub gets small untrained models in the place of its weights."""
+    """The demo runs with and without the model hub. Small untrained models stand in for the hub's."""
     import run
 
     monkeypatch.setattr(run, "HERE", tmp_path)

@@ -1,4 +1,4 @@
-"""Who may import whom, in six rules."""
+"""Six rules on which modules may import which others."""
 
 import ast
 import functools
@@ -15,13 +15,13 @@ import pytest
 import tinydrop_kernels
 
 ROOT = Path(tinydrop_kernels.__file__).parent
-FACE = "tinydrop_kernels"  # the package's own __init__, which is lazy and may name everything
-GROUND = ("version", "torch_internals", "_C")  # may be imported from anywhere
+FACE = "tinydrop_kernels"  # the package's own __init__, which imports lazily and so may name all modules
+GROUND = ("version", "torch_internals", "_C")  # modules that any other module may import
 USERS = ("__main__", "cli", "visualize", "predict")
 
 
 def modules() -> dict[str, Path]:
-    """Every module of the package by its name within it; the face is left out."""
+    """Return the files of all modules by name, without the package's own ``__init__``."""
     found = {}
     for path in sorted(ROOT.rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
@@ -35,7 +35,7 @@ MODULES = modules()
 
 
 def text_of(node: ast.expr) -> str:
-    """A string, or as much of an f-string as is constant; "" if it is anything else."""
+    """Return a string, or the constant start of an f-string and ``*``. Return "" for any other node."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
     if isinstance(node, ast.JoinedStr) and node.values and isinstance(node.values[0], ast.Constant):
@@ -44,7 +44,7 @@ def text_of(node: ast.expr) -> str:
 
 
 def imports_of(source: str, name: str, is_package: bool = False) -> set[str]:
-    """What a module imports of the package, anywhere in it: names of modules, ending in * where they are computed."""
+    """Return the names of the package's modules that a module imports anywhere. A computed name ends in ``*``."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -67,7 +67,7 @@ def imports_of(source: str, name: str, is_package: bool = False) -> set[str]:
 
 
 def goals(imported: str) -> list[str]:
-    """The modules that a name stands for; itself, if there are none."""
+    """Return the modules that match a name; the name itself if there are none."""
     return [name for name in MODULES if fnmatchcase(name, imported)] or [imported]
 
 
@@ -78,6 +78,7 @@ def edges() -> list[tuple[str, str]]:
         for name, path in MODULES.items()
         for imported in imports_of(path.read_text(), name, path.name == "__init__.py")
         for goal in goals(imported)
+        if goal != name  # a computed name may stand for the module that computes it
     ]
 
 
@@ -94,7 +95,7 @@ def test_the_operators_import_operators_alone():
 
 
 def test_kernels_are_imported_by_the_registry_and_by_kernels_alone():
-    """By the first when one is launched."""
+    """Kernels are imported when one is launched, by the registry."""
     found = offenders(lambda importer, goal: within(goal, "ops.kernels") and not within(importer, "ops.kernels"))
     assert found and all(line.startswith("ops.registry ") for line in found)
 
@@ -110,7 +111,7 @@ def test_nothing_below_knows_its_users():
 
 
 def test_a_policy_is_arithmetic():
-    """It knows operators' types alone, neither models nor files of them."""
+    """Policies import only the operators' types, but neither models nor checkpoints."""
     assert not offenders(
         lambda importer, goal: within(importer, "policy") and not within(goal, "policy", "ops", *GROUND)
     )
@@ -151,7 +152,7 @@ ABSENT = ("timm", "torchvision", "triton", "click", "PIL", "tqdm")
 
 @pytest.mark.parametrize("hide", [False, True], ids=["beside the others", "alone"])
 def test_the_operators_need_torch_alone(hide):
-    """Torch's own modules may load Triton; ours do not, nor a kernel, before one is launched."""
+    """Importing ``ops`` loads neither Triton nor a kernel of ours, though torch's own modules may load Triton."""
     program = f"""
 import sys, torch.utils.flop_counter
 if {hide}:
@@ -168,7 +169,7 @@ print(sorted(loaded & set({ABSENT})), [name for name in sys.modules if "tinydrop
 
 
 def shadowed(package) -> list[str]:
-    """Submodules of a package whose name means something else there."""
+    """Return the submodules of a package whose name is another object in the package."""
     names = [info.name for info in pkgutil.iter_modules(package.__path__)]
     own = [name for name in names if name != "__main__" and not name.startswith("_C")]
     imported = {name: importlib.import_module(f"{package.__name__}.{name}") for name in own}

@@ -1,4 +1,4 @@
-"""That Triton's interpreter computes in bfloat16 what a GPU would, so that the kernels' tests in it mean something."""
+"""Triton's interpreter computes in bfloat16 as a GPU does, so that tests of kernels in the interpreter are valid."""
 
 import pytest
 import torch
@@ -46,14 +46,14 @@ def arithmetic_kernel(numbers_pointer, OPERATION: tl.constexpr):
         numbers = tl.associative_scan(numbers, 0, greater)
 
 
-# A bfloat16 keeps 7 bits behind the point: around 1, steps of 2 ** -7, so these lie half-way or just beside.
+# Numbers and their bfloat16. Bfloat16 has 7 fraction bits, so around 1 its steps are 2 ** -7.
 NARROWED = {
-    1 + 2**-8: 1.0,  # half-way to the odd neighbour: down
-    1 + 3 * 2**-8: 1 + 2**-6,  # half-way from the odd neighbour: up
+    1 + 2**-8: 1.0,  # half a step above an even number, so rounded down
+    1 + 3 * 2**-8: 1 + 2**-6,  # half a step above an odd number, so rounded up
     1 + 2**-8 + 2**-20: 1 + 2**-7,
     -1 - 3 * 2**-8: -1 - 2**-6,
-    3.4e38: float("inf"),  # beyond the greatest
-    2**-133: 2**-133,  # the least subnormal
+    3.4e38: float("inf"),  # above the largest finite number
+    2**-133: 2**-133,  # the smallest subnormal
     float("-inf"): float("-inf"),
     -0.0: -0.0,
 }
@@ -67,7 +67,7 @@ def test_narrowing_rounds_to_nearest_even(dtype):
     wanted = list(NARROWED.values()) if dtype == torch.float32 else numbers.to(dtype).bfloat16().tolist()
     out = torch.empty(8, dtype=torch.bfloat16)
     narrow_kernel[(1,)](numbers.to(dtype), out, 8)
-    assert list(map(str, out.tolist())) == list(map(str, wanted))  # as text, minus zero is not zero
+    assert list(map(str, out.tolist())) == list(map(str, wanted))  # compared as text, because -0.0 == 0.0
     narrow_kernel[(1,)](torch.full((8,), float("nan")), out, 8)
     assert out.isnan().all()
 

@@ -1,4 +1,4 @@
-"""What users do to a patched model that must not give a wrong answer: a clear refusal, or the right one."""
+"""Unusual uses of a patched model give the right answer or a clear error, but never a wrong answer."""
 
 import copy
 
@@ -26,7 +26,7 @@ def test_patching_a_compiled_model_says_to_patch_first(vit):
 
 
 def test_what_was_set_later_stays(patched, images):
-    """A forward and an _apply of the user's own are not taken for those of the patch."""
+    """``unpatch`` does not remove a ``forward`` or an ``_apply`` that the user has set."""
     mine = {"forward": lambda x: "mine", "_apply": lambda fn, recurse=True: patched}
     for name, value in mine.items():
         setattr(patched, name, value)
@@ -87,7 +87,7 @@ def test_changes_after_patching_are_noticed(patched, images, change, reason):
 
 
 def test_dropout_in_train_mode_under_eval_is_noticed(images):
-    """As Monte-Carlo dropout has it."""
+    """Dropout that is active in eval mode, as in Monte-Carlo dropout, is refused."""
     vit = tdk.patch(tiny_vit(pos_drop_rate=0.5), tiny_guidance(), DROP_HALF)
     vit(images)
     vit.pos_drop.train()
@@ -118,7 +118,7 @@ def test_tracers_are_refused(patched, images, way):
 
 
 def test_a_single_class_is_never_sure(images):
-    """The confidence of one class is always 1: with a threshold every image would exit."""
+    """With one class the confidence is always 1. With an exit threshold every image would exit."""
     vit = tdk.patch(tiny_vit(num_classes=1), tiny_guidance(1))
     assert not vit.tinydrop.policy.mixes_answers
     vit(images)

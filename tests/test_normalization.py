@@ -1,4 +1,4 @@
-"""Images that are normalised otherwise than the model's ``pretrained_cfg`` says."""
+"""Images that are normalised with another mean or standard deviation than in the model's ``pretrained_cfg``."""
 
 import copy
 import pickle
@@ -22,7 +22,7 @@ def own(model):
 @pytest.mark.parametrize("given", [("mean", "std"), ("mean",), ("std",)], ids=" and ".join)
 @torch.inference_mode()
 def test_the_guidance_sees_the_same_image(given):
-    """Whichever way it comes normalised; the target sees what it is handed."""
+    """The guidance model is given the same pixels under any normalisation. The target is given the images unchanged."""
     vit, guidance = tiny_vit(), tiny_guidance()
     statistics = own(vit)
     other = statistics | {name: torch.tensor(OTHER[name])[:, None, None] for name in given}

@@ -1,4 +1,4 @@
-"""patch and unpatch as a user handles models: copies, dtypes, modes, checkpoints, hooks, compile, mistakes."""
+"""``patch`` and ``unpatch`` with all that users do to models: copies, dtypes, modes, checkpoints, and mistakes."""
 
 import copy
 import io
@@ -14,7 +14,7 @@ DROP_HALF = tdk.DropPolicy.fixed(0.5)
 
 
 def snapshot(model):
-    """Everything of a model that patching could leave behind."""
+    """Return all attributes and tensors of a model, to find out what patching leaves behind."""
     modules = {name: set(vars(module)) for name, module in model.named_modules()}
     return modules, {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
@@ -121,7 +121,7 @@ def test_half_before_patching(images):
 
 
 def test_guidance_keeps_its_weights_when_the_model_goes_through_meta(images):
-    """As a large model is loaded: built on meta, patched or not yet, then given memory and weights."""
+    """A model may be built and patched on meta, then given memory and weights, as large models are loaded."""
     source = tiny_vit()
     wanted = tdk.patch(copy.deepcopy(source), tiny_guidance(), DROP_HALF)
     torch.manual_seed(0)
@@ -134,7 +134,7 @@ def test_guidance_keeps_its_weights_when_the_model_goes_through_meta(images):
 
 @pytest.mark.parametrize("tau", [1e-6, 1.0], ids=["all exit", "none exits"])
 def test_answers_have_the_dtype_of_the_model(tau, images):
-    """The guidance model's logits are in float32, also where the target is in half precision."""
+    """Answers are in the model's dtype, though the guidance model's logits are in float32 even if that is half."""
     vit = tdk.patch(tiny_vit(), tiny_guidance(), tdk.DropPolicy(tau=tau))
     with torch.autocast("cpu", torch.bfloat16):
         assert vit(images).dtype == torch.bfloat16
@@ -166,7 +166,7 @@ def test_moves_inside_a_larger_module(patched):
 
 @pytest.mark.parametrize("options", [{}, {"global_pool": "map", "class_token": False}], ids=["token", "map pool"])
 def test_norms_that_answer_in_float32(images, options):
-    """As layer norms do under autocast on CUDA, of which CPU's knows nothing."""
+    """Norms may answer in float32, as layer norms do under autocast on CUDA but not on CPU."""
     vit = tdk.patch(tiny_vit(qk_norm=True, **options).bfloat16(), tiny_guidance(), DROP_HALF)
     with torch.inference_mode():
         wanted = vit(images.bfloat16())
@@ -187,7 +187,7 @@ def test_autocast(patched, images):
 
 def test_inference_mode_and_no_grad_agree(patched, images):
     wanted = patched(images)
-    with torch.no_grad():  # oneDNN's products, where torch's own carry the gradient
+    with torch.no_grad():  # uses oneDNN, but with gradients torch's own products are used
         without = patched(images)
     torch.testing.assert_close(without, wanted.detach(), atol=1e-5, rtol=1e-5)
     with torch.inference_mode():

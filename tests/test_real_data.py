@@ -1,4 +1,4 @@
-"""Real weights on real photographs, where the machine has them: the reduction pays as it was measured to pay."""
+"""Accuracy with real weights on real photographs, if the machine has them, is what was measured before."""
 
 import sys
 from dataclasses import replace
@@ -15,7 +15,7 @@ import accuracy
 
 @pytest.fixture(scope="module")
 def middle(data):
-    """Patched DINOv2-S and 64 photographs of objects in natural scenes, with their classes."""
+    """Return a patched DINOv2-S, 64 photographs of objects in natural scenes, and their classes."""
     model = accuracy.load(data, accuracy.TARGET, "caltech100", 100, img_size=224)
     tdk.patch(model, accuracy.load(data, accuracy.GUIDANCE, "caltech100", 100))
     _, second = accuracy.halves(data / "caltech100" / "val")
@@ -38,7 +38,7 @@ def test_keep_everything_is_dense(middle):
 
 
 def test_saliency_is_worth_much(middle):
-    """Of 64: dense about 61, a quarter kept about 55 where at random it would be about 38."""
+    """About 61 of 64 images are right dense, 55 with the salient quarter of the patches, and 38 with a random one."""
     model, images, labels = middle
     assert right(model, tdk.DropPolicy.fixed(1.0), images, labels) >= 57
     paper = replace(tdk.DropPolicy.fixed(0.25), saliency=tdk.Saliency())
@@ -46,7 +46,7 @@ def test_saliency_is_worth_much(middle):
 
 
 def test_coarsening_first_beats_dropping_alone(middle):
-    """At two fifths of the patches: about 61 and about 58 of 64; the defaults, which cost less, about 61."""
+    """At 40 % of the patches, about 61 of 64 images are right with coarsening and 58 without, and 61 by default."""
     model, images, labels = middle
     dense = right(model, tdk.DropPolicy.fixed(1.0), images, labels)
     assert right(model, tdk.DropPolicy.fixed(0.4, coarsen=0.67), images, labels) >= dense - 2

@@ -1,4 +1,4 @@
-"""Whether it pays is said in words, from what was counted and measured, and nothing is said of what was not."""
+"""Reports say in words if patching does not pay, from counts and measured times. They ignore times not measured."""
 
 from dataclasses import replace
 
@@ -59,7 +59,7 @@ def test_reports_add_up():
 
 @torch.inference_mode()
 def test_the_cascade_is_what_a_cascade_costs():
-    """Told without running it, and the same as when it is run."""
+    """The reported FLOPs of a cascade, computed without running one, are those of a real cascade."""
     model = tdk.patch(tiny_vit(), tiny_guidance(), tdk.DropPolicy(tau=0.6, min_keep=0.2, coarsen=0.5, second_look=None))
     images = varied_images(16)
     model(images)
@@ -80,7 +80,7 @@ def test_read_backs_are_counted():
     assert model.tinydrop.report().read_backs == 1
     model.tinydrop.policy = tdk.DropPolicy(tau=None, second_look=(0.2, 0.9))
     model(images)
-    assert model.tinydrop.report().read_backs == 2  # also to find that nobody is in doubt
+    assert model.tinydrop.report().read_backs == 2  # reads back even if no answer is doubtful
     model.tinydrop.policy = tdk.DropPolicy(tau=0.01, second_look=(0.2, 0.9))
     model(images)
     assert model.tinydrop.report().exits == 4 and model.tinydrop.report().read_backs == 1

@@ -1,4 +1,4 @@
-"""Mistakes that mypy must see: were one to pass, ``make lint`` would complain of an ignore that is not needed."""
+"""Mistakes that mypy must find. If it misses one, ``make lint`` reports an unused ``type: ignore``."""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""timm's own families made small (few blocks, few channels, few patches), by a name that says what is special."""
+"""Small models of timm's own families, with few blocks, channels and patches. A key says what is special about each."""
 
 import timm
 import torch
@@ -9,7 +9,7 @@ SMALL = {"num_classes": 5, "embed_dim": 32, "depth": 2, "num_heads": 2}
 SMALL_SWIN = {"num_classes": 5, "embed_dim": 16, "depths": (2, 1, 2, 1), "num_heads": (1, 2, 2, 4)}
 SWIN, SWIN_V2 = "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"
 
-# name of the timm model, options, image size
+# key -> name of the timm model, options, image size
 MODELS = {
     "augreg": ("vit_small_patch16_224", {"img_size": 64}, (64, 64)),
     "not square": ("vit_small_patch16_224", {"img_size": (64, 96)}, (64, 96)),
@@ -86,7 +86,7 @@ MODELS = {
     "convolutional stem": ("vit_small_r26_s32_224", {"img_size": 128}, (128, 128)),
 }
 
-# name of the timm model, options
+# key -> name of the timm model, options
 SWINS = {
     "v1": (SWIN, {"img_size": 128, "window_size": 4, "num_heads": (2, 2, 4, 4)}),
     "v1 at its size": (SWIN, {"depths": (2, 1, 1, 1)}),
@@ -114,7 +114,7 @@ SWINS = {
 def make(key):
     name, options, size = MODELS[key]
     options = SMALL | options
-    gated = options.pop("gated", False)  # an option of timm's attention that none of its ViTs hands on yet
+    gated = options.pop("gated", False)  # set below, because no ViT of timm passes this option on to its attention yet
     model = with_random_weights(timm.create_model(name, **options))
     for block in model.blocks if gated else ():
         block.attn.gate = torch.nn.Linear(model.embed_dim, block.attn.attn_dim)
@@ -122,7 +122,10 @@ def make(key):
 
 
 def tiny_swin(name=SWIN, **options):
-    """Random weights, in which biases, scales and relative positions matter; 4 x 4 cells of 32 pixels by default."""
+    """Return a Swin with random weights. Its biases, scales and relative positions have a visible effect on the logits.
+
+    By default it has 4 x 4 cells of 32 pixels.
+    """
     options = SMALL_SWIN | ({"img_size": 128, "window_size": 4} if not options else {}) | options
     options["num_heads"] = options["num_heads"][: len(options["depths"])]
     model = with_random_weights(timm.create_model(name, **options))
@@ -131,7 +134,8 @@ def tiny_swin(name=SWIN, **options):
             if "cpb_mlp" in parameter_name or "relative_position_bias_table" in parameter_name:
                 parameter.add_(0.3 * torch.randn_like(parameter))
             if "logit_scale" in parameter_name:
-                parameter.copy_(torch.linspace(1.0, 5.0, parameter.numel()).view_as(parameter))  # some are clamped
+                # Values above log(100) = 4.6 are clamped by SwinV2.
+                parameter.copy_(torch.linspace(1.0, 5.0, parameter.numel()).view_as(parameter))
     return model
 
 

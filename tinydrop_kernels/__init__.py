@@ -1,9 +1,9 @@
-"""Token dropping for timm's Vision Transformers that is faster, not only smaller on paper.
+"""Token dropping for timm's Vision Transformers that saves time, not only FLOPs.
 
 import timm, tinydrop_kernels as tdk
 model = timm.create_model("vit_base_patch16_224.augreg_in21k_ft_in1k", pretrained=True).eval()
-tdk.patch(model)          # the same call, the same shape of answer, the same state_dict
-answers = model(images)   # log-probabilities, since some images are answered by the guidance model
+tdk.patch(model)          # same call, same shape of the answers, same state_dict
+answers = model(images)   # log-probabilities, because the guidance model answers some of the images
 print(model.tinydrop.report())
 tdk.unpatch(model)        # exactly the model as it was
 """
@@ -49,7 +49,7 @@ __all__ = [
     "unpatch",
 ]
 
-# Imported when they are first asked for, so that the operators can be used without timm.
+# The module that defines each public name. Names are imported at first use, so that `ops` works without timm installed.
 _HOMES = {
     "CalibratedPolicy": "policy.calibrated",
     "CheckpointError": "checkpoints",

@@ -1,15 +1,15 @@
-"""``python -m tinydrop_kernels`` and ``tinydrop`` are the same command."""
+"""The entry point of ``python -m tinydrop_kernels`` and of the command ``tinydrop``."""
 
 import os
 
 
 def main() -> None:
-    """Run the command, with CPU threads that sleep while they wait.
+    """Run the command, with OpenMP threads that sleep while they wait.
 
-    OpenMP's threads spin by default. Where other processes want the cores, a thread that spins holds up the one it
-    waits for, at each of a model's hundreds of parallel regions. Read once, when torch is imported.
+    By default, waiting OpenMP threads spin. On a busy machine a spinning thread takes the core from the thread it waits
+    for, in each of a model's hundreds of parallel regions.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # OpenMP reads this only once, when torch is imported
     from tinydrop_kernels.cli.main import main as command
 
     command(prog_name="tinydrop")

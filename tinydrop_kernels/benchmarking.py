@@ -1,4 +1,4 @@
-"""Is it faster here? A patched model and the same model dense, timed in turn on the same images."""
+"""The speed of a patched model, compared with the same model run dense on the same images."""
 
 import statistics
 import warnings
@@ -15,26 +15,30 @@ from tinydrop_kernels.report import Report
 
 @torch.inference_mode()
 def benchmark(model: TimmModule, images: Tensor, rounds: int = 5) -> Report:
-    """Measure what patching saves on a batch. The report's ``str`` says in words where it does not pay.
+    """Measure how much time and how many FLOPs patching saves on a batch.
 
-    The patched model and the dense model take turns. The first round is not counted, nor is the second if CUDA graphs
-    are on. The report has the medians. One more call of the patched model is timed stage by stage.
+    The patched and the dense model run in turn, and the report has the median of each. The first round warms up and is
+    not counted; with CUDA graphs, neither is the second. One more call of the patched model is timed stage by stage.
 
     Args:
-        model: patched, in eval mode. Its own policy is measured.
-        images: as the model takes them, on its device. The result depends on the images and on the batch size, so pass
-            images of the kind and number that you will classify.
-        rounds: the number of counted rounds.
+        model: a patched model in eval mode. Its own policy is measured.
+        images: a batch as the model takes it, on the model's device. The result depends on the images and on the batch
+            size, so pass images of the kind and number that you will classify.
+        rounds: number of counted rounds.
 
     Returns:
-        The report of the batch with ``wall_seconds``, ``dense_seconds`` and ``seconds`` by stage.
+        The report of the batch with ``wall_seconds``, ``dense_seconds`` and ``seconds`` by stage. Printed, the report
+        also says in words where patching does not pay.
 
     Raises:
         ValueError: the model is not patched, there are no images, or ``rounds`` is below 1.
         RuntimeError: the model is in training mode.
 
     Example:
-        >>> print(tinydrop_kernels.benchmark(model, images))  # doctest: +SKIP
+        >>> model = tdk.patch(model, guidance, tdk.DropPolicy.fixed(0.5))
+        >>> report = tdk.benchmark(model, images, rounds=1)
+        >>> report.images, report.wall_seconds > 0, report.dense_seconds > 0
+        (2, True, True)
     """
     check_patched(model)
     check_eval(model)
@@ -56,6 +60,6 @@ def benchmark(model: TimmModule, images: Tensor, rounds: int = 5) -> Report:
 
 
 def compare_with_dense(model: TimmModule, images: Tensor, rounds: int = 5) -> Report:
-    """Return :func:`benchmark` of the arguments. This is its old name, which the next release will not have."""
+    """Return ``benchmark(model, images, rounds)``. Deprecated: the next release drops this name."""
     warnings.warn("compare_with_dense is called benchmark now; the next release drops the old name", FutureWarning, 2)
     return benchmark(model, images, rounds)

@@ -1,4 +1,4 @@
-"""timm models from a name, a folder or a checkpoint file, with one clear error where that fails."""
+"""Loading of timm models from a name, a folder or a checkpoint file, with one error for all failures."""
 
 import difflib
 from pathlib import Path
@@ -11,32 +11,43 @@ from timm.models import load_state_dict
 from tinydrop_kernels.ops.types import TimmModule
 
 HUB_HINT = "; NAME=FILE loads a local checkpoint, and HF_HUB_OFFLINE=1 uses the hub's cache without asking it"
-TOLD_LINES, TOLD_WIDTH = 4, 300  # of an error of PyTorch's, which has a line for each of a model's parameters
+TOLD_LINES, TOLD_WIDTH = 4, 300  # how much of an error is quoted, because PyTorch's has a line for each parameter
 
 
 class CheckpointError(RuntimeError):
-    """The model's weights cannot be loaded."""
+    """Raised if a model's weights cannot be loaded.
+
+    Example:
+        >>> try:  # doctest: +SKIP
+        ...     tdk.patch(model)  # the weights of the default guidance model come from the model hub
+        ... except tdk.CheckpointError as error:
+        ...     print(error)
+    """
 
 
 def load_model(spec: str, argument: str = "model", **options: Any) -> TimmModule:
-    """A pretrained timm model in eval mode.
+    """Return a pretrained timm model in eval mode.
 
-    Weights from the model hub are kept in its cache. They come from there if the hub cannot be reached; its client
-    tries for a while first, unless ``HF_HUB_OFFLINE=1`` is set.
+    Weights from the model hub are cached. If the hub cannot be reached, the cached weights are used after a timeout.
+    With ``HF_HUB_OFFLINE=1`` the cache is used at once.
 
     Args:
         spec: one of
 
-            * the name of a timm model: its weights come from the model hub;
-            * a folder with ``config.json`` and weights, as ``timm.models.save_for_hf`` writes it, or a file in it;
-            * ``NAME=FILE``: the timm model of that name with the weights in a ``.safetensors`` or PyTorch file, whose
-              head tells the number of classes.
-        argument: what the caller calls it, for the errors.
+            * the name of a timm model. Its weights come from the model hub.
+            * a folder with ``config.json`` and weights, as ``timm.models.save_for_hf`` writes it, or a file in it.
+            * ``NAME=FILE``, a timm model's name and a ``.safetensors`` or PyTorch file with its weights. The number of
+              classes is read from the head's weight.
+        argument: the name of the caller's argument, for error messages.
         options: passed on to ``timm.create_model``, such as ``img_size``.
 
     Raises:
         ValueError: there is no such model or file.
         CheckpointError: the weights cannot be loaded.
+
+    Example:
+        >>> model = tdk.checkpoints.load_model("vit_base_patch16_224.augreg_in21k_ft_in1k")  # doctest: +SKIP
+        >>> model = tdk.checkpoints.load_model("vit_tiny_patch16_224=mine.safetensors")  # doctest: +SKIP
     """
     check_spec(spec, argument)
     name, _, file = spec.partition("=")
@@ -46,7 +57,7 @@ def load_model(spec: str, argument: str = "model", **options: Any) -> TimmModule
         if Path(spec).exists():
             return timm.create_model(f"local-dir:{_folder(spec)}", pretrained=True, **options).eval()
         return timm.create_model(name, pretrained=True, **options).eval()
-    except Exception as error:  # timm, PyTorch and the hub raise whatever they meet
+    except Exception as error:  # timm, PyTorch and the hub's client raise errors of many types
         hint = "" if file or Path(spec).exists() else HUB_HINT
         raise CheckpointError(
             f"{argument}: the weights of {spec!r} could not be loaded: {_reason(error)}{hint}"
@@ -54,10 +65,13 @@ def load_model(spec: str, argument: str = "model", **options: Any) -> TimmModule
 
 
 def check_spec(spec: str, argument: str = "model") -> None:
-    """Whether there is such a model or file, found out without loading anything; the arguments of :func:`load_model`.
+    """Raise an error if there is no such model or file. Nothing is loaded.
+
+    Args:
+        spec, argument: as in :func:`load_model`.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such model or file.
     """
     name, _, file = spec.partition("=")
     if file or not Path(spec).exists():
@@ -77,7 +91,7 @@ def _folder(spec: str) -> Path:
 
 
 def _own_weights(name: str, file: str) -> dict[str, Any]:
-    """Options that make timm load a file in place of its own weights, fitted to the model as it fits its own."""
+    """Return options that make timm load a file in place of its own weights, and resample positions if needed."""
     classifier = getattr(timm.get_pretrained_cfg(name), "classifier", None) or ()
     first = classifier if isinstance(classifier, str) else next(iter(classifier), "")
     weight = load_state_dict(file).get(f"{first}.weight")
@@ -94,11 +108,20 @@ def _reason(error: Exception) -> str:
 
 
 def class_names(model: TimmModule, classes: int | None = None) -> list[str]:
-    """Return the names of the classes: the checkpoint's own, ImageNet's where it has its classes, else numbers.
+    """Return the names of a model's classes.
+
+    The names are those in the model's ``pretrained_cfg`` if there are any. Otherwise they are ImageNet's if the number
+    of classes is that of an ImageNet subset. Otherwise they are the numbers from 0.
 
     Args:
-        model: the model.
-        classes: how many it answers, where that may not be its ``num_classes``.
+        model: a timm model.
+        classes: the number of classes, if the model's ``num_classes`` may be stale.
+
+    Example:
+        >>> tdk.checkpoints.class_names(model)[:3]
+        ['0', '1', '2']
+        >>> tdk.checkpoints.class_names(model, 1000)[207]
+        'golden retriever'
     """
     classes = model.num_classes if classes is None else classes
     own = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")

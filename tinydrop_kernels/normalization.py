@@ -1,4 +1,4 @@
-"""Mean and standard deviation of a timm model's images, one number per channel."""
+"""Mean and standard deviation that a timm model's images are normalised with, one number per channel."""
 
 import math
 from collections.abc import Iterable
@@ -13,7 +13,10 @@ Normalization: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]  # mean a
 
 
 def normalization_of(model: TimmModule, channels: int) -> Normalization:
-    """Return how images for a model are normalized: as ``patch`` was told, else as its ``pretrained_cfg`` says."""
+    """Return the mean and the standard deviation of a model's images.
+
+    They are those given to ``patch`` if the model is patched, otherwise those of its ``pretrained_cfg``.
+    """
     if hasattr(model, "tinydrop"):
         own: Normalization = model.tinydrop.normalization
         return own
@@ -22,21 +25,25 @@ def normalization_of(model: TimmModule, channels: int) -> Normalization:
 
 
 def per_channel(statistic: tuple[float, ...], channels: int) -> tuple[float, ...]:
-    """One value per channel; timm keeps three of colour for models of other channels, whose average then serves."""
+    """Return one value per channel.
+
+    timm gives three values, for RGB, even to a model with another number of channels. Such a model gets their average
+    in each channel.
+    """
     values = tuple(statistic)
     return values if len(values) == channels else (sum(values) / len(values),) * channels
 
 
 def check_statistic(name: str, values: Iterable[float], channels: int) -> tuple[float, ...]:
-    """Return a mean or a standard deviation of each channel as floats.
+    """Return the mean or the standard deviation of each channel as floats.
 
     Args:
         name: ``"mean"`` or ``"std"``.
-        values: finite numbers, one for each channel; a standard deviation is above 0.
-        channels: how many.
+        values: one finite number for each channel. Standard deviations must be above 0.
+        channels: number of channels.
 
     Raises:
-        ValueError: they are not.
+        ValueError: the values are not such numbers.
     """
     found = tuple(values) if isinstance(values, Iterable) else ()
     numbers = all(isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) for value in found)

@@ -1,8 +1,8 @@
-"""``patch`` and ``unpatch``: a timm model made to drop tokens in place, and put back exactly as it was.
+"""``patch`` and ``unpatch``, which make a timm model drop tokens in place and undo that exactly.
 
-Nothing is replaced in the model's tree: a few attributes are set on instances, each remembered with what was set, and
-removed again. The guidance model is not a submodule, so the ``state_dict`` is untouched. The attributes are
-``functools.partial``: a bound method would pickle as a reference by name to the class's own method and load back dense.
+No module of the model is replaced. ``patch`` sets a few attributes on instances, and ``unpatch`` removes those that are
+still what ``patch`` has set. The guidance model is not a submodule, so the ``state_dict`` does not change. Methods are
+set as ``functools.partial``, because a bound method would be pickled by its name and load back as timm's own method.
 """
 
 import copy
@@ -52,54 +52,51 @@ def patch(
 ) -> TimmModule:
     """Make a timm model drop tokens, in place.
 
-    The model is called as before and answers in the same shape and dtype; ``model.tinydrop`` tells what it did. Where
-    the policy can exit, blend or look twice, as by default, every row is log-probabilities, of the same softmax and
-    argmax as logits. With any other policy the answer is the target's own logits, untouched. In ``train()`` mode the
-    model runs dense and answers timm's logits. ``forward_features``, ``forward_head`` and ``forward_intermediates``
-    stay timm's own, dense.
+    Call the model as before. In eval mode it drops tokens, and ``model.tinydrop.report()`` says how much the last call
+    saved. The answers have timm's shape and dtype. Under the default policy, and any other that can exit, blend or take
+    a second look, they are log-probabilities, with softmax and argmax as for logits. Otherwise they are the logits.
 
-    What is computed from weights is kept between calls, until they change. A change through ``.data`` is not seen in a
-    process that has not trained: call ``model.tinydrop.refresh()`` after it, and when training is over.
+    In ``train()`` mode the model runs dense, and ``forward_features``, ``forward_head`` and ``forward_intermediates``
+    always do. After training, and after writing to weights through ``.data``, call ``model.tinydrop.refresh()``.
 
     Args:
-        model: a supported timm model (:mod:`tinydrop_kernels.families`).
-        guidance: the tiny classifier: a timm name or a checkpoint (:func:`checkpoints.load_model`), a timm model, or
-            a :class:`Guidance`. A copy of it is taken, moved to the model's device and dtype, and follows the model
-            from then on. It must know the same classes unless the policy mixes no answers.
-        policy: a :class:`DropPolicy`; by default ``DropPolicy()``, which neither exits, blends nor looks twice where
-            the model has no classes, one, or many labels. The head itself is asked for its classes, not
-            ``num_classes``; an ``nn.Identity`` has none. Or what ``calibrate`` found, or the file of it: then the
-            guidance model is fed images of the size that was found best, and other models than those it was found with
-            are refused.
-        guidance_size: size of the images that the guidance model is fed, if not its own: one number, or height and
-            width. Less costs less and sees less: what that does to accuracy hangs on the images.
+        model: a timm model of a supported family (:mod:`tinydrop_kernels.families`).
+        guidance: a tiny classifier with the same classes: a timm model, a :class:`Guidance`, or a name or checkpoint
+            for :func:`checkpoints.load_model`. A copy is used, on the model's device and in its dtype. Its classes may
+            differ if the policy neither exits, blends nor takes a second look.
+        policy: how much to drop: a :class:`DropPolicy`, or the result of :func:`calibrate` or the path of its file. The
+            default is ``DropPolicy()``. It has no exits, blend or second look if the model is multi-label or has fewer
+            than two classes. A calibrated policy also sets the guidance size, and fits only the models it was made for.
+        guidance_size: side, or height and width, of the images that the guidance model is given. The default is the
+            guidance model's own size. A smaller size is faster; the effect on accuracy depends on the images.
         compile: run the guidance model and the target's blocks through ``torch.compile``, for any number of images and
-            tokens. The first batch of several images and the first of one then take a minute or more each.
-        prepack: of a model on CPU, keep the weights of the blocks' linear layers in oneDNN's own layout too: faster,
-            the more so the fewer tokens there are, for as much memory again.
-        graphs: experimental, since no GPU has run it yet. On a GPU, without gradients and autocast, replay guidance,
-            selection and packing, and the target's blocks and head, from CUDA graphs: small batches do not wait for the
-            host (:mod:`tinydrop_kernels.engine.cuda_graphs`). The first two calls of a kind take longer;
-            ``str(model.tinydrop.graphs)`` tells how many were replayed.
-        multi_label: the model's head is one of sigmoids, whose answers are read class by class. Only policies that
-            neither exit, blend nor look twice are taken then, now and later.
-        mean, std: how the images come normalised, one number for each channel, where that is not as the model's
-            ``pretrained_cfg`` says. From it the guidance model's own normalisation is made. If it is wrong, the
-            guidance model sees images too bright or too pale: exits, blends and the choice of patches suffer, and the
-            target itself does not notice.
+            tokens. The first batch of one image and the first of several then take a minute or more each.
+        prepack: on a CPU, also keep the weights of the blocks' linear layers in oneDNN's own layout. This is faster,
+            most of all with few tokens, and takes the memory of those weights a second time.
+        graphs: replay calls from CUDA graphs, so that small batches do not wait for the host. This needs a GPU, and
+            calls without gradients and autocast. Experimental: no GPU has run it yet. See
+            :mod:`tinydrop_kernels.engine.cuda_graphs`.
+        multi_label: the head is one of sigmoids. Policies that exit, blend or take a second look are then refused.
+        mean, std: normalisation of the images, one number per channel. The default is the model's ``pretrained_cfg``.
+            The guidance model's images are derived from it, so wrong numbers harm exits, blends and the patches chosen.
 
     Returns:
         The model.
 
     Raises:
-        UnsupportedModelError: the model, or something in it, is not supported; also found out by trying the patched
-            model on a little noise, hooks and all.
+        UnsupportedModelError: the model or a part of it is not supported. This includes models whose patched answer on
+            noise differs from timm's.
         CheckpointError: the guidance model's weights cannot be loaded.
-        GuidanceError: the guidance model has no classes or no feature map, or does not take the size.
-        PolicyFileError: the policy's file cannot be read, or it is for another model or guidance.
-        ValueError, TypeError: an argument out of range; a model that is patched already; guidance with other classes; a
-            policy that mixes answers for a multi-label model; prepacking of a model that was made in inference mode;
-            graphs of a model that is not on a GPU, or without Triton.
+        GuidanceError: the guidance model has no classes or no feature map, or does not take images of the given size.
+        PolicyFileError: the policy file cannot be read, or it was made for other models.
+        ValueError, TypeError: an argument is out of range or does not fit the model, or the model is already patched.
+
+    Example:
+        >>> model = tdk.patch(model, guidance, tdk.DropPolicy.fixed(0.5))  # keep half of the patches
+        >>> model(images).shape
+        torch.Size([2, 10])
+        >>> model.tinydrop.last.counts.tolist()  # of 196 patches
+        [98, 98]
     """
     if isinstance(getattr(model, "tinydrop", None), TinyDrop):
         raise ValueError("model: it is patched already; change model.tinydrop.policy, or unpatch it first")
@@ -112,7 +109,7 @@ def patch(
             raise UnsupportedModelError(f"model: {type(model).__name__} with {reason}")
         if any(is_own(vars(attention).get("forward")) for attention in family.attentions(model)):
             raise UnsupportedModelError(
-                "model: its blocks are those of a model that is patched already, or copies of them; unpatch that one "
+                "model: its blocks are shared with or copied from a model that is patched already; unpatch that model "
                 "first, or build this one anew"
             )
         classes = count_classes(model)
@@ -136,13 +133,13 @@ def patch(
         raise ValueError("guidance: got the model itself, expected another, smaller model")
     if prepack and any(parameter.is_inference() for parameter in model.parameters()):
         raise ValueError(
-            "prepack: got a model made in inference mode, whose weights' changes go unseen; make it outside"
+            "prepack: got a model made in inference mode, where changes of weights cannot be noticed; make it outside"
         )
     device = next(model.parameters()).device
     if graphs and not has_graphs(device.type):
         raise ValueError(f"graphs: got a model on {device}, expected one on a GPU that has CUDA graphs; move it first")
     if graphs and not HAS_TRITON:
-        raise ValueError("graphs: Triton is not installed, without which every layer reads back; install it")
+        raise ValueError("graphs: Triton is not installed, and without it every layer reads back; install it")
     with torch.inference_mode(False):  # autograd refuses tensors made in inference mode
         if not isinstance(guidance, Guidance):
             guidance = Guidance(guidance, guidance_size)
@@ -187,8 +184,8 @@ def patch(
     image = torch.empty(1, model.in_chans, *model.patch_embed.img_size, device="meta")
     if policy.coarsen and len(tinydrop.levels(family.grid_size(model, image))) == 1:
         warnings.warn(
-            f"{type(model).__name__} with {type(model.patch_embed).__name__} keeps its dense grid, since its stem or "
-            "its windows fit images of no other size: besides exits, only what the policy drops is saved (coarsen < 1)",
+            f"{type(model).__name__} with {type(model.patch_embed).__name__} keeps its dense grid, because its stem or "
+            "its windows fit no other image size; besides exits, only dropped patches save time (needs coarsen < 1)",
             stacklevel=2,
         )
     return model
@@ -198,15 +195,18 @@ def patch(
 def dense(model: TimmModule) -> Iterator[TimmModule]:
     """Run a patched model as timm's own within the ``with`` block, in this thread.
 
-    For hooks that want timm's shapes, profilers and summaries: nothing is dropped and no image exits, but modules are
-    called as timm calls them.
+    No patch is dropped, no image exits, and timm's own code calls the modules. Use it for hooks that expect timm's
+    shapes, and for profilers and summaries.
 
     Raises:
         ValueError: the model is not patched.
 
     Example:
-        >>> with tinydrop_kernels.dense(model):
-        ...     attention_maps = record(model, images)
+        >>> dense_logits = model(images)
+        >>> model = tdk.patch(model, guidance)
+        >>> with tdk.dense(model):
+        ...     torch.allclose(model(images), dense_logits, atol=1e-4)
+        True
     """
     check_patched(model)
     tinydrop = model.tinydrop
@@ -218,10 +218,15 @@ def dense(model: TimmModule) -> Iterator[TimmModule]:
 
 
 def unpatch(model: TimmModule) -> TimmModule:
-    """Put a patched model back exactly as it was, and return it. What was set on it since then stays.
+    """Undo :func:`patch` exactly, and return the model. Attributes that you have set since then stay.
 
     Raises:
         ValueError: the model is not patched, or only a module inside it is.
+
+    Example:
+        >>> model = tdk.patch(model, guidance)
+        >>> hasattr(tdk.unpatch(model), "tinydrop")
+        False
     """
     tinydrop = vars(model).get("tinydrop") if isinstance(model, nn.Module) else None
     if not isinstance(tinydrop, TinyDrop):
@@ -235,7 +240,7 @@ def unpatch(model: TimmModule) -> TimmModule:
 
 @contextmanager
 def _naming_what_is_missing(model: TimmModule) -> Iterator[None]:
-    """A timm that has renamed a part, or a model that has lost one, is refused and not half run."""
+    """Raise UnsupportedModelError, with timm's version, if the model lacks an attribute that timm used to have."""
     try:
         yield
     except AttributeError as error:
@@ -244,7 +249,7 @@ def _naming_what_is_missing(model: TimmModule) -> Iterator[None]:
 
 @torch.inference_mode()
 def _tried(family: Family, model: TimmModule) -> str | None:
-    """The trial on noise, in eval mode without autocast."""
+    """Return how the patched model's answer on noise differs from timm's; None if it does not."""
     with in_eval_mode(model), torch.autocast(next(model.parameters()).device.type, enabled=False):
         return find_mismatch(family, model)
 
@@ -259,7 +264,7 @@ def _forward(model: TimmModule, x: Tensor, *masks: object, **named_masks: object
         logits = type(model).forward(model, x, *masks, **named_masks)
         return logits
     if any(mask is not None and mask is not False for mask in (*masks, *named_masks.values())):
-        raise ValueError("attn_mask, is_causal: a patched model has no dense sequence they could refer to")
+        raise ValueError("attn_mask, is_causal: a patched model takes no mask, because it drops tokens")
     logits = model.tinydrop(x)
     return logits
 
@@ -273,7 +278,7 @@ def _apply(model: TimmModule, fn: object, recurse: bool = True) -> TimmModule:
 
 
 def _follow(model: TimmModule, guidance: Guidance) -> None:
-    """Move guidance to the model's device and dtype; not to the meta device, from which no weights come back."""
+    """Move the guidance model to the model's device and dtype, but never to meta, where its weights would be lost."""
     weight = next(model.parameters())
     if not weight.is_meta:
         with torch.inference_mode(False):  # autograd refuses tensors made in inference mode

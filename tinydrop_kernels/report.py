@@ -1,4 +1,4 @@
-"""What happened in a call, and what it cost."""
+"""Records of what a call of a patched model did, and of its cost."""
 
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -8,39 +8,49 @@ from torch import Tensor
 from tinydrop_kernels.families import Family
 from tinydrop_kernels.ops.types import Grid, Selection, TimmModule
 
-CASCADE_MARGIN = 0.05  # a reduction that saves less than this over exits alone is not worth its loss of accuracy
+CASCADE_MARGIN = 0.05  # fraction of FLOPs; saving less than this over exits alone is not worth the loss of accuracy
 BEFORE_TARGET = ("guidance", "select", "pack")  # stages that dense does not have
 
 
 @dataclass(frozen=True)
 class Call:
-    """What happened to the images of one call. Tensors stay where they were computed; nothing is copied to be kept."""
+    """What happened to the images of one call. Tensors are not copied and stay on the device of the call.
+
+    Example:
+        >>> model = tdk.patch(model, guidance, tdk.DropPolicy.fixed(0.5))
+        >>> answers = model(images)
+        >>> call = model.tinydrop.last
+        >>> call.counts.tolist(), call.num_patches
+        ([98, 98], 196)
+        >>> call.saliency[0].shape
+        torch.Size([14, 14])
+    """
 
     selection: Selection
     levels: list[Grid]  # rows and columns of the target's grid at each level, dense first
     guidance_logits: Tensor  # (batch, the guidance model's classes)
     second_look: Tensor  # bool (batch,): whether the image went through the target a second time, dense
-    seconds: dict[str, float] = field(default_factory=dict)  # by stage, filled when ``TinyDrop.timed``
-    read_backs: int = 1  # times that the host waited to read from the device
+    seconds: dict[str, float] = field(default_factory=dict)  # by stage, filled if ``TinyDrop.timed``
+    read_backs: int = 1  # number of times that the host waited to read from the device
 
     @property
     def num_patches(self) -> int:
-        """Patches of the dense grid."""
+        """Number of patches of the dense grid."""
         return self.levels[0][0] * self.levels[0][1]
 
     @property
     def counts(self) -> Tensor:
-        """int32 ``(batch,)``: patches kept of each image, 0 for one that exited."""
+        """int32 ``(batch,)``: number of kept patches per image, 0 for an exit."""
         return self.selection.counts
 
     @property
     def exited(self) -> Tensor:
-        """bool ``(batch,)``."""
+        """bool ``(batch,)``: whether the guidance model alone answered the image."""
         return self.selection.counts == 0
 
     @property
     def confidence(self) -> Tensor:
-        """float32 ``(batch,)``: the guidance model's."""
+        """float32 ``(batch,)``: largest softmax probability of the guidance model."""
         return self.selection.confidence
 
     @property
@@ -50,39 +60,55 @@ class Call:
 
     @property
     def kept(self) -> list[Tensor]:
-        """For each image the kept patches' numbers in raster order on its own grid; empty for one that exited."""
+        """Indices of each image's kept patches, in raster order on its own grid; empty for an exit."""
         return [row[row >= 0] for row in self.selection.indices]
 
     @property
     def saliency(self) -> list[Tensor]:
-        """For each image float32 ``(rows, columns)`` on its own grid."""
+        """Saliency map of each image, float32 ``(rows, columns)`` on its own grid."""
         maps = zip(self.selection.saliency, self.grid_sizes, strict=True)
         return [row[: rows * columns].view(rows, columns) for row, (rows, columns) in maps]
 
 
 @dataclass(frozen=True)
 class Report:
-    """Calls in numbers; reports add up, and ``str`` of one is for reading."""
+    """Counts, FLOPs and times of one call or of several. ``+`` adds two reports, and ``str`` makes one readable.
+
+    Example:
+        >>> model = tdk.patch(model, guidance, tdk.DropPolicy.fixed(0.5))
+        >>> answers = model(images)
+        >>> report = model.tinydrop.report()
+        >>> report.images, report.exits, report.kept_patches, report.patches
+        (2, 0, 196, 392)
+        >>> (report + report).images
+        4
+    """
 
     images: int
-    exits: int
-    second_looks: int
-    coarser: int  # images that stayed, at a coarser grid than the dense one
+    exits: int  # images that the guidance model alone answered
+    second_looks: int  # images that went through the target a second time, dense
+    coarser: int  # images that did not exit and were resized to a coarser grid than the dense one
     kept_patches: int
-    patches: int  # what the images that stayed have at the dense grid
-    flops: int  # guidance and target
-    guidance_flops: int
-    cascade_flops: int  # guidance, and the target on all patches of the images that stayed
-    dense_flops: int  # the target alone, on all patches of all images
-    read_backs: int  # times that the host waited to read from the device
+    patches: int  # patches of the dense grid, summed over the images that did not exit
+    flops: int  # spent by the guidance model and the target together
+    guidance_flops: int  # spent by the guidance model
+    cascade_flops: int  # what a cascade would spend: guidance, and the target on all patches of images that do not exit
+    dense_flops: int  # what the target would spend alone, on all patches of all images
+    read_backs: int  # number of times that the host waited to read from the device
     calls: int
-    seconds: dict[str, float]  # by stage, of calls that were timed
-    wall_seconds: float | None = None  # from images to answers, all of the above included; None if not measured
-    dense_seconds: float | None = None  # the dense model on the same images in the same batches, likewise
+    seconds: dict[str, float]  # by stage, of the calls that were timed
+    wall_seconds: float | None = None  # from images to answers, guidance included; None if not measured
+    dense_seconds: float | None = None  # the same for the dense model on the same batches; None if not measured
 
     @classmethod
     def of(cls, call: Call, family: Family, model: TimmModule, guidance_flops: int) -> "Report":
-        """A call of a model of this family, whose guidance model spends so many FLOPs on an image."""
+        """Return the report of one call.
+
+        Args:
+            call: the call.
+            family, model: the target.
+            guidance_flops: FLOPs that the guidance model spends per image.
+        """
         counts, levels = call.counts.tolist(), call.selection.levels.tolist()
         dense, exits, again = call.num_patches, counts.count(0), int(call.second_look.sum())
         flops = family.flops(model, [dense] * again, call.levels[0])
@@ -108,22 +134,22 @@ class Report:
 
     @property
     def flops_saved(self) -> float:
-        """Fraction of the dense FLOPs that was not spent."""
+        """Fraction of the dense model's FLOPs that was saved; negative if more were spent."""
         return 1 - self.flops / self.dense_flops
 
     @property
     def mean_keep(self) -> float:
-        """Fraction of the dense patches of images that did not exit; NaN where all did."""
+        """Fraction of the patches that was kept of the images that did not exit; NaN if all images exited."""
         return self.kept_patches / self.patches if self.patches else float("nan")
 
     @property
     def speed_up(self) -> float | None:
-        """How many times as fast as dense; None if not both were measured."""
+        """Time of the dense model over that of the patched model; None if either was not measured."""
         return self.dense_seconds / self.wall_seconds if self.dense_seconds and self.wall_seconds else None
 
     @property
     def notes(self) -> list[str]:
-        """Whatever speaks against it on these images, in words; nothing is said of time that was not measured."""
+        """Reasons in words why patching does not pay on these images. Time counts only if it was measured."""
         return [*self._guidance_note(), *self._time_note(), *self._rival_note()]
 
     def _guidance_note(self) -> list[str]:
@@ -182,5 +208,5 @@ class Report:
 
 
 def _sum(one: Any, other: Any) -> Any:
-    """None, which is what was not measured, makes None of the sum."""
+    """Return the sum of two numbers; None if either was not measured."""
     return None if one is None or other is None else one + other

@@ -1,6 +1,6 @@
-"""Everything of torch that torch does not promise, and nothing else; each with a sentence on why it is needed.
+"""The only module that uses private or unstable parts of torch. Each function says why it needs them.
 
-A name that this torch does not have is looked for with ``hasattr`` or ``getattr`` where it is used, never at import.
+A part that some torch releases lack is looked up with ``hasattr`` or ``getattr`` when it is used, never at import.
 """
 
 import functools
@@ -19,7 +19,7 @@ from torch.nn.modules import module as _module
 from torch.utils.module_tracker import ModuleTracker
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-NOT_COMPILED = "it decides by numbers of the batch; compile without fullgraph=True, or unpatch the model"
+NOT_COMPILED = "it depends on numbers of each batch; compile without fullgraph=True, or unpatch the model"
 
 _GLOBAL_HOOKS = (
     "_global_forward_pre_hooks",
@@ -28,8 +28,8 @@ _GLOBAL_HOOKS = (
     "_global_backward_hooks",
 )
 
-# Of torch.backends, a parent before what follows it. oneDNN's own parent is left out: in torch 2.11 to 2.14, who sets
-# it sets that of all backends.
+# Settings of torch.backends. A parent precedes its children, because setting a parent also sets children that inherit.
+# "mkldnn" itself is missing, because in torch 2.11 to 2.14 setting it sets all backends.
 _FLOAT32_SETTINGS = ("cudnn", "cudnn.conv", "cuda.matmul", "mkldnn.conv", "mkldnn.matmul")
 _one_at_a_time = threading.RLock()
 
@@ -40,9 +40,9 @@ def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
 
 
 def global_hooks() -> list[Callable[..., Any]]:
-    """Return the hooks that run at the call of every module, as ``register_module_forward_hook`` sets them.
+    """Return the hooks that run on every module's call, as set by ``register_module_forward_hook``.
 
-    Those of torch's ``ModuleTracker`` are left out: they only look, and ``FlopCounterMode`` sets them.
+    Hooks of torch's ``ModuleTracker`` are left out. ``FlopCounterMode`` sets them, and they change nothing.
     """
     found = chain.from_iterable(getattr(_module, name, {}).values() for name in _GLOBAL_HOOKS)
     return [hook for hook in found if not isinstance(getattr(hook, "__self__", None), ModuleTracker)]
@@ -51,26 +51,28 @@ def global_hooks() -> list[Callable[..., Any]]:
 def has_hooks(module: nn.Module) -> bool:
     """Return whether calling a module runs more than its class's ``forward``.
 
-    That is a hook of its own, or a ``forward`` on the instance that patching has not set there. Hooks on every module
-    (:func:`global_hooks`) are looked for once a call, not here.
+    True if the module has hooks of its own, or a ``forward`` set on the instance by anything but patching. Hooks on
+    every module (:func:`global_hooks`) are not counted, because they are checked once per call.
     """
     forward = vars(module).get("forward")
     return any(hooks_of(module)) or not (forward is None or is_own(forward))
 
 
 def is_own(forward: object) -> bool:
-    """Return whether a ``forward`` on an instance was set there by this package: a partial of one of its functions."""
+    """Return whether a ``forward`` set on an instance is a partial of one of this package's functions."""
     return isinstance(forward, partial) and str(getattr(forward.func, "__module__", "")).startswith("tinydrop_kernels.")
 
 
 @contextmanager
 def ieee_float32() -> Iterator[None]:
-    """Compute float32 as float32 within, on every device; also a decorator.
+    """Compute float32 in full precision within the context, on every device. It is a decorator too.
 
-    cuDNN rounds what it convolves to TF32 unless it is forbidden, which is an error of 3e-4; cuBLAS and oneDNN round
-    where the user allows it. ``fp32_precision`` is torch's newest way to forbid it, and has moved before. The settings
-    are the process's: other threads compute in float32 meanwhile, too, and who enters here waits for the one within.
-    What followed its parent follows it again afterwards.
+    By default cuDNN rounds the inputs of convolutions to TF32, an error of 3e-4. cuBLAS and oneDNN round if the user
+    allows it. ``fp32_precision`` is torch's newest switch for this, and its place has changed between releases.
+
+    The settings hold for the whole process. So other threads also compute in full precision meanwhile, and a second
+    thread that enters waits for the first to leave. Afterwards every setting is restored, and a setting that inherited
+    its parent's value inherits it again.
     """
     with _one_at_a_time:
         changed: list[tuple[Any, str]] = []
@@ -97,11 +99,11 @@ def _float32_settings() -> list[Any]:
 
 
 def transforms() -> list[str]:
-    """Return the transforms around this call, the innermost last.
+    """Return the names of the torch transforms that this call runs under, the innermost last.
 
     Returns:
-        Of ``torch.func`` ``"grad"`` (its vjp and jacrev too), ``"jvp"`` (its jacfwd and linearize too), ``"vmap"`` and
-        ``"functionalize"``; of ``torch.autograd`` ``"forward_ad"``. None of them where this torch does not say.
+        From ``torch.func``: ``"grad"`` (also for vjp and jacrev), ``"jvp"`` (also for jacfwd and linearize), ``"vmap"``
+        and ``"functionalize"``. From ``torch.autograd``: ``"forward_ad"``. A torch without this information adds none.
     """
     stack: Any = getattr(getattr(torch._C, "_functorch", None), "get_interpreter_stack", tuple)()
     found = [interpreter.key().name.lower() for interpreter in stack or ()]
@@ -109,17 +111,18 @@ def transforms() -> list[str]:
 
 
 def in_forward_mode() -> bool:
-    """Return whether tangents are computed around this call, also where ``torch.func`` has put its stack aside."""
+    """Return whether forward-mode differentiation is on, even while ``torch.func`` hides its stack of transforms."""
     level: int = getattr(torch.autograd.forward_ad, "_current_level", -1)
     return level >= 0
 
 
 @functools.cache
 def has_onednn_linear(dtype: torch.dtype) -> bool:
-    """Return whether :func:`onednn_linear` answers on this CPU, weights packed and not; a tiny product a process tells.
+    """Return whether :func:`onednn_linear` works on this CPU, with plain and with prepacked weights.
 
-    The operators are meant for torch's compiler alone, so a release may rename them. On a CPU without AVX512 oneDNN has
-    no bfloat16. Only an attempt reveals that: torch's own check asks the processor, and oneDNN may be told to use less.
+    A tiny product is tried once per process and dtype. The operators are private to torch's compiler, so a release may
+    rename them. On a CPU without AVX512, oneDNN has no bfloat16. torch's own check only asks the processor, and misses
+    environment variables that limit oneDNN to fewer instructions.
     """
     if not all(hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight")):
         return False
@@ -132,33 +135,33 @@ def has_onednn_linear(dtype: torch.dtype) -> bool:
 
 
 def onednn_linear(x: Tensor, weight: Any, bias: Tensor | None, activation: str = "none") -> Tensor:
-    """Apply a linear layer by oneDNN where :func:`has_onednn_linear` says that it can.
+    """Apply a linear layer by oneDNN. Call it only if :func:`has_onednn_linear` returns True.
 
     Args:
         x: ``(..., in_features)``.
-        weight: ``(out_features, in_features)``, as it is or from :func:`onednn_prepacked`.
+        weight: ``(out_features, in_features)``, plain or from :func:`onednn_prepacked`.
         bias: ``(out_features,)``.
-        activation: ``"none"`` or ``"gelu"``, the exact one.
+        activation: ``"none"`` or ``"gelu"`` (the exact one, not the tanh approximation).
     """
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none")
     return out
 
 
 def onednn_prepacked(weight: Tensor) -> Any:
-    """Return a copy of ``(out_features, in_features)`` as oneDNN reads it, which can neither be copied nor pickled."""
+    """Return a copy of a weight ``(out_features, in_features)`` in oneDNN's layout. It cannot be copied or pickled."""
     return torch.ops.mkldnn._reorder_linear_weight(weight, None)
 
 
 def _exact(rows: int, dtype: torch.dtype) -> Tensor:
-    """Small integers ``(rows, 16)``, whose products are exact in every dtype."""
+    """Return small integers ``(rows, 16)``, whose products are exact in every dtype."""
     return (torch.arange(rows * 16) % 3).view(rows, 16).to(dtype)
 
 
 def eager(function: Function) -> Function:
-    """Return the function so decorated that torch.compile neither compiles it nor what it calls.
+    """Decorate a function so that ``torch.compile`` compiles neither the function nor what it calls.
 
-    ``torch.compiler.disable`` imports ``torch._dynamo`` (2 s). Where nothing else has done so, that waits for the first
-    call, as torch itself does it.
+    ``torch.compiler.disable`` imports ``torch._dynamo``, which takes 2 s. If nothing else has imported it yet, the
+    import is put off to the first call, by the same private decorator that torch uses.
     """
     later: Any = getattr(torch, "_disable_dynamo", None)
     if later is not None and "torch._dynamo" not in sys.modules:
@@ -169,20 +172,20 @@ def eager(function: Function) -> Function:
 
 
 def eager_outside(function: Function) -> Function:
-    """Return the function so decorated that torch.compile compiles what it calls, each by itself, but not it."""
+    """Decorate a function so that ``torch.compile`` skips it and compiles each function that it calls by itself."""
     disabled: Function = torch.compiler.disable(function, recursive=False, reason=NOT_COMPILED)
     return disabled
 
 
 @functools.cache
 def for_any_size(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled for any shapes and numbers, but that torch takes 1 for another than all larger ones."""
+    """Compile with dynamic shapes. torch specialises size 1, so up to two variants are compiled."""
     return torch.compile(function, dynamic=True)
 
 
 @functools.cache
 def for_any_batch(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of a model and images, compiled for any number of images of one size."""
+    """Compile a function of a model and images for any number of images of one size."""
     run = torch.compile(function)
 
     def marked(model: Any, images: Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""The benchmark of whole models: its rivals are what they are called, and all of them are measured alike."""
+"""Tests of the benchmark of whole models: rivals compute what their names say, and all are measured the same way."""
 
 import copy
 import json
@@ -71,7 +71,7 @@ class TestTokenMerging:
         assert [tome.total_for(model, tome.flops(model, total) + 1) for total in (0, 5, 10)] == [0, 5, 10]
 
     def test_the_most_similar_are_merged_and_means_are_kept(self):
-        """Against the paper's steps one by one, in float64."""
+        """Merging equals the paper's steps, written one by one in float64."""
         tokens, keys = torch.randn(2, 9, 4, dtype=torch.float64), torch.randn(2, 9, 3, dtype=torch.float64)
         sizes = torch.randint(1, 4, (2, 9, 1)).double()
         merged, merged_sizes = tome.merge(tokens, sizes, keys, 3)
@@ -89,11 +89,11 @@ class TestTokenMerging:
 
     @torch.inference_mode()
     def test_proportional_attention(self):
-        """Equal patches without positions: merged, they weigh as much as they did, and nothing changes."""
+        """Merging equal patches without positions changes nothing, because merged tokens keep their weight."""
         model = tiny_vit()
         model.pos_embed.zero_()
         images = torch.randn(2, 3, 8, 8).repeat(1, 1, 4, 4)
-        images[:, :, :8] += 1.0  # two kinds, so that the weights matter
+        images[:, :, :8] += 1.0  # two kinds of patches, otherwise weights would not matter
         merging = tome.TokenMerging(model, 8)
         assert close(merging(images), model(images)) and merging.tokens == [13, 9]
 
@@ -102,7 +102,7 @@ class TestPaddedDropping:
     @pytest.mark.parametrize("policy", [tdk.DropPolicy.fixed(0.3), "mix"])
     @torch.inference_mode()
     def test_answers_as_the_patched_model(self, model, policy):
-        """The mix pads, has grids of more than one level, and images that exit."""
+        """The policy "mix" has padding, grids of several levels, and exits."""
         patched = tdk.patch(copy.deepcopy(model), tiny_guidance())
         mix = tdk.DropPolicy(0.6, 1.0, 0.25, coarsen=0.5, blend=0.2, second_look=None)
         patched.tinydrop.policy = mix if policy == "mix" else policy
@@ -129,7 +129,7 @@ class TestMixes:
         for percent in mixes.EXITS_ABOVE:
             share = mixes.cost(model, guidance, mixes.policy_of(model, guidance, percent)) / mixes.dense_cost(model)
             assert share <= percent / 100 + 0.02
-            # Where everything is kept the last block is cheaper than dense's.
+            # The last block of a patched model is cheaper than dense, so a mix of 100 % may cost less.
             assert share >= percent / 100 - (0.04 if percent == 100 else 0.02)
 
     @pytest.mark.parametrize("percent", mixes.EXITS_ABOVE)
@@ -158,7 +158,7 @@ class TestWays:
     @pytest.mark.parametrize("name", end_to_end.SMOKE["ways"])
     @torch.inference_mode()
     def test_runs_its_blocks(self, subject, name):
-        """What is counted while it runs is what it is said to cost."""
+        """The FLOPs counted during a run equal the FLOPs that the way reports."""
         if name == "onnx":
             pytest.importorskip("onnxscript")
             pytest.importorskip("onnxruntime")
@@ -175,15 +175,17 @@ class TestWays:
         assert answers[0].shape == (8, 10) if name == "onnx" else answers.shape == (8, 10)
         if name == "onnx":
             assert close(torch.from_numpy(answers[0]), subject.dense(way.batches[0]))
-        elif name == "ours-prepacked":  # the counter knows neither oneDNN's linear layers
+        elif name == "ours-prepacked":  # torch's counter does not count oneDNN's linear layers
             assert case.subject.patched("prepacked")[0].tinydrop.report().flops == way.round_flops
-        elif name in ("ours", "exits"):  # nor our attention
+        elif name in ("ours", "exits"):  # torch's counter does not count our attention
             assert 0.8 < counter.get_total_flops() / way.round_flops <= 1
         else:
             assert counter.get_total_flops() == way.round_flops
         equal = {"dense": 8 * case.dense_flops} | dict.fromkeys(("tome", "resolution"), 8 * case.image_flops)
         if name in equal:
-            assert way.round_flops == pytest.approx(equal[name], rel=0.1)  # of 14 x 14 patches, sides are far apart
+            assert way.round_flops == pytest.approx(
+                equal[name], rel=0.1
+            )  # loose, because the FLOPs of neighbouring sides differ much
 
     @torch.inference_mode()
     def test_exits_alone_pay_for_what_stays(self, subject):
@@ -198,7 +200,7 @@ class TestWays:
 
 
 def ticking(seconds, calls):
-    """Ways whose calls take so many seconds of a clock of our own, and that clock."""
+    """Return ways whose calls advance a fake clock by the given seconds, and the clock."""
     now = [0.0]
 
     def call_of(name):
@@ -259,7 +261,7 @@ class TestCommand:
 
     def test_smoke(self, monkeypatch, tmp_path, capsys):
         file, picture = tmp_path / "found.json", tmp_path / "found.png"
-        ways = [way for way in end_to_end.SMOKE["ways"] if way != "onnx"]  # whose export takes its time
+        ways = [way for way in end_to_end.SMOKE["ways"] if way != "onnx"]  # its export takes too long
         options = ("--mixes", 20, "--rounds", 1, "--profile", "ours", "--ways", *ways)
         self.run(monkeypatch, "--smoke", "--json", file, *options)
         printed = capsys.readouterr().out
@@ -276,7 +278,7 @@ class TestCommand:
         assert picture.read_bytes().startswith(b"\x89PNG")
 
     def test_a_kill_costs_one_round(self, monkeypatch, tmp_path):
-        """What was measured until then is in the file, whole."""
+        """After a kill, the file has all figures measured before."""
         file, rounds = tmp_path / "found.json", []
 
         def killed(way, clock):

@@ -1,4 +1,7 @@
-"""Launching compiled kernels past Triton's binder: on a GPU that does nothing, in a process without the interpreter."""
+"""Tests of kernel launches that bypass Triton's argument binder.
+
+They run on a fake GPU that does nothing, in a process without the interpreter.
+"""
 
 import os
 import subprocess
@@ -53,11 +56,11 @@ with torch.inference_mode(), mock.patch.object(registry, "_preference", kernels_
         for one, other in zip(direct_way, tritons_way, strict=True):
             assert one[:3] == other[:3], (name, one, other)
             assert len(one[3]) == len(other[3])
-            # What is allocated within the call lies elsewhere each time; what was given, and every number, is the same.
+            # Only addresses may differ, because each call allocates its results anew.
             differ = [(a, b) for a, b in zip(one[3], other[3]) if a != b]
             assert all(type(a) is int and a > 2**32 for a, _ in differ), (name, differ)
 
-    # Whatever a kernel is compiled for makes another of it.
+    # A change of anything that a kernel is specialised for selects another binary.
     def attention(dtype=torch.bfloat16, head_dim=64, shift=0, longest=50, bias=False, gap=0):
         rows = torch.zeros(50 * (3 * 4 * head_dim + gap) + 8, dtype=dtype)[shift:]
         qkv = rows.as_strided((50, 3, 4, head_dim), (3 * 4 * head_dim + gap, 4 * head_dim, head_dim, 1)).unbind(1)
@@ -74,12 +77,12 @@ with torch.inference_mode(), mock.patch.object(registry, "_preference", kernels_
         assert not was_bound, kind
         hashes.add(found[0][1])
     assert len(hashes) == len(kinds), len(hashes)
-    call = attention(shift=4)  # where memory is read 16 bytes at a time, it may not be: Triton looks at every call
+    call = attention(shift=4)  # not aligned to 16 bytes, so Triton must check every call
     call()
     found, was_bound = of(call)
     assert was_bound == ["varlen_attention_kernel"] and found[0][1] not in hashes
 
-    # What is no int32 is another binary too, or a compilation error; never the int32 one on other memory.
+    # int64 arguments must select another binary, because the int32 binary would misread their memory.
     counts, pixels = torch.tensor([3, 2], dtype=torch.int32), torch.zeros(2, 3, 8, 8)
     indices = torch.tensor([[0, 1, 2], [0, 3, -1]], dtype=torch.int32)
     starts = torch.tensor([0, 4, 7], dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""What the benchmarks do on a GPU, with a CPU in its place: that all of it runs, and which figures come out."""
+"""Tests of the benchmarks' GPU code on a CPU with a fake ``torch.cuda``."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ import turns
 
 
 class Event:
-    """Of a device that has done everything as soon as it is told."""
+    """A CUDA event of a device that finishes all work at once."""
 
     def __init__(self, enable_timing):
         assert enable_timing
@@ -32,7 +32,7 @@ class Event:
 
 
 class Graph:
-    """Of calls that take no time."""
+    """A CUDA graph whose replay takes no time."""
 
     def replay(self):
         pass
@@ -40,7 +40,10 @@ class Graph:
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """torch.cuda as far as bench/ asks for it; ``refuses`` makes captures fail. Ceilings are taken for granted."""
+    """Replace the parts of ``torch.cuda`` that bench/ uses, and fix the highest rates.
+
+    Captures fail if ``refuses`` is set.
+    """
     found = SimpleNamespace(refuses=False, streams=["the caller's"], slept=0)
 
     @contextmanager
@@ -48,7 +51,7 @@ def gpu(monkeypatch):
         found.streams.append(name)
         try:
             yield
-        finally:  # whatever has been entered since
+        finally:  # also drops streams entered since then, as torch does
             del found.streams[1:]
 
     @contextmanager
@@ -89,7 +92,7 @@ def gpu(monkeypatch):
 
 
 class Benchmark:
-    """pytest-benchmark's fixture."""
+    """A stand-in for pytest-benchmark's fixture."""
 
     def __init__(self):
         self.extra_info, self.stats = {"is_default": True}, None
@@ -101,7 +104,7 @@ class Benchmark:
 
 
 def measured(monkeypatch, tmp_path, **options):
-    """Add one to a thousand numbers, and what is in the file of figures afterwards."""
+    """Measure adding one to a thousand numbers, and return the figures in the file."""
     monkeypatch.setattr(measure, "LINES", tmp_path / "figures.jsonl")
     labels = {"batch": 256, "lengths": "mean 50", "bias": False}
     call = ("varlen_attention", "triton", "triton", labels, torch.add, lambda: (torch.zeros(1000), 1), 8000)
@@ -121,11 +124,11 @@ def test_every_figure_of_a_call_is_taken(gpu, monkeypatch, tmp_path):
     assert info["clock_mhz"] == [1980, 1980] and info["argument_sets"] == 16
     _, attention = table.load([tmp_path / "figures.jsonl"])
     assert attention == {(256, "mean 50", False): {"triton": info}}
-    assert "an H200's bars, on NVIDIA H100" in shown(monkeypatch, tmp_path)
+    assert "targets for an H200, measured on NVIDIA H100" in shown(monkeypatch, tmp_path)
 
 
 def shown(monkeypatch, tmp_path):
-    """What bench/table.py prints."""
+    """Return the output of bench/table.py."""
     printed: list[str] = []
     monkeypatch.setattr(sys, "argv", ["table.py", str(tmp_path / "figures.jsonl")])
     monkeypatch.setattr(table, "print", lambda *parts, **_: printed.extend(parts), raising=False)
@@ -148,7 +151,7 @@ def test_a_capture_that_fails_ends_the_process_behind_its_figures(gpu, monkeypat
 
 
 def test_whole_models_take_turns(gpu, monkeypatch):
-    """Calls that are not waited for beside those that are; launches and profiles behind the last round."""
+    """Each round has calls with and without waiting. Launches and profiles follow the last round."""
     calls: list[str] = []
     monkeypatch.setattr(turns, "profiled", lambda call: (call(), calls.append("profiled")) and [("kernel", 3, 7.0)])
     ways = [
@@ -170,7 +173,7 @@ def test_a_dense_model_in_a_graph(gpu, monkeypatch):
 
 
 def test_tiles_are_tried(gpu, monkeypatch):
-    """On the kernel, in the interpreter where there is no GPU; a tile that answers otherwise takes forever."""
+    """Tiles are tried on the kernel in the interpreter. A tile with wrong answers gets an infinite time."""
     pytest.importorskip("triton")
     import tune_attention
 

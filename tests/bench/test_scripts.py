@@ -1,4 +1,4 @@
-"""Every script of bench, demo and examples can be imported, and does nothing then."""
+"""Tests that every script of bench, demo and examples can be imported without side effects."""
 
 import json
 import os
@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(file for folder in ("bench", "demo", "examples") for file in (ROOT / folder).glob("*.py"))
-# In one process, since each takes seconds to start; of its own, because some decide how Triton runs.
+# All scripts are imported in one process, because starting one takes seconds. The process is not that of the tests,
+# because some scripts decide how Triton runs.
 PROGRAM = """
 import argparse, importlib, json, sys, traceback
 from pathlib import Path
@@ -37,7 +38,7 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def errors():
-    """Why a script could not be imported, by its path."""
+    """Return the import errors by the scripts' paths."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
     done = subprocess.run([sys.executable, "-c", PROGRAM, *SCRIPTS], env=environment, capture_output=True, text=True)

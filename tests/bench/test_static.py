@@ -1,9 +1,9 @@
-"""What is shipped, compiled for GPUs that are not here: no spills, and tensor cores where they belong.
+"""Tests of the compiled kernels without a GPU: nothing spills, and matrix products use tensor cores.
 
-Every configuration for sm_90, and one in three for the others: all of them where TINYDROP_ALL_BINARIES is set.
-
-In processes of its own, because Triton decides when it is imported whether kernels are interpreted or compiled. With
-the installed Triton, and with the oldest that is supported where it lies beside (bench/static.py says how to get it).
+All configurations are compiled for sm_90, and one in three for other GPUs. With TINYDROP_ALL_BINARIES, all are compiled
+for all GPUs. The kernels are compiled in other processes, because Triton decides on import whether kernels are
+interpreted. They are compiled with the installed Triton, and with the oldest supported one if TINYDROP_TRITON36 names
+its folder (bench/static.py says how to get it).
 """
 
 import json
@@ -16,20 +16,20 @@ import pytest
 
 STATIC = Path(__file__).parents[2] / "bench" / "static.py"
 TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
-# The folder of each Triton, which comes first on the path; None for the installed one.
+# The folder of each Triton, which is put first on the path. None is the installed Triton.
 TRITONS = {"installed": None, "3.6": os.environ.get("TINYDROP_TRITON36")}
 BUILDS = [*(("installed", capability) for capability in TENSOR_CORE), ("3.6", 90)]
 
 
 @pytest.fixture(scope="module")
 def binaries(tmp_path_factory):
-    """Facts of every kernel binary, by (Triton, capability)."""
+    """Return the facts of every kernel binary, by (Triton, capability)."""
     pytest.importorskip("triton", reason="there is no Triton on this platform to compile with")
     folder = tmp_path_factory.mktemp("static")
 
     def start(version, capability):
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        environment["TRITON_DEFAULT_FP_FUSION"] = "0"  # as Triton 3.10 will have it
+        environment["TRITON_DEFAULT_FP_FUSION"] = "0"  # the default from Triton 3.10 on
         if TRITONS[version]:
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, (TRITONS[version], environment.get("PYTHONPATH"))))
         file = folder / f"{version} {capability}.json"
@@ -78,7 +78,7 @@ def test_embedding_is_on_tensor_cores(binaries, build):
 
 
 def test_attention_is_on_tensor_cores(binaries, build):
-    """Tiles of 64 queries on those of the architecture; smaller ones, for which there are none, on Ampere's."""
+    """Tiles of 64 queries use the GPU's own tensor-core instructions. Smaller tiles can only use those of Ampere."""
     rows = [row for row in binaries[build] if row["kernel"] == "varlen_attention_kernel"]
     half = [row for row in rows if not row["call"].startswith("float32")]
     assert half and all(row["tensor_core"] for row in half)
@@ -87,14 +87,14 @@ def test_attention_is_on_tensor_cores(binaries, build):
 
 
 def test_multiplies_and_adds_are_fused(binaries, build):
-    """Whatever Triton's default is."""
+    """Fusion does not depend on Triton's default."""
     assert all(row["fused"] for row in binaries[build])
 
 
 def test_what_attention_issues(binaries, build):
-    """A warp's instructions for 16 of 128 queries and 64 keys, on the GPU that it is counted for."""
+    """A warp issues few instructions for 16 of 128 queries and 64 keys, counted on sm_90."""
     if build[1] != 90:
         pytest.skip("counted for sm_90 alone")
     rows = [row for row in binaries[build] if row["call"] == "bfloat16, 197 x 197, head 64"]
     assert len(rows) == 1 and rows[0]["tensor_core"] == ["HGMMA"]
-    assert 200 < rows[0]["loop"] <= 300  # fewer would be another loop
+    assert 200 < rows[0]["loop"] <= 300  # fewer would mean that another loop was counted

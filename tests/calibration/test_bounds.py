@@ -1,4 +1,4 @@
-"""What may be said of a loss from so many images: against the binomial, a betting bound, MAPIE, and simulations."""
+"""Tests of the statistical bounds against the binomial, a betting bound, MAPIE and simulations."""
 
 import math
 
@@ -29,7 +29,7 @@ def test_more_losses_speak_less_and_more_gains_more():
 @pytest.mark.parametrize("share", [0.0, 0.002, 0.01, 0.05, 0.2])
 @pytest.mark.parametrize("images", [60, 300, 900])
 def test_it_errs_no_more_often_than_it_says(share, images):
-    """1,000 draws of images of a policy that loses just a little too much: at most one in ten may pass."""
+    """At most one in ten of 1,000 random samples of a policy that loses exactly the bound passes."""
     bound, confidence, draws = 0.02, 0.9, 1000
     rng = np.random.default_rng(images)
     shares = [share + bound, share, 1 - 2 * share - bound]
@@ -41,7 +41,10 @@ def test_it_errs_no_more_often_than_it_says(share, images):
 
 
 def betting_p_value(losses: np.ndarray, bound: float) -> float:
-    """Waudby-Smith and Ramdas, arXiv 2010.09686: an even mixture of constant stakes, stopped when it stands highest."""
+    """Return the p-value of Waudby-Smith and Ramdas, arXiv 2010.09686.
+
+    It is an even mixture of bets with constant stakes, stopped at its highest capital.
+    """
     stakes = np.geomspace(0.005, 0.999, 32)[:, None] / (1 - bound)
     capital = np.exp(np.cumsum(np.log1p(stakes * (bound - losses)), axis=1)).mean(0)
     return min(1.0, 1 / capital.max())
@@ -56,7 +59,7 @@ def test_it_needs_far_fewer_images_than_a_betting_bound():
 
 
 def test_it_agrees_with_mapie():
-    """MAPIE's p-value of losses that are 0 or 1."""
+    """The p-value equals that of MAPIE for losses of 0 or 1."""
     pytest.importorskip("mapie", reason="compares with MAPIE, which is not installed")
     from mapie.risk_control.methods import compute_hoeffding_bentkus_p_value
 

@@ -1,4 +1,4 @@
-"""From models and images to a policy with its certificate: what was judged is what runs, and what is said is true."""
+"""Tests of calibration: policies run as they were judged, and certificates hold."""
 
 import json
 import math
@@ -58,7 +58,10 @@ def answers(models):
 
 
 def made_up(images: int = 400, seed: int = 0, labelled: bool = True) -> Table:
-    """Answers of a target that is less right the coarser the grid, and of a guidance that is as right as it is sure."""
+    """Return a table of made-up answers.
+
+    The target is less accurate on coarser grids. The guidance model's accuracy equals its confidence.
+    """
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 10, images).astype(np.int32)
     reductions = tuple(whole_reductions(LEVELS))
@@ -67,7 +70,9 @@ def made_up(images: int = 400, seed: int = 0, labelled: bool = True) -> Table:
         wrong = (labels + rng.integers(1, 10, images)) % 10
         return np.where(rng.random(images) < chance, labels, wrong).astype(np.int32)
 
-    hard = rng.random(images)  # one luck for all grids: what one has right, so has a finer one
+    hard = rng.random(
+        images
+    )  # shared by all grids, so that an image that is right on one grid is right on all finer grids
     named = [np.where(hard < 0.95 - 0.02 * level**2, labels, (labels + 1) % 10).astype(np.int32) for level in range(5)]
     confidence = rng.random(images).astype(np.float32)
     stacked = np.stack([np.stack([one] * len(BLENDS)) for one in named])
@@ -79,7 +84,7 @@ def made_up(images: int = 400, seed: int = 0, labelled: bool = True) -> Table:
 
 
 def test_every_policy_is_judged_by_what_runs(models, answers):
-    """Random policies of the sweep, run by the engine itself: the same answers, the same FLOPs."""
+    """Random policies of the sweep give the same answers and FLOPs in the engine."""
     model, guidance = models
     table, swept = answers.table, sweep(answers.table)
     assert len(swept.cost) > 100_000
@@ -124,7 +129,7 @@ def test_the_model_is_put_back(models, answers):
 
 
 def test_nothing_is_asked_twice(models, tmp_path, monkeypatch):
-    """Interrupted in its third batch, a calibration asks nothing of the first two again."""
+    """After an interruption in the third batch, a calibration does not run the first two batches again."""
     model, guidance = models
     data = batches()
 
@@ -146,14 +151,16 @@ def test_nothing_is_asked_twice(models, tmp_path, monkeypatch):
     assert len(asked) == 3 * each, "the order of the batches does not matter"
     other = tdk.Guidance(tiny_guidance(), (128, 128))
     gather(model, [guidance, other], data, cache=tmp_path, progress=False)
-    assert 3 * each < len(asked) < 6 * each, "what does not hang on the guidance is not asked for another one"
+    assert 3 * each < len(asked) < 6 * each, (
+        "answers that do not depend on the guidance model are reused for another one"
+    )
     fresh = gather(model, [guidance], data, progress=False)
     assert np.array_equal(again.table.views[0].answers, fresh.table.views[0].answers)
     assert again.images == fresh.images
 
 
 def test_guidance_sees_a_batch_once_at_each_size_and_for_each_saliency(models, tmp_path, monkeypatch):
-    """And not at all where its answers are kept."""
+    """A guidance model whose answers are cached is not run at all."""
     model, guidance = models
     seen, forward = [], tdk.Guidance.forward
 
@@ -189,8 +196,10 @@ def test_testing_ends_at_the_first_failure():
 
 @pytest.mark.parametrize("labelled", [True, False])
 def test_certificates_hold(labelled):
-    """1,000 draws from a population in which the next grid loses a little more than is stated: at most one in ten may
-    certify a policy that does."""
+    """At most one in ten of 1,000 samples from a population certifies a policy that loses too much.
+
+    In the population, the first coarser grid loses slightly more than the stated drop.
+    """
     population, drop, confidence, draws = made_up(4000, labelled=labelled), 0.015, 0.9, 1000
     candidates = [Candidate(0, tdk.DropPolicy.fixed(rows * rows / 64, coarsen=1.0)) for rows, _ in LEVELS]
     losses = [judge(population, *candidate).losses.mean() for candidate in candidates]
@@ -213,7 +222,10 @@ def test_few_images_certify_nothing_and_it_is_said(answers):
 
 
 def certified(models, answers, labelled: bool = True, drop: float = 0.05):
-    """With the made-up answers in place of the tiny models', which are too alike for anything to be saved."""
+    """Return a certified policy for made-up answers.
+
+    The tiny models' own answers differ too little between reductions to certify any saving.
+    """
     return replace(answers, table=made_up(2000, labelled=labelled)).certified(drop)
 
 
@@ -237,7 +249,7 @@ def test_several_guidance_models_share_the_doubt(answers):
 
 def test_cost_in_time():
     table = made_up(2000)
-    view = replace(table.views[0], seconds=200.0)  # so slow a guidance never pays, however few FLOPs it has
+    view = replace(table.views[0], seconds=200.0)  # too slow to pay off, although it has few FLOPs
     slow = replace(table, views=(view,))
     assert certify(slow, 0.05, 0.9, "time").chosen is None
     assert certify(slow, 0.05, 0.9, "flops").chosen is not None

@@ -1,4 +1,4 @@
-"""``tinydrop calibrate`` as a user runs it, on checkpoints and images made here."""
+"""Tests of ``tinydrop calibrate`` as a user runs it, on checkpoints and images made here."""
 
 import json
 
@@ -21,7 +21,7 @@ NAMES = ["ant", "bee", "cat", "dog", "eel"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A target, two guidance models, and a folder of images for each class; one image cannot be read."""
+    """Return a folder with a target, two guidance models and images in class folders. One image is unreadable."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("calibrating")
     config = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0, "input_size": (3, 32, 32)}
@@ -62,7 +62,7 @@ def test_several_drops_and_guidance_models(folder, tmp_path):
     result = calibrate(folder, *given, "--out", out, "--picture", picture)
     assert result.exit_code == 0, result.output
     assert "31 images, judged by accuracy" in result.output and "broken.png" in result.output
-    assert result.output.count("each guidance model at its best") == 2
+    assert result.output.count("best policy of each guidance model") == 2
     assert str(folder / "first") in result.output and str(folder / "second") in result.output
     for drop in ("20", "50.5"):
         policy = tdk.CalibratedPolicy.load(tmp_path / f"policy-{drop}.json")
@@ -88,7 +88,7 @@ def test_the_file_is_for_classify(folder, tmp_path):
 def test_without_labels(folder, tmp_path):
     given = ("--guidance", folder / "first", "--out", tmp_path / "policy.json")
     result = calibrate(folder, *given, "--no-labels")
-    assert result.exit_code == 0 and "agreement with the dense model, for want of labels" in result.output
+    assert result.exit_code == 0 and "agreement with the dense model, which bounds" in result.output
     assert not tdk.CalibratedPolicy.load(tmp_path / "policy.json").certificate.labelled
 
 
@@ -126,4 +126,4 @@ def test_interrupted(folder, monkeypatch):
 
     monkeypatch.setattr(calibrating, "gather", interrupt)
     result = calibrate(folder, "--guidance", folder / "first")
-    assert result.exit_code == 130 and "goes on from here" in result.output
+    assert result.exit_code == 130 and "run the same command again" in result.output

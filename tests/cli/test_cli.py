@@ -1,4 +1,4 @@
-"""The command line, run as a user runs it, on checkpoints and images made here."""
+"""Tests of the command line as a user runs it, on checkpoints and images made here."""
 
 import json
 import os
@@ -30,7 +30,7 @@ NAMES = ["ant", "bee", "cat", "dog", "eel"]
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """A target and a guidance model as folders, and the target's weights as one file."""
+    """Return a folder with a target and a guidance model as ``timm.models.save_for_hf`` writes them."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("checkpoints")
     data_config = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0}
@@ -47,7 +47,7 @@ def checkpoints(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Images of several formats, modes and sizes in nested folders, and two that cannot be read."""
+    """Return a folder of images in several formats, modes and sizes, with two unreadable ones."""
     folder = tmp_path_factory.mktemp("photos")
     (folder / "more").mkdir()
     rng = np.random.default_rng(0)
@@ -62,7 +62,7 @@ def photos(tmp_path_factory):
     Image.fromarray(pixels(64, 64, 3)).save(folder / "e.webp")
     (folder / "broken.jpg").write_bytes((folder / "a.jpg").read_bytes()[:300])
     (folder / "text.png").write_text("no image")
-    (folder / "notes.txt").write_text("not looked at")
+    (folder / "notes.txt").write_text("ignored")
     return folder
 
 
@@ -111,7 +111,7 @@ def test_exits_are_told(checkpoints, photos):
     result = classify(checkpoints, photos / "a.jpg", "--tau", 0.01)
     row = json.loads(result.stdout.splitlines()[0])
     assert row["exit"] and row["kept"] == 0
-    assert "exits        1 (100.0%)" in result.output and "none stayed" in result.output
+    assert "exits        1 (100.0%)" in result.output and "all images exited" in result.output
 
 
 def test_half_precision(checkpoints, photos):
@@ -140,7 +140,7 @@ def test_guidance_size_and_compile(checkpoints, photos, monkeypatch):
 
 @pytest.mark.parametrize("given", [None, "ACTIVE"], ids=["by default", "as the user says"])
 def test_waiting_threads_sleep(given):
-    """In a process of its own, since OpenMP reads the variable once."""
+    """OMP_WAIT_POLICY is PASSIVE unless the user sets it. Tested in another process, because OpenMP reads it once."""
     program = "import os, sys; from tinydrop_kernels.__main__ import main; sys.argv = ['tinydrop', '--version']\n"
     program += "assert 'torch' not in sys.modules\ntry:\n    main()\nfinally:\n    print(os.environ['OMP_WAIT_POLICY'])"
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
@@ -193,7 +193,7 @@ def test_info_tells_every_operator():
 
 @pytest.fixture
 def environment(monkeypatch):
-    """To set variables in, as if the process had begun with them."""
+    """Return a monkeypatch for environment variables that the package otherwise reads only once."""
     registry._forced_by_environment.cache_clear()
     yield monkeypatch
     registry._forced_by_environment.cache_clear()
@@ -258,7 +258,7 @@ def test_keep_ratio_is_instead_of_the_law(checkpoints, photos):
 
 @pytest.fixture
 def chosen(monkeypatch, checkpoints, photos):
-    """The policy that classify makes of its options."""
+    """Return a function from command-line options to the policy that ``classify`` builds."""
 
     class Chosen(Exception):
         pass
@@ -285,7 +285,7 @@ def test_options_make_the_policy(chosen):
 
 
 def test_many_labels(checkpoints, photos):
-    """Scores of sigmoids, each by itself; what mixes answers is refused."""
+    """Rows hold sigmoid scores, and policies that mix answers are refused."""
     result = classify(checkpoints, photos / "b.png", "--multi-label", "--keep-ratio", 1)
     row = json.loads(result.stdout.splitlines()[0])
     image = torch.from_numpy(np.array(Image.open(photos / "b.png").convert("RGB"))).permute(2, 0, 1)[None] / 127.5 - 1
@@ -295,7 +295,7 @@ def test_many_labels(checkpoints, photos):
     assert told == pytest.approx(dict(zip(NAMES, scores.tolist(), strict=True)), abs=1e-3)
     assert abs(sum(told.values()) - 1) > 0.1
     result = classify(checkpoints, photos / "b.png", "--multi-label", "--tau", 0.9)
-    assert result.exit_code == 1 and "with multi_label=True nothing exits" in result.output
+    assert result.exit_code == 1 and "multi_label=True" in result.output
 
 
 def test_guidance_is_loaded_before_the_large_model(photos, monkeypatch):
@@ -378,10 +378,10 @@ def test_summary_says_when_dropping_does_not_pay():
     slow = replace(report, flops=250, guidance_flops=200, wall_seconds=2.0, dense_seconds=1.0)
     predictor = SimpleNamespace(report=slow, unreadable=[], agreeing=6)
     told = cli.summary(predictor, "cpu")
-    assert "mean keep    50.0% (of the patches of images that stayed)" in told
+    assert "mean keep    50.0% (of the dense patches, for images that did not exit)" in told
     assert "second looks 1 (12.5%)" in told and "speed-up     0.50 x" in told and "agreement    75.0%" in told
-    assert "FLOPs saved  -150.0% (guidance counted); exits alone 20.0%" in told
-    assert "packing and 8 read-backs in 4 batches counted" in told
+    assert "FLOPs saved  -150.0% (guidance included); exits alone would save 20.0%" in told
+    assert "packing and 8 read-backs in 4 batches included" in told
     assert "note: the patched model is slower than dense here, in batches of 2: 4.0 against 8.0 images/s" in told
     assert "note: the guidance model alone costs 2.0 times the FLOPs of the dense model" in told
     predictor.report = replace(report, wall_seconds=2.0, dense_seconds=3.0)
@@ -397,9 +397,9 @@ def test_graphs_need_a_gpu(checkpoints, photos):
 
 
 def test_stages_are_told(checkpoints, photos):
-    (line,) = [line for line in classify(checkpoints, photos, "--stages").output.splitlines() if "ms an image" in line]
+    (line,) = [line for line in classify(checkpoints, photos, "--stages").output.splitlines() if "ms per image" in line]
     assert all(f" {stage} " in line for stage in ("guidance", "select", "pack", "blocks"))
-    assert "ms an image" not in classify(checkpoints, photos).output
+    assert "ms per image" not in classify(checkpoints, photos).output
 
 
 def visualize(checkpoints, *arguments):
@@ -459,7 +459,7 @@ def test_mistakes_of_visualize_are_one_clear_line(checkpoints, photos, tmp_path,
 
 
 def test_the_help_is_quick_and_true():
-    """It imports neither torch nor timm, and says of each command what the command says of itself."""
+    """The help imports neither torch nor timm, and has the first line of each command's own help."""
     program = "import sys; from tinydrop_kernels.cli.main import main; main(['--help'], standalone_mode=False); "
     program += "print(sorted({'torch', 'timm', 'PIL'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Which precision is chosen where."""
+"""Tests of the dtype that ``--dtype auto`` selects."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def test_cpu(monkeypatch, avx512, amx, wanted):
 
 
 def test_a_cpu_of_which_torch_or_onednn_does_not_know(monkeypatch):
-    """A torch that has renamed its question, and instructions that are there and forbidden."""
+    """float32 is selected if torch lacks one of the checks and oneDNN does not use bfloat16 instructions."""
     monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     monkeypatch.setattr(options, "has_onednn_linear", lambda dtype: dtype == torch.float32)

@@ -1,4 +1,4 @@
-"""The CUDA C++ extension: built by setup.py, loaded, looked into and asked what it takes, all without a GPU."""
+"""Tests of the CUDA C++ extension that need no GPU: its build, its binary, its checks and its choice of arguments."""
 
 import hashlib
 import importlib.util
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def hash_of_sources(project: Path) -> str:
-    """As the extension tells it."""
+    """Return the hash that the extension reports as ``SOURCES``."""
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted((project / "csrc").iterdir()))).hexdigest()[:16]
 
 
@@ -37,7 +37,7 @@ IN_PLACE = ("build_ext", "--inplace")
 
 
 def build(project: Path, *command: str, hide_torch: bool = False, **variables: str) -> subprocess.CompletedProcess:
-    """``setup.py build`` into ``project/lib``, or another command."""
+    """Run ``setup.py build`` into ``project/lib``, or another command of setup.py."""
     pytest.importorskip("setuptools", minversion="77", reason="building asks for setuptools 77")
     hide = "sys.modules['torch'] = None; " if hide_torch else ""
     program = f"import runpy, sys; {hide}sys.argv[0] = 'setup.py'; runpy.run_path('setup.py', run_name='__main__')"
@@ -49,7 +49,7 @@ def build(project: Path, *command: str, hide_torch: bool = False, **variables: s
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory):
-    """A project built with its extension for all three GPUs: its ``lib`` folder."""
+    """Build the extension for all three architectures and return the ``lib`` folder."""
     if shutil.which("nvcc") is None and not os.environ.get("CUDA_HOME"):
         pytest.skip("the CUDA extension needs nvcc")
     project = copy_of_the_project(tmp_path_factory.mktemp("built"))
@@ -83,7 +83,7 @@ else:
     assert [file.name for file in (built / "tinydrop_kernels").glob("_C*")] == ["_C.abi3.so"]
 
 
-# What the launcher does not take.
+# Arguments that the launcher must refuse, by the name that the message must begin with.
 REFUSED = {
     "query": ["x[0]", "x.float()", "x[:, :, :60]", "torch.zeros(4, 2, 136).half()", "x[:1, :1].expand(4, 2**24, 64)"],
     "key": [
@@ -125,7 +125,7 @@ print("fine:", launch())
 
 
 def test_launcher_refuses_by_name(built):
-    """As far as it gets with tensors on the CPU that are declared to be on CUDA."""
+    """Check every refusal that CPU tensors reach when they are dispatched as if they were on CUDA."""
     cases = [f"{name}={value}" for name, values in REFUSED.items() for value in values]
     command = [sys.executable, "-c", LAUNCHER, *cases]
     done = subprocess.run(command, cwd=built, capture_output=True, text=True)
@@ -154,7 +154,7 @@ def test_gpus_that_code_runs_on(monkeypatch, architecture, runs, does_not_run):
 
 
 class OnCuda(SimpleNamespace):
-    """What choosing an implementation asks of a tensor on a GPU."""
+    """A stand-in for a tensor on a GPU, with the attributes that the choice of an implementation reads."""
 
     is_cuda, device, dtype = True, SimpleNamespace(type="cuda", index=0), torch.float16
     __len__ = lambda self: self.shape[0]  # noqa: E731
@@ -169,10 +169,10 @@ class OnCuda(SimpleNamespace):
 
 @pytest.fixture(params=[True, False], ids=["227 KB", "99 KB"])
 def has_room(request, monkeypatch):
-    """An extension that is loaded, on a GPU with much shared memory or with little."""
+    """Pretend that the extension is loaded, on a GPU with 227 KB of shared memory per block or with 99 KB."""
     monkeypatch.setattr(cuda_extension, "WHY_NOT", "")
     monkeypatch.setattr(cuda_extension, "_gpu", lambda index: (True, request.param))
-    # What a machine has is remembered, and must be forgotten with the extension.
+    # Clear the cache, because it remembers which implementations the machine has.
     registry._preference.cache_clear()
     yield request.param
     registry._preference.cache_clear()
@@ -210,7 +210,7 @@ def test_launch_makes_vectors_contiguous(monkeypatch):
 
 
 def cuobjdump() -> str:
-    """From the toolkit, or as Triton brings it."""
+    """Return the path of cuobjdump, from the CUDA toolkit or from Triton; skip the test if there is none."""
     if found := shutil.which("cuobjdump"):
         return found
     if spec := importlib.util.find_spec("triton"):
@@ -241,7 +241,7 @@ def test_products_are_on_tensor_cores(built, architecture):
         assert "LDL" not in body and "STL" not in body
 
 
-# -- setup.py, with a toolkit whose compiler always fails, and one whose compiler makes nothing of the sources
+# -- setup.py, with one toolkit whose compiler always fails and one whose compiler ignores the sources
 
 
 @pytest.fixture
@@ -265,7 +265,7 @@ def broken_toolkit(tmp_path):
 
 @pytest.fixture
 def hollow_toolkit(tmp_path):
-    """Its nvcc knows GPUs up to 9.0, and makes an object file that holds nothing but its command line."""
+    """Make a toolkit whose nvcc knows GPUs up to 9.0 and writes object files that hold only its command line."""
     if shutil.which("g++") is None:
         pytest.skip("linking an extension needs g++")
     home = tmp_path / "hollow"
@@ -370,13 +370,13 @@ def test_pure_package_without_a_word(project, variables):
 
 
 def test_isolated_build_is_pure_python(project):
-    """pip's build isolation hides torch."""
+    """Check a build without torch, because pip's build isolation hides torch."""
     done = build(project, hide_torch=True)
     assert done.returncode == 0 and lines_about_the_extension(done) == []
     assert_pure_python(project)
     done = build(project, hide_torch=True, TINYDROP_CUDA="1")
     assert done.returncode != 0
-    assert len(lines_about_the_extension(done)) == 1 and "torch is not there to build against" in done.stderr
+    assert len(lines_about_the_extension(done)) == 1 and "torch is not found" in done.stderr
 
 
 def test_bad_wishes_are_refused(project):

@@ -1,7 +1,7 @@
-"""The CUDA C++ attention kernel, proven without a GPU.
+"""Tests of the CUDA C++ attention kernel without a GPU.
 
-Its own source is compiled for the host and run by an emulator (tests/cuda_emulator) against float64. Skipped where
-there is no compiler to do so.
+The kernel's own source is compiled for the host, run by an emulator (tests/csrc/cuda_emulator) and compared with
+float64. The tests are skipped if there is no compiler.
 """
 
 import ctypes
@@ -22,17 +22,18 @@ from tinydrop_kernels.ops import OPERATORS, registry
 
 ROOT = Path(__file__).parents[2]
 EMULATOR = Path(__file__).parent / "cuda_emulator"
-SHARED = {"a100": 164 * 1024, "h100": 228 * 1024, "none": 0}  # of a multiprocessor; with none, all keys are streamed
+SHARED = {"a100": 164 * 1024, "h100": 228 * 1024, "none": 0}  # bytes a multiprocessor; 0: all keys are streamed
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}  # relative error in norm
-GUARD = 3  # rows around every tensor, which hold NaN and must neither be read nor written
+GUARD = 3  # rows of NaN around every tensor, which must be neither read nor written
 
-# Nothing, one row, the borders of a 16-row mma, of a 32-key step, of a 64-key tile, of two and four, and ViT's own.
+# Lengths 0 and 1, lengths around the limits of a 16-row mma, a 32-key step and one, two and four 64-key tiles, and the
+# lengths that ViTs have.
 LENGTHS = [0, 1, 2, 15, 16, 17, 31, 32, 33, 49, 50, 63, 64, 65, 0, 99, 127, 128, 129, 197, 198, 257]
 SHORT = [33, 0, 1, 16, 65, 17]
 
 
 def toolkit_headers() -> Path | None:
-    """A folder with cuda_fp16.h: the toolkit's, or that of the pip packages that come with torch."""
+    """Return a folder with cuda_fp16.h, from the toolkit or from torch's pip dependencies; None if there is none."""
     named = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     folders = [Path(name) / "include" for name in [*named, "/usr/local/cuda"]]
     spec = importlib.util.find_spec("nvidia")
@@ -61,7 +62,7 @@ class LaunchPlan(ctypes.Structure):
 
 
 class Arguments(ctypes.Structure):
-    """``AttentionArguments`` of csrc/varlen_attention.cuh."""
+    """The struct ``AttentionArguments`` of csrc/varlen_attention.cuh."""
 
     _fields_ = (
         ("query", View),
@@ -83,7 +84,7 @@ class Arguments(ctypes.Structure):
 
 
 def emulator(folder: Path, csrc: Path, optimise: str = "-O2"):
-    """The emulated kernel of these sources: ``run(query, key, value, seqlens_q, seqlens_k, ...) -> out, plan``."""
+    """Return the emulated kernel of the given sources: ``run(query, key, value, seqlens_q, ...) -> out, plan``."""
     compiler, headers = shutil.which("g++"), toolkit_headers()
     if compiler is None or headers is None:
         pytest.skip("the emulator needs g++ and CUDA's headers")
@@ -140,7 +141,7 @@ def emulate(tmp_path_factory):
 
 
 def packed_qkv(seqlens, heads, head_dim, dtype, spread=1.0):
-    """Query, key and value as views of timm's projection ``(total, 3, heads, head_dim)``, NaN before and after it."""
+    """Return query, key and value as views of timm's projection ``(total, 3, heads, head_dim)``, with NaN around it."""
     total = sum(seqlens)
     guarded = torch.full((total + 2 * GUARD, 3, heads, head_dim), float("nan"), dtype=dtype)
     guarded[GUARD : GUARD + total] = spread * torch.randn(total, 3, heads, head_dim)
@@ -148,7 +149,7 @@ def packed_qkv(seqlens, heads, head_dim, dtype, spread=1.0):
 
 
 def guarded_bias(table, positions, grid):
-    """Between values that must not be read: NaN, and patches far beyond the table."""
+    """Return a bias surrounded by values that must not be read: NaN, and patches far beyond the table."""
     tables = table.new_full((len(table) + 2 * GUARD, *table.shape[1:]), float("nan"))
     tables[GUARD:-GUARD] = table
     patches = torch.full((len(positions) + 2 * GUARD,), 2**30, dtype=torch.int32)
@@ -174,7 +175,8 @@ def test_every_length(emulate, dtype, early):
     assert not plan.streams_keys and plan.query_blocks == 1 and plan.row_blocks_per_warp == 3
 
 
-# One for each compiled head dimension, then those that are padded: 72 (SO400M), 88 (ViT-g), 104 (ViT-G), and the least.
+# The compiled head dimensions except 64, which is tested above. Then padded ones: 72 (SO400M), 88 (ViT-g), 104 (ViT-G)
+# and the smallest.
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp16", "bf16"])
 @pytest.mark.parametrize("multiprocessor", ["h100", "none"], ids=["resident", "streamed"])
 @pytest.mark.parametrize("head_dim", [16, 32, 80, 96, 128, 72, 88, 104, 8])
@@ -206,7 +208,7 @@ def test_large_scores(emulate, dtype):
 
 
 def test_growing_scores(emulate):
-    """Every step's maximum exceeds the one before: at first by less than what a step tolerates, then by more."""
+    """Check scores whose maximum grows at each step, at first by less than a step tolerates, then by more."""
     query, key, value = packed_qkv([257], 1, 64, torch.float16)
     query = torch.ones_like(query)
     key = (torch.arange(257)[:, None, None] ** 2 / 4096 + 0.1 * key).half()
@@ -223,7 +225,7 @@ def test_equal_scores_average_the_values(emulate):
 
 @pytest.mark.parametrize("multiprocessor", ["h100", "none"], ids=["resident", "streamed"])
 def test_cross_attention(emulate, multiprocessor):
-    """As a map pool does it: a query or a few for each segment, and queries whose segment has no keys."""
+    """Check one or a few queries per segment, as in a map pool, and queries whose segment has no keys."""
     seqlens_q, seqlens_k = [1, 1, 2, 1, 0, 150], [65, 0, 197, 3, 40, 20]
     _, key, value = packed_qkv(seqlens_k, 2, 64, torch.float16)
     query = torch.randn(sum(seqlens_q), 2, 64).half()
@@ -233,7 +235,7 @@ def test_cross_attention(emulate, multiprocessor):
 
 
 def test_keys_beyond_the_bound_are_not_read(emulate):
-    """max_seqlen_k is not checked; what exceeds it must not be written over the rest of shared memory."""
+    """Check that a max_seqlen_k that is too small does not make the kernel overwrite the rest of shared memory."""
     query, key, value = packed_qkv([50, 100], 2, 64, torch.float16)
     out, plan = emulate(query, key, value, [50, 100], [50, 100], longest=[100, 40])
     assert plan.key_capacity == 64 and not plan.streams_keys
@@ -242,7 +244,7 @@ def test_keys_beyond_the_bound_are_not_read(emulate):
 
 
 def test_offsets_beyond_32_bits(emulate):
-    """Rows 256 MB apart: 5 GB of addresses, of which few are touched."""
+    """Check rows that are 256 MB apart. They span 5 GB of addresses, but only a few pages are touched."""
     rows, stride = 20, 2**27
     try:
         memory = torch.empty((rows - 1) * stride + 64, dtype=torch.float16)
@@ -290,7 +292,7 @@ def test_bias(emulate, class_token, multiprocessor, early):
 
 
 def check_hidden_keys(emulate, multiprocessor="h100"):
-    """A bias of -inf hides what lies more than two rows above, from the last rows two whole tiles of keys."""
+    """Check a bias of -inf that hides keys more than two rows above. From the last rows it hides two whole tiles."""
     grid = rows, columns = 20, 8
     table = torch.randn(2 * rows - 1, 2 * columns - 1, 1)
     table[rows + 2 :] = -math.inf
@@ -314,22 +316,22 @@ def test_bias_at_every_head_dim(emulate, head_dim):
 
 
 def test_launches_fill_their_blocks(emulate):
-    """197 rows are 13 row blocks: two for each of 7 warps, and room for two blocks on an H100's multiprocessor."""
+    """Check plans by hand. 197 rows are 13 row blocks, two for each of 7 warps, and an H100 holds two such blocks."""
     query, key, value = packed_qkv([197], 1, 64, torch.float16)
     _, plan = emulate(query, key, value, [197], [197])
     assert (plan.warps, plan.row_blocks_per_warp, plan.query_blocks) == (7, 2, 1)
     assert 2 * (plan.shared_bytes + 1024) <= SHARED["h100"]
-    query, key, value = packed_qkv([100], 1, 64, torch.float16)  # four of these fit, with four warps each
+    query, key, value = packed_qkv([100], 1, 64, torch.float16)  # four such blocks fit, of four warps each
     _, plan = emulate(query, key, value, [100], [100])
     assert (plan.warps, plan.row_blocks_per_warp, plan.query_blocks) == (4, 2, 1)
     assert 4 * (plan.shared_bytes + 1024) <= SHARED["h100"]
-    _, plan = emulate(query[:1], key, value, [1], [100])  # a pool's query: its keys are copied by two warps
+    _, plan = emulate(query[:1], key, value, [1], [100])  # a pool's query: two warps copy its keys
     assert (plan.warps, plan.row_blocks_per_warp, plan.query_blocks) == (2, 1, 1)
 
 
 @pytest.mark.parametrize("options", [{}, {"global_pool": "map", "class_token": False}], ids=["token", "map pool"])
 def test_patched_model(emulate, monkeypatch, options):
-    """A whole ViT whose attention runs on the extension's kernel: exits, few tokens, all tokens; a pool's query."""
+    """Check a whole patched ViT whose attention runs on the emulated kernel, with exits and varied token counts."""
 
     launches = []
 
@@ -346,7 +348,7 @@ def test_patched_model(emulate, monkeypatch, options):
     with torch.inference_mode():
         wanted = vit(images)
         monkeypatch.setattr(OPERATORS["varlen_attention"], "implementations", (registry.reference(launch),))
-        registry._preference.cache_clear()  # what a machine has is remembered
+        registry._preference.cache_clear()  # it remembers the implementations
         try:
             out = vit(images)
         finally:

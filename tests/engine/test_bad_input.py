@@ -1,4 +1,4 @@
-"""Bad images: one clear error that names the argument, before any work is done."""
+"""Bad arguments raise one clear error that names the argument, before any work is done."""
 
 import pytest
 import torch

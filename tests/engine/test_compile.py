@@ -1,4 +1,7 @@
-"""torch.compile, asked of ``patch`` or put around the patched model: the eager answers, and few compilations."""
+"""Patched models under torch.compile, by ``patch(compile=True)`` or around the model, answer as eager ones do.
+
+They also compile few times.
+"""
 
 import copy
 import io
@@ -21,7 +24,7 @@ ALL_STAY = tdk.DropPolicy(tau=None, gamma=1.0, min_keep=0.1, coarsen=0.5, second
 
 @pytest.fixture(autouse=True)
 def fresh():
-    """No graph of another test, none left for the next."""
+    """Forget compiled graphs before and after each test."""
     torch._dynamo.reset()
     counters.clear()
     yield
@@ -32,7 +35,7 @@ def fresh():
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """What is compiled on request, one entry a graph; an error at a graph break."""
+    """Record each graph that ``patch(compile=True)`` compiles. A graph break is an error."""
     found = []
 
     def backend(graph, examples):
@@ -44,7 +47,7 @@ def graphs(monkeypatch):
 
 
 def is_of_blocks(graph):
-    """Whether there is attention over segments in a graph, which only the block stack has."""
+    """Return whether a graph has attention over segments, which only the target's blocks have."""
     return any("varlen_attention" in str(node.target) for node in graph.graph.nodes)
 
 
@@ -54,7 +57,7 @@ def test_fifty_batches_compile_twice(graphs):
     assert vit.tinydrop.compiled and vit.tinydrop.guidance.compiled and not eager.tinydrop.guidance.compiled
     totals = set()
     with torch.inference_mode():
-        for batch in (8, 1, 5, 3, 15, 2, 7, 4, 11, 6) * 5:  # on one thread torch has other convolutions from 16 on
+        for batch in (8, 1, 5, 3, 15, 2, 7, 4, 11, 6) * 5:  # from 16 on torch uses other convolutions
             images = varied_images(batch)
             torch.testing.assert_close(vit(images), eager(images), atol=1e-5, rtol=1e-4)
             totals.add(vit.tinydrop.last.counts.sum().item())
@@ -78,7 +81,7 @@ def test_other_block_stacks_are_one_graph_too(graphs, options):
 
 @pytest.mark.parametrize("key", ["beit, both biases", "dinov3", "rope, mixed"])
 def test_other_families_are_one_graph_behind_what_they_keep(key, monkeypatch):
-    """Tables and angles are made and kept outside; from the first block to the norm nothing breaks the graph."""
+    """Bias tables and rotary angles are cached outside the graph, which has no break from first block to norm."""
     found = []
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=lambda g, _: found.append(g) or g.forward))
     eager, images = make(key)
@@ -114,7 +117,7 @@ def test_a_compiled_one_copies_pickles_and_changes_its_dtype(graphs):
 
 
 def test_inductor():
-    """As users have it, on the guidance model and blocks of a small one."""
+    """A small model answers the same with torch's default compiler as without."""
     vit = tdk.patch(tiny_vit(depth=1), tiny_guidance(), DROP_HALF, compile=True)
     eager = copy.deepcopy(vit)
     eager.tinydrop.compiled = eager.tinydrop.guidance.compiled = False
@@ -151,7 +154,7 @@ def test_other_kinds_of_guidance_on_request(name, graphs):
 
 @pytest.mark.parametrize("policy", [DROP_HALF, ALL_STAY], ids=["fixed", "law"])
 def test_a_patched_model_in_torch_compile(policy):
-    """Compiled answers are the eager ones, and new batches with other totals do not compile again and again."""
+    """Compiled answers are the eager ones, and batches with new numbers of tokens do not compile again each time."""
     vit = tdk.patch(tiny_vit(), tiny_guidance(), policy)
     whole, graphs = torch.compile, []
 

@@ -1,4 +1,4 @@
-"""Replayed calls answer as others do. Without a GPU a recording is played by running the stage on its inputs again."""
+"""Replayed calls answer as other calls do. Without a GPU, a replay runs the stage on its inputs again."""
 
 import copy
 import pickle
@@ -35,7 +35,7 @@ def patched(policy=MIXED, **options):
 
 
 def make_as_sure_as_bright(guidance):
-    """Confidences of all kinds, an image's own whatever the batch."""
+    """Make the guidance model's confidence depend on an image's brightness alone, so that the batch does not matter."""
 
     def forward(images, *others):
         guided = tdk.Guidance.forward(guidance, images, *others)
@@ -58,7 +58,7 @@ def without_graphs(model):
 
 
 def assert_same(model, images):
-    """The model's answer is the one it gives without graphs."""
+    """Assert that the model answers the same with and without graphs."""
     found = model(images)
     with without_graphs(model):
         torch.testing.assert_close(found, model(images), atol=1e-5, rtol=1e-4)
@@ -77,7 +77,7 @@ def assert_same(model, images):
 @pytest.mark.parametrize("second_look", [None, (0.99, 0.99)], ids=["once", "second look"])
 @torch.inference_mode()
 def test_same_answers(options, second_look):
-    """Batches of all sizes, of exits, grids and counts that change from one to the next."""
+    """Batch sizes, exits, grids and counts change from batch to batch, and answers stay those without graphs."""
     model = patched(tdk.DropPolicy(0.6, 1.0, 0.1, 0.5, blend=0.2, second_look=second_look), **options)
     exited = looked = 0
     for number in 5 * (1, 3, 8, 5):
@@ -90,7 +90,7 @@ def test_same_answers(options, second_look):
 
 @torch.inference_mode()
 def test_what_a_call_left_behind_stays():
-    """A later call writes into what the graph wrote into, not into what was handed out."""
+    """A later call overwrites the graph's own outputs, but not the tensors that an earlier call returned."""
     model = patched()
     for _ in range(3):
         first = model(images_of(4))
@@ -103,7 +103,7 @@ def test_what_a_call_left_behind_stays():
 
 
 class Launches(TorchDispatchMode):
-    """Counts the operators that are not in a recording; a replay is one."""
+    """A counter of launched operators. A replay counts as one."""
 
     def __init__(self):
         super().__init__()
@@ -116,7 +116,7 @@ class Launches(TorchDispatchMode):
 
 @torch.inference_mode()
 def test_a_replayed_call_takes_few_launches(monkeypatch):
-    """However deep the models are; dense takes more."""
+    """A replayed call of a deep model takes fewer than 60 launches, and dense takes more."""
     launches = Launches()
 
     class AtOnce(Again):
@@ -142,7 +142,7 @@ def test_a_replayed_call_takes_few_launches(monkeypatch):
         dense, launches.number = launches.number, 0
         with without_graphs(model):
             model(images)
-    assert replayed < 60 < dense < launches.number  # views count too
+    assert replayed < 60 < dense < launches.number  # these numbers include views
 
 
 @torch.inference_mode()
@@ -162,7 +162,7 @@ def test_another_policy_guidance_or_size_is_another_kind():
 
 
 def patched_for_good(model):
-    """A guidance that pickles and copies, unlike the one with a function of its own."""
+    """Remove the guidance model's ``forward`` on the instance, because a local function cannot be pickled."""
     del model.tinydrop.guidance.forward
     return model
 
@@ -183,7 +183,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @torch.no_grad()
 def test_what_becomes_of_the_model_is_seen(change):
-    """Its graphs are recorded anew: here a replay would notice by itself, a CUDA graph would not."""
+    """Graphs are recorded again after a change. Only the counts show it here, because these replays run Python code."""
     model = patched(tdk.DropPolicy.fixed(0.5))
     images = images_of(4)
     for _ in range(3):
@@ -223,7 +223,7 @@ def test_what_becomes_of_the_guidance_is_seen():
 @pytest.mark.parametrize("name", ["class_weight", "mean"])
 @torch.no_grad()
 def test_what_the_guidance_is_beside_its_model_is_seen(name):
-    """Selection reads the rows of the head, and preprocessing the mean, from the graph too."""
+    """A graph also holds the rows of the guidance model's head and its mean, so changes of them are noticed too."""
     model, images = patched(), images_of(4)
     for _ in range(3):
         model(images)
@@ -252,7 +252,7 @@ def test_another_guidance_is_watched_in_its_turn():
 
 @torch.inference_mode()
 def test_hooks_are_run_at_every_call():
-    """And where they are gone again, graphs are back."""
+    """While there are hooks, calls run without graphs. After the hooks are removed, calls are replayed again."""
     model, images, seen = patched(tdk.DropPolicy.fixed(0.5)), images_of(4), []
     for _ in range(3):
         model(images)
@@ -277,7 +277,7 @@ def test_another_backend_is_another_kind():
     for _ in range(3):
         model(images)
     front = model.tinydrop.graphs.front
-    with ops.use_backend("reference"):  # it reads back, which no graph can hold
+    with ops.use_backend("reference"):  # the reference reads back, so it runs without graphs
         for _ in range(3):
             model(images)
     assert (front.recorded, front.replayed, front.not_replayed) == (1, 2, 1)
@@ -285,7 +285,7 @@ def test_another_backend_is_another_kind():
 
 @torch.inference_mode()
 def test_memory_is_bounded(monkeypatch):
-    """The kind that was used longest ago goes, and the others stay."""
+    """Only the least recently used graph is discarded."""
     monkeypatch.setattr(graphs, "MOST_GRAPHS", 2)
     model = patched()
     for number in (1, 1, 2, 1, 3, 2, 1, 1):
@@ -335,7 +335,7 @@ def test_copies_and_pickles_begin_anew():
 
 
 def test_many_threads():
-    """Each thread its own images; all graphs are shared."""
+    """Threads with different images share all graphs and get the right answers."""
     model = patched()
     batches = [images_of(4) for _ in range(6)]
     with torch.inference_mode(), without_graphs(model):
@@ -382,7 +382,7 @@ def test_no_graphs_on_a_cpu(monkeypatch):
 
 @pytest.mark.parametrize("prefix", [0, 1, 5])
 def test_buckets(prefix):
-    """Little is wasted, few are needed, and every segment that makes up the number is there and not empty."""
+    """Buckets add few rows, few buckets serve many batches, and no padding segment is missing or empty."""
     met = set()
     for own in (1, 2, 3, 7, 8, 31):
         for length in (prefix + 1, prefix + 49, 197 + prefix, 1370):

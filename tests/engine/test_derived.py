@@ -1,4 +1,4 @@
-"""What is kept of weights between calls: never stale, whatever changed them, and kept where nothing did."""
+"""Values computed from weights are cached while the weights are unchanged, and never stale after any change."""
 
 import copy
 
@@ -42,7 +42,7 @@ def train(model, images, optimizer):
 
 @torch.no_grad()
 def assert_fresh(model, key, images):
-    """The answer is that of a model that is made and patched now, with the same weights."""
+    """Assert that a model answers as a new model does that is patched now and has the same weights."""
     fresh = make(key)
     fresh.load_state_dict(model.state_dict())
     tdk.patch(fresh, model.tinydrop.guidance, model.tinydrop.policy)
@@ -62,7 +62,7 @@ def one_by_one(parameters):
 
 
 class Own(torch.optim.Optimizer):
-    """Writes through ``.data``, as optimizers of before torch 1.0 do."""
+    """An optimizer that writes through ``.data``, as in code from before torch 1.0."""
 
     def __init__(self, parameters):
         super().__init__(parameters, {})
@@ -97,13 +97,13 @@ def assign(model, other):
 
 @torch.no_grad()
 def average(model, other):
-    """As timm's ModelEmaV3 does."""
+    """Average weights as timm's ModelEmaV3 does."""
     torch._foreach_lerp_([*model.parameters()], [*other.parameters()], 0.5)
 
 
 @torch.no_grad()
 def merge(model, other):
-    """As adapters are merged into weights: through ``.data``."""
+    """Change weights through ``.data``, as merging adapters does."""
     for own, others in zip(model.parameters(), other.parameters(), strict=True):
         own.data += 0.5 * others
 
@@ -112,7 +112,7 @@ def merge(model, other):
 @pytest.mark.parametrize("change", [load, assign, average, merge])
 @pytest.mark.parametrize("key", MODELS)
 def test_weights_from_elsewhere(key, change, trained):
-    """In a process that has trained everything is noticed; in another what torch counts, or what is said."""
+    """Every change is noticed in a process that has trained. Otherwise writes through ``.data`` need ``refresh``."""
     model = tdk.patch(make(key), tiny_guidance(), COARSER, prepack=True)
     images, other = images_for(model), make(key)
     if trained:
@@ -130,7 +130,7 @@ def test_weights_from_elsewhere(key, change, trained):
 
 
 def test_copies_of_a_model_in_training():
-    """An average that is kept beside it, updated through ``.data`` after it was evaluated."""
+    """A running average is right after each update through ``.data``, though it was evaluated before."""
     model = tdk.patch(make("ViT"), tiny_guidance(), COARSER, prepack=True)
     images, stepper, average = images_for(model), fused(model.parameters()), copy.deepcopy(model)
     for _ in range(2):
@@ -169,14 +169,14 @@ def test_is_kept_while_nothing_changes():
 
 
 def test_another_weight_in_the_place_of_one():
-    """Of several weights each is known by itself, not by where it lies."""
+    """A value made of several weights is made again if one of them is another tensor with equal values."""
     first, second = torch.ones(3), torch.ones(3)
     assert derived((first, second), "sum", lambda: 1) == derived((first, second), "sum", lambda: 2) == 1
     assert derived((first, second.clone()), "sum", lambda: 3) == 3
 
 
 def test_patching_ends_training():
-    """A model that is patched after it was trained keeps what it computes."""
+    """A model that is patched after training caches values."""
     model = tiny_vit()
     derived_module.note_training()
     tdk.patch(model, tiny_guidance(), COARSER)

@@ -1,4 +1,4 @@
-"""Blend, second look, and the model called from many threads."""
+"""Blends, second looks, order of the answers, and calls from many threads."""
 
 import threading
 
@@ -63,7 +63,7 @@ def test_nothing_looks_twice_that_was_dense_already(model):
 
 @torch.inference_mode()
 def test_the_order_of_the_batch_is_kept(model):
-    """Images are packed by level; each answer comes back to its place."""
+    """Images are packed level by level, but answers have the order of the images."""
     model.tinydrop.policy = tdk.DropPolicy(None, 1.0, 0.1, 0.7, blend=0.0, second_look=None)
     model.tinydrop.guidance.register_forward_hook(spread_confidence)
     images = varied_images(10, 64)
@@ -85,7 +85,7 @@ def test_the_order_of_the_batch_is_kept(model):
 
 @pytest.mark.parametrize("name", ["test_byobnet", "tinynet_e", "mobilenetv3_small_050", "efficientvit_b0", "test_vit"])
 def test_many_threads(name):
-    """8 threads, 200 calls, each kind of guidance, different images: the answers and ``last`` of a single thread."""
+    """In 200 calls from 8 threads, each answer and ``last`` is that of a single thread, for each kind of guidance."""
     size = (160, 160) if name == "test_vit" else (64, 64)
     guidance = tdk.Guidance(timm.create_model(name, num_classes=5).eval(), input_size=size)
     policy = tdk.DropPolicy(None, 1.0, 0.1, 0.5, blend=0.1, second_look=(0.2, 0.5))
@@ -119,7 +119,7 @@ def test_many_threads(name):
 @torch.inference_mode()
 @pytest.mark.parametrize("hooked", [False, True])
 def test_last_block_computes_what_is_read_unless_hooked(model, hooked):
-    """Rows that its MLP sees: of the class tokens alone, or of all tokens where somebody looks on."""
+    """The last MLP is given the class tokens alone, but all tokens if a hook needs to see them."""
     model.tinydrop.policy = tdk.DropPolicy.fixed(0.5)
     images = varied_images(3, 64)
     wanted, rows = model(images), []

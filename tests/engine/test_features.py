@@ -1,4 +1,4 @@
-"""``model.tinydrop.features`` against timm's own features, patch by patch."""
+"""``model.tinydrop.features`` gives timm's own features, patch by patch."""
 
 import copy
 
@@ -33,7 +33,7 @@ def test_everything_kept_is_timm(key):
 @pytest.mark.parametrize("key", KEYS)
 @torch.inference_mode()
 def test_each_place_shows_the_nearest_kept_patch(key, coarsen):
-    """Against timm at the image's own grid with the dropped keys masked, and a loop over all places."""
+    """Features are timm's on the image's own grid with dropped keys masked, each taken from the nearest kept patch."""
     model, images = make(key)
     images = torch.cat([images, images.flip(0) * 2])
     tdk.patch(model, tiny_guidance(), tdk.DropPolicy(0.9, 1.0, 0.15, coarsen))
@@ -61,7 +61,7 @@ def test_each_place_shows_the_nearest_kept_patch(key, coarsen):
         for row in range(rows):
             for column in range(columns):
                 distance = (centers - torch.tensor([row + 0.5, column + 0.5])).square().sum(1)
-                nearest = kept[distance[kept] <= distance[kept].min() + 1e-4]  # several where it lies between them
+                nearest = kept[distance[kept] <= distance[kept].min() + 1e-4]  # several if equally near
                 off = (wanted[nearest] - features[b, :, row, column]).abs().amax(1).min()
                 assert off <= 1e-4 * wanted.abs().max()
                 assert mask[b, row, column] == (distance[kept].min() <= distance.min() + 1e-4)

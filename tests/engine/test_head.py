@@ -1,4 +1,4 @@
-"""Heads that somebody replaced by hand: the answer has their classes, or is refused, and never the guidance's."""
+"""Models with a replaced head answer that head's classes or are refused. They never answer the guidance's classes."""
 
 import copy
 
@@ -18,7 +18,7 @@ MLP = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 16), nn.GELU(), nn.Linear(16
 
 
 class FirstFive(nn.Linear):
-    """Answers fewer classes than its weight has."""
+    """A linear layer that answers fewer classes than its weight has rows."""
 
     def forward(self, x):
         return super().forward(x)[:, :5]
@@ -29,7 +29,7 @@ def plain(classes):
 
 
 def stale(head, name="head", model=None):
-    """A model whose ``num_classes`` is that of a head before."""
+    """Return a model with a new head, and the ``num_classes`` of the old one."""
     model = tiny_vit(num_classes=10) if model is None else model
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, head)
@@ -44,12 +44,12 @@ def distilled(head, head_dist):
 
 
 def swin():
-    """Whose pool doubles what the head reads."""
+    """Return a Swin Transformer whose pool doubles the width of the head's input."""
     return tiny_swin(img_size=128, window_size=4, num_classes=10, global_pool="catavgmax")
 
 
 def shrunk_in_place():
-    """``out_features`` is as stale as ``num_classes``."""
+    """Return a linear layer with a smaller weight and a stale ``out_features``."""
     head = plain(10)
     head.weight, head.bias = nn.Parameter(torch.randn(5, 32)), nn.Parameter(torch.randn(5))
     return head
@@ -102,7 +102,7 @@ def test_never_the_classes_of_the_guidance(key, policy):
 @pytest.mark.parametrize("head", [plain(5), plain(1), nn.Identity(), MLP], ids=["5", "1", "none", "mlp"])
 @torch.inference_mode()
 def test_a_head_replaced_after_patching(head, policy, images):
-    """Refused while the policy mixes answers; then timm's."""
+    """A new head is refused while the policy mixes answers. With another policy the answer is timm's."""
     model = tdk.patch(tiny_vit(num_classes=10), tiny_guidance(10), policy)
     model(images)
     stale(copy.deepcopy(head), model=model)
@@ -149,7 +149,7 @@ def test_heads_that_answer_no_classes_are_refused(make, reason):
 
 
 def test_looking_at_a_head_leaves_it_as_it_was(images):
-    """Modes, statistics and gradients: also of a model that is patched while it trains."""
+    """Counting a head's classes changes no mode, statistic or gradient, even if the model is in training mode."""
     model = stale(nn.Sequential(nn.BatchNorm1d(32), nn.Dropout(0.5), plain(5))).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     tdk.patch(model, tiny_guidance(5))
@@ -164,7 +164,7 @@ def test_looking_at_a_head_leaves_it_as_it_was(images):
 
 
 def test_a_hook_that_makes_the_answer_wider_is_noticed(images):
-    """What a plain head's weight does not say is held against the guidance's classes when it answers."""
+    """A hook on a linear head can change its width. The call compares the answer with the guidance model's classes."""
     model = tdk.patch(tiny_vit(), tiny_guidance(), tdk.DropPolicy(tau=None))
     model.head.register_forward_hook(lambda module, inputs, out: torch.cat((out, out), dim=1))
     with pytest.raises(ValueError, match="^model: it answered 10 classes, expected the guidance's 5"):
@@ -172,7 +172,7 @@ def test_a_hook_that_makes_the_answer_wider_is_noticed(images):
 
 
 def test_on_meta():
-    """Where there is no memory yet, a head is looked at all the same."""
+    """A head's classes are counted on the meta device too."""
     model = stale(copy.deepcopy(MLP)).to("meta")
     assert tdk.patch(model, tdk.Guidance(tiny_guidance())).tinydrop.num_classes == 5
 
@@ -184,15 +184,15 @@ def test_policies_for_other_classes_than_the_plan_was_made_with(images):
 
 
 def test_a_policy_file_is_for_the_real_classes(tmp_path):
-    """Calibrated with a head that was replaced by hand, refused for another."""
+    """A policy that was calibrated with a replaced head is refused for another head."""
     model, guidance = stale(plain(5)), tiny_guidance(5)
     loader = [(torch.randn(8, 3, 32, 32), torch.arange(8) % 5)]
     with pytest.raises(ValueError, match="^loader: got labels 0 to 5, expected 0 to 4"):
         tdk.calibrate(model, guidance, [(loader[0][0], torch.arange(8) % 6)], progress=False)
     found = tdk.calibrate(model, guidance, loader, progress=False)
-    assert found.model.classes == 5
+    assert found.target.classes == 5
     found.save(tmp_path / "policy.json")
     tdk.unpatch(tdk.patch(model, guidance, tmp_path / "policy.json"))
     model.head = plain(6)
-    with pytest.raises(tdk.PolicyFileError, match="^policy: it was calibrated for a model of 5 classes, got 6"):
+    with pytest.raises(tdk.PolicyFileError, match="^policy: it was calibrated for a target of 5 classes, got 6"):
         tdk.patch(model, guidance, tmp_path / "policy.json")

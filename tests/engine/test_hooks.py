@@ -1,4 +1,4 @@
-"""Hooks on a patched model, and modules replaced in it: timm's answer, or a refusal that names the module."""
+"""A patched model with hooks or replaced modules gives timm's answer, or an error that names the module."""
 
 import copy
 import warnings
@@ -39,7 +39,7 @@ def make(key):
 
 
 class Half(nn.Module):
-    """In the place of a module: gives half of what it gives."""
+    """A replacement of a module that returns half of its output."""
 
     def __init__(self, inner):
         super().__init__()
@@ -93,7 +93,7 @@ def replace(model, name):
 @torch.inference_mode()
 @pytest.mark.filterwarnings("ignore:hooks on")
 def test_every_module(key, change):
-    """No third outcome: every module in turn, of a model that keeps everything, against the same change in timm's."""
+    """A change of any module gives timm's answer after the same change, or is refused. All patches are kept."""
     stock, images, outcomes = make(key), torch.randn(2, 3, 32, 32), {"refused": 0, "as timm": 0}
     model = tdk.patch(copy.deepcopy(stock), tiny_guidance(), KEEP_ALL)
     untouched = model(images)
@@ -101,7 +101,7 @@ def test_every_module(key, change):
         undo_stock, undo = change(stock, name), change(model, name)
         try:
             wanted = stock(images)
-        except (TypeError, AttributeError, NotImplementedError):  # timm does not survive the change either
+        except (TypeError, AttributeError, NotImplementedError):  # timm itself fails after this change
             wanted = None
         if wanted is not None:
             try:
@@ -131,7 +131,7 @@ def test_every_module_before_patching(key, change):
             wanted = stock(images)
             found = tdk.patch(copy.deepcopy(stock), guidance, KEEP_ALL)(images)
         except tdk.UnsupportedModelError as error:
-            assert name in str(error) or "not timm's" in str(error)  # as the trial says
+            assert name in str(error) or "not timm's" in str(error)  # the trial on noise names no module
             outcomes["refused"] += 1
         except (TypeError, AttributeError, NotImplementedError):
             pass
@@ -153,10 +153,10 @@ def vit():
 
 @torch.inference_mode()
 def test_hooks_that_see_packed_rows_are_named_once(vit):
-    """They are not refused: what works token by token, as most do, is right on packed rows too."""
+    """Hooks on packed rows are allowed with a warning, because a hook that works token by token is right on them."""
     images, shapes = torch.randn(4, 3, 32, 32), []
     vit.norm.register_forward_hook(lambda module, args, output: shapes.append(output.shape))
-    with pytest.warns(UserWarning, match=r"^hooks on norm of a patched model are handed packed rows.*dense\(model\)"):
+    with pytest.warns(UserWarning, match=r"^hooks on norm of a patched model are given packed rows.*dense\(model\)"):
         vit(images)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -212,7 +212,7 @@ def test_hooks_on_all_modules_are_refused(vit, register):
 
 
 def test_the_flop_counter_may_look(vit):
-    """It hooks every module to know where it is."""
+    """``FlopCounterMode`` hooks every module, and is allowed because its hooks change nothing."""
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         vit(images)

@@ -1,4 +1,4 @@
-"""Whole patched models on the Triton kernels, compiled or interpreted, against the same models on the reference."""
+"""Whole patched models answer the same on the Triton kernels, compiled or interpreted, as on the reference."""
 
 import collections
 import sys
@@ -42,8 +42,10 @@ def test_same_answers_as_the_reference(key):
 )
 @pytest.mark.parametrize("second_look", [None, (1.0, 1.0)], ids=["once", "second look"])
 def test_one_read_from_the_device_per_batch(monkeypatch, options, second_look):
-    """On the kernels a batch reads values back once, in pack, and once more to know how many images take a second look.
-    Counted are the calls of the package and of timm, not the interpreter's own."""
+    """A batch on the kernels reads back once, in ``pack``, and once more if the policy has a second look.
+
+    Only reads by the package and by timm are counted, not those by Triton's interpreter.
+    """
     policy = tdk.DropPolicy(0.6, 1.0, 0.1, 0.5, second_look=second_look)
     vit = tdk.patch(tiny_vit(**options).to(DEVICE), tiny_guidance(sharpness=4.0), policy)
     batches = [varied_images(4).to(DEVICE) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""Linear layers by oneDNN, with packed weights and without: torch's answers, after whatever happens to the weights."""
+"""Linear layers run by oneDNN, prepacked or not, give torch's answers after any change of the weights."""
 
 import copy
 import io
@@ -195,7 +195,7 @@ def test_a_patched_model(images):
             for answer in threads.map(model, [images] * 16):
                 torch.testing.assert_close(answer, expected)
     torch.save(model, file)
-    assert packed_of(copy.deepcopy(model).blocks[0].mlp.fc1.weight) is None, "packed weights are nobody's to copy"
+    assert packed_of(copy.deepcopy(model).blocks[0].mlp.fc1.weight) is None, "a copy has no prepacked weights"
     tdk.unpatch(model)
     assert before == {name: set(vars(module)) for name, module in vit.named_modules()}
 
@@ -213,7 +213,7 @@ def test_stages_of_blocks():
 
 
 def test_a_model_made_in_inference_mode_is_refused():
-    """It would silently run without packed weights."""
+    """A model made in inference mode is refused, because otherwise it would silently run without prepacked weights."""
     with torch.inference_mode():
         vit = tiny_vit()
     with pytest.raises(ValueError, match="^prepack: got a model made in inference mode"):
@@ -232,7 +232,7 @@ ELSEWHERE = {
 
 @pytest.mark.parametrize("kind", ELSEWHERE)
 def test_another_torch(kind):
-    """What is private in torch may be gone, refuse, or be counted: models are patched all the same."""
+    """Models are patched even if torch's private operators are missing, fail, or have their FLOPs counted by torch."""
     program = f"""
 import types, torch, torch.utils.flop_counter
 def refuse(*_):
@@ -254,7 +254,7 @@ with torch.no_grad():
 
 @pytest.mark.parametrize("way", ["before", "after"])
 def test_bfloat16_where_onednn_has_none(images, monkeypatch, way):
-    """As on a CPU without AVX512-BF16 and AMX: the layers are torch's."""
+    """Layers in bfloat16 are torch's if oneDNN has no bfloat16, as on a CPU without AVX512-BF16 and AMX."""
 
     def product(x, *others):
         assert x.dtype != torch.bfloat16

@@ -1,4 +1,4 @@
-"""Batches through a pipeline are answered as they are one by one."""
+"""A pipeline gives the same answers as calls with one batch after the other."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_same_answers_in_order(overlap, second_look):
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_guidance_of_the_next_comes_before_the_answer(overlap):
-    """Overlapping, the guidance is at work on the next batch when an answer is waited for, and on no more than that."""
+    """With overlap, the next batch has been guided when a result is yielded, but the batch after that has not."""
     model, happened = patched(), []
     model.tinydrop.guidance.register_forward_hook(lambda *_: happened.append("guidance"))
 
@@ -84,7 +84,7 @@ def test_a_pipeline_may_be_left_early():
 
 def test_bad_batches():
     model = patched()
-    with pytest.raises(ValueError, match="^batches: got one of no images"):
+    with pytest.raises(ValueError, match="^batches: got an empty batch"):
         list(tdk.Pipeline(model)([varied_images(2)[:0]]))
     with pytest.raises(ValueError, match="^images: got 1 channels"):
         list(tdk.Pipeline(model)([varied_images(2)[:, :1]]))

@@ -1,6 +1,6 @@
-"""float32 where a GPU rounds it to TF32, or a CPU to bfloat16; on neither, by rounding operands as they do.
+"""float32 on devices that round it, a GPU to TF32 or a CPU to bfloat16. The tests round the operands themselves.
 
-cuDNN rounds by default, cuBLAS and oneDNN where ``torch.set_float32_matmul_precision`` allows it.
+cuDNN rounds by default. cuBLAS and oneDNN round if ``torch.set_float32_matmul_precision`` allows it.
 """
 
 import os
@@ -26,7 +26,7 @@ TESTS = Path(__file__).parents[1]
 
 @pytest.fixture(params=["highest", "high", "medium, on a CPU"])
 def rounding(request):
-    """A device that rounds, under what the user may have set."""
+    """Return a context that rounds as a device does, under each setting that the user may have made."""
     precision, _, on_cpu = request.param.partition(",")
     torch.set_float32_matmul_precision(precision)
     if on_cpu:
@@ -44,7 +44,7 @@ def test_rounding_is_to_nearest():
 
 @pytest.mark.parametrize("key", ["augreg", "siglip map", "beit", "dinov3", "deep", "swin"])
 def test_models_are_patched(rounding, key):
-    """And would not be, if they were tried as they run there."""
+    """Patching tries a model without rounding. A trial with rounding would refuse the model."""
     special = {"deep": lambda: tiny_vit(depth=24), "swin": tiny_swin}
     model = special[key]() if key in special else make(key)[0]
     with rounding:
@@ -57,7 +57,7 @@ def test_models_are_patched(rounding, key):
 
 @pytest.mark.parametrize("name", ["test_byobnet", "efficientformer_l1", "deit_tiny_patch16_224"])
 def test_guidance_is_probed_and_folded(rounding, name):
-    """What is found is, to the bit, what is found elsewhere."""
+    """A guidance model made where products are rounded equals, bit by bit, one made elsewhere."""
     model = with_random_weights(timm.create_model(name, num_classes=5))
     wanted = tdk.Guidance(model)
     with rounding:
@@ -72,17 +72,17 @@ def test_guidance_is_probed_and_folded(rounding, name):
 
 
 def test_where_a_gpu_is_tested_tolerances_are_wide_enough():
-    """One case of each comparison in those suites, convolutions rounded (tests/models/conftest.py)."""
+    """One case of each comparison passes with rounded convolutions (``rounding_where_a_gpu_would`` in conftest.py)."""
     cases = (
-        "graphs.py::test_same_answers[once-token]",
-        "pipeline.py::test_same_answers_in_order[once-True]",
-        "kernels_end_to_end.py::test_same_answers_as_the_reference[augreg]",
-        "swin.py::test_same_answers_on_the_kernels[swin_tiny_patch4_window7_224]",
+        "engine/test_cuda_graphs.py::test_same_answers[once-token]",
+        "engine/test_pipeline.py::test_same_answers_in_order[once-True]",
+        "engine/test_kernels_end_to_end.py::test_same_answers_as_the_reference[augreg]",
+        "families/test_swin.py::test_same_answers_on_the_kernels[swin_tiny_patch4_window7_224]",
     )
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *(f"test_{case}" for case in cases)]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *cases]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment["TINYDROP_TF32"] = "1"
-    done = subprocess.run(command, cwd=TESTS / "models", env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and f"{len(cases)} passed" in done.stdout, done.stdout[-2000:]
 
 
@@ -143,7 +143,7 @@ for step in (
 
 
 def test_settings_are_what_they_were():
-    """After an exception too, and whatever is set next."""
+    """Settings are restored, also after an exception, and later settings have the same effects as usual."""
     lines = []
     for entered in ("with", "without"):
         done = subprocess.run([sys.executable, "-c", SETTINGS, entered], capture_output=True, text=True)

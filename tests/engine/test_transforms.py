@@ -1,4 +1,4 @@
-"""Transforms of functions, and copies of patched models: timm's answer, or a refusal that says what to do."""
+"""Patched models under torch's function transforms, and their copies, give timm's answer or an error with a remedy."""
 
 import copy
 import pickle
@@ -21,14 +21,14 @@ DROP_HALF = tdk.DropPolicy.fixed(0.5)
 
 @pytest.fixture
 def timm_model(vit):
-    """With attention of which forward mode and second derivatives have formulas, so that timm itself answers."""
+    """Return a model without fused attention, which torch cannot differentiate in forward mode or twice."""
     for block in vit.blocks:
         block.attn.fused_attn = False
     return vit
 
 
 def of_parameters(transform):
-    """A transform of the answer by the model's weights, which ``functional_call`` exchanges."""
+    """Return a function that applies a transform with respect to the model's weights, by ``functional_call``."""
 
     def run(model, images):
         weights = {name: weight.detach() for name, weight in model.named_parameters()}
@@ -82,7 +82,7 @@ def test_reverse_mode_is_timms(timm_model, images, name, mode):
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
 @pytest.mark.parametrize("name", FORWARD)
 def test_what_the_operators_have_no_formula_for_is_refused(timm_model, images, name, mode):
-    """timm answers; the patched model would in part by zeros. It works again behind the refusal, and so dense."""
+    """timm answers, but a patched model must refuse, because some derivatives would be zero. Dense it works."""
     patched = tdk.patch(copy.deepcopy(timm_model), tiny_guidance(), DROP_HALF)
     with mode():
         wanted = FORWARD[name](timm_model, images)
@@ -103,7 +103,7 @@ def test_features_too_are_refused(patched, images):
 @pytest.mark.parametrize("name", ["test_byobnet", "mobilenetv3_small_050", "efficientvit_b0", "test_vit"])
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 def test_reverse_mode_with_every_kind_of_guidance(name, mode):
-    """Some take a gradient themselves."""
+    """Gradients of the target are right with each kind of guidance, though some kinds compute a gradient themselves."""
     size = (160, 160) if name == "test_vit" else (64, 64)
     guidance = tdk.Guidance(timm.create_model(name, num_classes=5).eval(), size)
     policy = tdk.DropPolicy(None, 1.0, 0.1, 0.5, blend=0.2, second_look=(0.3, 0.6))
@@ -127,7 +127,7 @@ OPERATORS = {
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_operators_by_themselves(name):
-    """Forward mode is refused, where torch would give zeros; a vmap is a loop."""
+    """An operator refuses forward mode, where torch would give zeros, and runs a vmap as a loop."""
     operator, x = OPERATORS[name], torch.randn(2, 10, 2, 8)
     for mode in (torch.enable_grad, torch.no_grad):
         with mode(), pytest.raises(RuntimeError, match=f"^{name}: it has no forward-mode derivative; use reverse mode"):
@@ -188,7 +188,7 @@ def test_one_graph_is_refused(patched, images):
 
 
 def test_a_shallow_copy_is_refused_when_called(patched, images):
-    """With a head of its own, too: it would answer as the model that it was copied from."""
+    """A shallow copy is refused even with a head of its own, because it would answer as the original."""
     wanted = patched(images)
     shallow = copy.copy(patched)
     shallow._modules = dict(shallow._modules)
@@ -225,7 +225,7 @@ def test_other_copies_carry_the_patch(patched, images, protocol):
 
 
 def test_a_patched_model_may_guide(vit, images):
-    """Its guidance views the model in shallow copies, none of which it calls."""
+    """A patched model can be the guidance model of another. Guidance makes shallow copies of it but calls none."""
     guidance = tdk.patch(tiny_vit(), tiny_guidance(), DROP_HALF)
     plain = tdk.patch(copy.deepcopy(vit), tdk.unpatch(copy.deepcopy(guidance)), tdk.DropPolicy(tau=0.5))
     torch.testing.assert_close(tdk.patch(vit, guidance, tdk.DropPolicy(tau=0.5))(images), plain(images))
@@ -236,11 +236,11 @@ def test_blocks_of_a_patched_model_are_refused_by_another(vit, images):
     other.blocks = vit.blocks
     wanted = other(images)
     tdk.patch(vit, tiny_guidance(), DROP_HALF)
-    torch.testing.assert_close(other(images), wanted)  # not patched, it is timm's
+    torch.testing.assert_close(other(images), wanted)  # this model is not patched, so the shared blocks run timm's code
     for blocks in (vit.blocks, copy.deepcopy(vit.blocks)):
         other.blocks = blocks
         with pytest.raises(
-            tdk.UnsupportedModelError, match="^model: its blocks are those of a model that is patched alr"
+            tdk.UnsupportedModelError, match="^model: its blocks are shared with or copied from a model that is pa"
         ):
             tdk.patch(other, tiny_guidance(), DROP_HALF)
     other.blocks = vit.blocks
@@ -251,7 +251,7 @@ def test_blocks_of_a_patched_model_are_refused_by_another(vit, images):
 
 
 def test_stages_that_two_models_share():
-    """Nothing of a Swin Transformer's attention is replaced, so both can be patched."""
+    """Two Swin Transformers that share stages can both be patched, because their attention is not replaced."""
     one, images = tiny_swin(), torch.randn(2, 3, 128, 128)
     other = tiny_swin()
     other.layers = one.layers

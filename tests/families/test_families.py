@@ -1,9 +1,9 @@
-"""Patched models against timm itself, for every family and every pool.
+"""Tests that compare patched models with timm, for every family and every pool.
 
-* Keep everything: dense timm, to rounding.
-* Keep a subset: dense timm with the dropped keys masked out of attention and pooling.
+* With all patches kept, the logits are those of dense timm up to rounding.
+* With a subset kept, they are those of dense timm with the dropped keys masked out of attention and pooling.
 
-The models are timm's own constructors, made small (few blocks, few channels, few patches) so that all of them run.
+The models are built by timm with few blocks, channels and patches.
 """
 
 import subprocess
@@ -69,7 +69,7 @@ def test_half_precision_is_dense_timm_in_it(key, dtype):
 
 @pytest.mark.parametrize("key", BEYOND_VIT)
 def test_unpatched_is_as_it_was(key):
-    """Also after a call that went wrong; exits, blend and second look work meanwhile."""
+    """Check that unpatching restores the model, also after a call with exits and second looks and a failed call."""
     model, images = make(key)
     before = {name: set(vars(module)) for name, module in model.named_modules()}
     with torch.inference_mode():
@@ -95,14 +95,14 @@ def test_unpatched_is_as_it_was(key):
     ids=str,
 )
 def test_every_image_as_if_alone(options):
-    """Nothing of one image reaches another: exits, other counts and NaN beside it change no bit that matters."""
+    """Check that no image affects another: exits, other counts and NaN in the batch do not change its logits."""
     guidance = tiny_guidance()
     vit = tdk.patch(
         tiny_vit(**options),
         guidance,
         tdk.DropPolicy(tau=0.6, gamma=1.0, min_keep=0.1, coarsen=0.0, blend=0.0, second_look=None),
     )
-    torch.manual_seed(0)  # the same images for every option
+    torch.manual_seed(0)  # so that every option gets the same images
     images = varied_images(12)
     images[5] = float("nan")
     with torch.inference_mode():
@@ -211,7 +211,7 @@ except tdk.UnsupportedModelError as error:
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert "got Beit, supported: VisionTransformer" in done.stdout, done.stderr
-    assert f"not with timm {timm.__version__}: beit: cannot import name 'Attention'" in done.stdout
+    assert f"cannot be imported with timm {timm.__version__}: beit: cannot import name 'Attention'" in done.stdout
 
 
 class DoubledConv(torch.nn.Conv2d):
@@ -251,7 +251,7 @@ def nearly_nothing(vit):
 
 
 def nearly_nothing_in_half(vit):
-    """Of all layers the last, where what is seen is not the rounding of those before it."""
+    """Change the output of the last layer, because the rounding of later layers would hide it in half precision."""
     vit.bfloat16().norm.register_forward_hook(lambda module, args, out: out * 1.03 if out.ndim == 2 else out)
 
 

@@ -1,4 +1,4 @@
-"""The FLOP formula against ``torch.utils.flop_counter``, dense and packed, mixed grids and second looks included."""
+"""Tests that compare the FLOP formulas with ``torch.utils.flop_counter``, dense, packed, and with second looks."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from tinydrop_kernels.families.flops import count_flops
 @pytest.mark.filterwarnings("ignore:.*keeps its dense grid")
 def test_dense_and_packed(key):
     model, images = make(key)
-    model.requires_grad_(False)  # the counter trips over a latent query that wants a gradient
+    model.requires_grad_(False)  # the counter fails on a latent query that requires a gradient
     family = family_of(model)
     dense = family.dense_flops(model, len(images), family.grid_size(model, images))
     assert dense == counted(model, images)
@@ -26,7 +26,7 @@ def test_dense_and_packed(key):
     total = counted(model, images)
     report = model.tinydrop.report()
     assert report.dense_flops == dense
-    # timm projects the latent query of a map pool for every image, the packed pool once
+    # timm projects the latent query of a map pool once per image, the packed pool once per batch
     slack = 2 * model.embed_dim**2 * len(images) if model.global_pool == "map" else 0
     assert report.flops == pytest.approx(total, rel=0, abs=slack)
 
@@ -59,7 +59,7 @@ def test_another_guidance_is_counted_anew():
 
 
 def test_a_stem_is_counted_once(monkeypatch):
-    """Counting takes a copy of the module, which costs more than the call it is told of."""
+    """Check that the stem is counted once, because counting copies the module and costs more than a call."""
     model, images = make("convolutional stem")
     with pytest.warns(UserWarning, match="keeps its dense grid"):
         tdk.patch(model, tiny_guidance(), tdk.DropPolicy.fixed(0.5, coarsen=0.5))
@@ -74,7 +74,7 @@ def test_quantised_layers_cost_what_they_did():
     tdk.patch(model, tiny_guidance(), tdk.DropPolicy.fixed(0.5))
     model(images)
     wanted = model.tinydrop.report()
-    # The last block of a quantised model is run whole, since its projections are no plain layers any more.
+    # The last block of a quantised model runs for all tokens, because its projections are no longer nn.Linear.
     quantised = torch.ao.quantization.quantize_dynamic(tiny_vit(), {torch.nn.Linear})
     tdk.patch(quantised, tiny_guidance(), tdk.DropPolicy.fixed(0.5))
     quantised(images)

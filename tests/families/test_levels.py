@@ -1,7 +1,7 @@
-"""Images at grids of their own against timm at those sizes: mixed levels in one batch, exact.
+"""Tests of batches with several grids, compared image by image with timm at each grid's size.
 
-The oracle is the model that timm itself makes of it for the image's size (``set_input_size``),
-on the image resized to ``grid x patch``, with the dropped keys masked. Every image of a batch is compared by itself.
+The expected logits come from the model after timm's ``set_input_size``, on the image resized to ``grid x patch``, with
+the dropped keys masked.
 """
 
 import copy
@@ -19,14 +19,14 @@ GRIDS_OF = {"dinov2 at 518": (37, 37)}
 
 
 def at_size(model, size):
-    """The model at another size of images, by timm's own means."""
+    """Return a copy of the model for another image size, made by timm's ``set_input_size``."""
     other = copy.deepcopy(model)
     other.set_input_size(img_size=size)
     return other
 
 
 def masked_at_its_grid(model, image, grid, kept):
-    """Logits of one image at its own grid, where only some of the patches are seen."""
+    """Return timm's logits of one image at its own grid, with all patches masked except ``kept``."""
     height, width = model.patch_embed.proj.weight.shape[-2:]
     rows, columns = family_of(model).grid_size(model, image)
     size = (grid[0] * height, grid[1] * width)
@@ -48,7 +48,7 @@ def test_mixed_levels_are_timm_at_those_sizes(key, coarsen):
     images = images[:2] if key == "dinov2 at 518" else torch.cat([images, images.flip(0) * 2])
     guidance = tiny_guidance(sharpness=60.0)
     tdk.patch(model, guidance, tdk.DropPolicy(None, 1.0, 0.15, coarsen, blend=0.0, second_look=None))
-    # Spread the images over all budgets, whatever the random guidance thinks of them.
+    # Spread the images over all budgets; the random guidance model alone would give them similar ones.
     model.tinydrop.guidance.register_forward_hook(spread_confidence)
     with torch.inference_mode():
         out = model(images)
@@ -80,7 +80,7 @@ def test_small_grids_have_no_level_twice():
 
 
 def test_positions_follow_the_weights():
-    """Resampled positions are kept between calls, but not over a change of the weights."""
+    """Check that resampled positions are kept between calls and recomputed when the weights change."""
     model, images = tiny_vit(img_size=64), varied_images(3, 64)
     tdk.patch(model, tiny_guidance(), tdk.DropPolicy.fixed(0.3, coarsen=1.0))
     with torch.no_grad():

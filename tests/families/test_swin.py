@@ -1,7 +1,7 @@
-"""Swin and SwinSWIN_V2 against timm itself: what is dropped is a cell of the last stage's grid and all tokens under it.
+"""Tests that compare patched Swin and SwinV2 models with timm. Cells of the last stage's grid are dropped as a whole.
 
-The oracle of a subset is timm's dense forward in which an additive mask hides the dropped tokens from every window,
-on the model that ``set_input_size`` makes for the image's own grid; its features are pooled over the kept cells.
+The expected logits of a subset come from timm's dense forward after ``set_input_size`` for the image's own grid. An
+additive mask hides the dropped tokens from every window, and the features are pooled over the kept cells.
 """
 
 import copy
@@ -24,7 +24,7 @@ from tinydrop_kernels.families import swin_windows as windows
 
 
 def masked_at_its_grid(model, image, grid, kept):
-    """Logits of one image at its own grid of cells, where only some are seen."""
+    """Return timm's logits of one image at its own grid of cells, with all cells masked except ``kept``."""
     model = copy.deepcopy(model)
     cell = image.shape[-2] // family_of(model).grid_size(model, image)[0]
     size = (grid[0] * cell, grid[1] * cell)
@@ -40,7 +40,7 @@ def masked_at_its_grid(model, image, grid, kept):
                 cells.view(1, *grid, 1).repeat_interleave(rows // grid[0], 1).repeat_interleave(columns // grid[1], 2)
             )
             seen = window_partition(seen.roll([-n for n in block.shift_size], (1, 2)), block.window_size)
-            # Finite, so that what is hidden from everybody has features, which nobody looks at, and no NaN.
+            # The mask is finite, because -inf would give NaN in windows where every token is masked.
             hidden = torch.where(seen.flatten(1), 0.0, -1e4)[:, None].expand(-1, block.window_area, -1)
             block.attn_mask = hidden if block.attn_mask is None else block.attn_mask + hidden
     features = model.forward_features(image).flatten(1, 2)[:, cells]
@@ -81,7 +81,7 @@ NAMES = [n for f in ("swin_*", "swinv2_*") for n in timm.list_models(f) if not n
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_name_of_timm(name):
-    """Supported as timm configures it, at its own size; one image, half of its cells."""
+    """Check each Swin name of timm at its own image size, with half of the cells of one image."""
     model = with_random_weights(
         timm.create_model(name, num_classes=5, embed_dim=8, depths=(1, 1, 2, 1), num_heads=(1,) * 4)
     )
@@ -170,7 +170,7 @@ def test_features_are_in_place(name):
 
 @pytest.mark.parametrize("name", [SWIN, SWIN_V2])
 def test_windows_are_found_without_reading_back(name, monkeypatch):
-    """On the kernels a batch reads values back once, in pack, whatever windows its tokens lie in."""
+    """Check that a batch on the Triton kernels reads values back only once, in pack, for any windows."""
     model = tiny_swin(name, img_size=32, window_size=2, depths=(2, 1)).to(DEVICE)
     images = varied_images(3, 32).to(DEVICE)
     tdk.patch(model, tiny_guidance(), tdk.DropPolicy(tau=0.6, gamma=1.0, min_keep=0.1, coarsen=0.5, second_look=None))
@@ -186,7 +186,7 @@ def test_windows_are_found_without_reading_back(name, monkeypatch):
         return read
 
     with torch.inference_mode(), ops.use_backend("triton"):
-        model(images)  # the biases are made
+        model(images)  # the first call computes the biases
         for read in READS:
             monkeypatch.setattr(torch.Tensor, read, counting(read, getattr(torch.Tensor, read)))
         with SizesFromValues() as sizes:
@@ -207,7 +207,7 @@ def test_gradients_are_timms(name):
 
 @pytest.mark.parametrize("name", [SWIN, SWIN_V2])
 def test_biases_follow_the_weights(name):
-    """They are kept between calls, at every grid, but not over a change of the weights."""
+    """Check that biases are kept between calls at every grid and recomputed when the weights change."""
     model, images = tiny_swin(name), varied_images(3, 128)
     attention = model.layers[0].blocks[0].attn
     weight = attention.relative_position_bias_table if name == SWIN else attention.cpb_mlp[0].weight
@@ -275,7 +275,7 @@ def test_a_model_whose_coarser_grids_timm_would_pad_keeps_its_own():
 
 
 def test_torch_compile():
-    """Compiled answers are the eager ones, and new batches do not compile again and again."""
+    """Check that compiled and eager answers agree, and that new batches cause no recompilation after the first few."""
     model = tiny_swin(img_size=32, window_size=4, depths=(2, 1))
     tdk.patch(model, tiny_guidance(), tdk.DropPolicy(tau=0.6, gamma=1.0, min_keep=0.1, coarsen=0.5, second_look=None))
     torch._dynamo.reset()
@@ -399,14 +399,14 @@ def test_the_wrong_size_is_refused():
 
 @pytest.mark.parametrize("key", SWINS)
 def test_flops(key):
-    """Dense as the counter counts timm; packed all but attention, which is at most what the formula says."""
+    """Check that the formula is exact for dense calls, and an upper bound for the attention of packed calls."""
     model, images = make_swin(key)
     family = family_of(model)
     dense = family.dense_flops(model, len(images), family.grid_size(model, images))
     assert dense == counted(model, images)
     tdk.patch(model, tiny_guidance(), tdk.DropPolicy.fixed(0.5, coarsen=0.5))
     with torch.no_grad():
-        model(images)  # from here on the biases are kept
+        model(images)  # the biases are computed here and kept, so later calls do not count them
     attention, others = by_attention(model, images)
     report = model.tinydrop.report()
     assert report.dense_flops == dense
@@ -426,7 +426,7 @@ def by_attention(model, images):
 
 @pytest.mark.parametrize("grid", [(2, 3), (1, 1)], ids=str)
 def test_four_neighbours_lie_as_timm_merges_them(grid):
-    """At every stage, so that a merging is a view of the packed rows."""
+    """Check at every stage that merging is a view of the packed rows."""
     numbers = torch.arange(grid[0] * 8 * grid[1] * 8).view(1, grid[0] * 8, grid[1] * 8, 1)
     cells = torch.arange(grid[0] * grid[1], dtype=torch.int32)
     packed = windows.patch_numbers(cells, grid, 8).flatten()

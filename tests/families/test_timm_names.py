@@ -1,4 +1,4 @@
-"""docs/models.md against the timm that is installed, name by name."""
+"""A comparison of docs/models.md with the installed timm, model name by model name."""
 
 import gc
 import os
@@ -17,9 +17,10 @@ LISTED = set(re.findall(r"`([a-z]\w+)`", PAGE))
 
 @pytest.fixture(autouse=True)
 def poison_empty():
-    """None: ``torch.device("meta")`` knows a replaced ``torch.empty`` not, and 7B weights would be real.
+    """Disable the fixture of the same name, so that models of 7B parameters are built on the meta device.
 
-    What it knows is found out once, perhaps in a test where it was replaced.
+    ``torch.device("meta")`` does not act on a replaced ``torch.empty``. torch caches the list of functions that it acts
+    on, perhaps during a test where ``torch.empty`` was replaced, so the cache is cleared.
     """
     _device_constructors.cache_clear()
     yield
@@ -28,7 +29,7 @@ def poison_empty():
 
 @pytest.fixture(autouse=True)
 def forget():
-    """Patched models are cycles, and these are large for their number of objects."""
+    """Collect garbage after each test, because patched models are reference cycles and these are large."""
     yield
     gc.collect()
 
@@ -39,8 +40,9 @@ def test_the_page_is_of_this_timm():
     assert not missing and not gone
 
 
-# All of them take minutes, and most differ in size alone: a few of each file, unless all are asked for; no large
-# hybrids, whose stems are built in full size.
+# All names take minutes and most differ only in size, so they are tried only with TINYDROP_ALL_NAMES=1. Otherwise every
+# sixth name is tried, and every name that the page lists as refused. Large vitamin models are left out, because their
+# stems cannot be made small.
 FEW = {*names()[::6], *REFUSED} - {name for name in names() if name.startswith("vitamin_large")}
 TRIED = names() if os.environ.get("TINYDROP_ALL_NAMES") else sorted(FEW)
 

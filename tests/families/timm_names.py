@@ -1,7 +1,7 @@
-"""Every model name that timm knows, tried: ``python tests/models/timm_names.py docs/models.md`` writes the table.
+"""A trial of every model name that timm knows. ``make models`` writes the result to docs/models.md.
 
-A name is built small, with random weights. It is supported if the patched model answers as timm does with everything
-kept, and with every image at a coarser grid as timm does at that size; or it is refused, with the table's message.
+Each model is built small, with random weights. It is supported if the patched model gives timm's logits twice: with all
+patches kept, and with every image at a coarser grid. Otherwise it must be refused, and the table gives the message.
 """
 
 import copy
@@ -23,7 +23,7 @@ from tinydrop_kernels.families import family_of
 
 ROOTS = (VisionTransformer, Beit, Eva, SwinTransformer, SwinTransformerV2)
 SUPPORTED = ""
-# Tried in turn until timm builds it: some names fix what others leave open.
+# Options to try in turn until timm can build the model, because not every model accepts every option.
 SMALL: list[dict[str, Any]] = [
     {"embed_dim": 32, "num_heads": 2, "depth": 2},
     {"embed_dim": 128, "num_heads": 8, "depth": 2},
@@ -36,18 +36,18 @@ SMALL: list[dict[str, Any]] = [
 
 
 def may_be_ours(name: str) -> bool:
-    """Whether the file that builds the model knows a class of the families at all."""
+    """Return whether the timm module that builds the model mentions a class of a supported family."""
     known = vars(sys.modules[model_entrypoint(name).__module__]).values()
     return any(isinstance(value, type) and issubclass(value, ROOTS) for value in known)
 
 
 def names() -> list[str]:
-    """Names whose models may be of the families; the others cannot."""
+    """Return the names whose models may belong to a supported family."""
     return [name for name in timm.list_models() if may_be_ours(name)]
 
 
 def build(name: str) -> torch.nn.Module:
-    """The model, small, with random weights."""
+    """Return a small version of the model with random weights."""
     torch.manual_seed(0)
     with torch.device("meta"):
         stock = timm.create_model(name)
@@ -67,10 +67,10 @@ def build(name: str) -> torch.nn.Module:
 
 
 def outcome(name: str) -> str:
-    """:data:`SUPPORTED`, or the message of the refusal.
+    """Return :data:`SUPPORTED`, or the error message if the model is refused.
 
     Raises:
-        AssertionError: it is patched, and answers otherwise than timm.
+        AssertionError: The patched model gives other logits than timm.
     """
     try:
         model = build(name)
@@ -104,7 +104,7 @@ def assert_close(out: torch.Tensor, wanted: torch.Tensor) -> None:
 
 
 def document(outcomes: dict[str, str]) -> str:
-    """The table of all names, as Markdown."""
+    """Return docs/models.md, the table of all names as Markdown."""
     supported: dict[str, list[str]] = defaultdict(list)
     for name, message in outcomes.items():
         if message == SUPPORTED:

@@ -1,4 +1,4 @@
-"""BatchNorm folded into convolutions: the same answers, or nothing is folded."""
+"""Tests that folding keeps the logits, and that a model is not folded otherwise."""
 
 import copy
 import pickle
@@ -44,7 +44,7 @@ def test_every_norm_goes_and_the_answers_stay(name):
 
 
 class Pair(nn.Module):
-    """A convolution and a norm, for the tests below to do otherwise with."""
+    """A convolution with a norm, which the classes below vary."""
 
     def __init__(self):
         super().__init__()
@@ -58,7 +58,7 @@ class Pair(nn.Module):
 
 
 class Twice(Pair):
-    """Folded, it would answer otherwise: what is before the norm is used, too."""
+    """A model that uses the convolution's output also without the norm, so folding would change the logits."""
 
     def forward_features(self, images):
         before = self.conv(images)
@@ -66,7 +66,7 @@ class Twice(Pair):
 
 
 class Shared(Pair):
-    """One norm behind two convolutions."""
+    """A model with one norm behind two convolutions."""
 
     def __init__(self):
         super().__init__()
@@ -77,7 +77,7 @@ class Shared(Pair):
 
 
 class AddedInPlace(Pair):
-    """So little that the trial on noise would not see it, as a residual behind a small layer scale."""
+    """A model that adds in place between convolution and norm, too little for the comparison on noise to notice."""
 
     def forward_features(self, images):
         x = self.conv(images)
@@ -86,7 +86,7 @@ class AddedInPlace(Pair):
 
 
 class OwnFuse(Pair):
-    """Means something else by fuse."""
+    """A model with a method ``fuse`` that is not timm's."""
 
     def __init__(self):
         super().__init__()
@@ -104,7 +104,7 @@ def by_batch(model):
 
 
 class WithGelu(nn.Module):
-    """A convolution and a linear layer with a GELU each, the second perhaps of another kind."""
+    """A convolution with a GELU, and a linear layer with the activation ``second``."""
 
     def __init__(self, second):
         super().__init__()
@@ -175,7 +175,7 @@ def test_no_bias_and_no_affine_weights():
 
 
 def test_in_half_precision_it_is_folded_in_float32():
-    """The weights of the folded model are rounded once."""
+    """Check that a half-precision model is folded in float32, so that its weights are rounded only once."""
     import tinydrop_kernels as tdk
 
     model = tiny_guidance().half()

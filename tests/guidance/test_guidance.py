@@ -1,4 +1,4 @@
-"""Guidance against autograd through the real timm classes; images, threads, dtypes, copies and refusals."""
+"""Tests that compare Guidance with autograd through timm's models, and tests of images, threads, dtypes and errors."""
 
 import copy
 import io
@@ -20,7 +20,7 @@ from tinydrop_kernels import Guidance, GuidanceError
 from tinydrop_kernels.guidance.gradcam import Cam
 from tinydrop_kernels.ops.types import Saliency
 
-# Every kind of head that the package claims to know, and every guidance model that the paper's list or ours names.
+# Every supported kind of head, and every guidance model that the paper or this project lists.
 HEADS = {
     "efficientformer_l1": Cam.ROWS,  # NLC features, the mean of two heads
     "efficientformer_l3": Cam.ROWS,
@@ -69,7 +69,7 @@ def small(cam: Cam) -> Guidance:
 
 
 def cam_of(guided, guidance: Guidance, classes: int) -> Tensor:
-    """The plain map, which for ``Cam.ROWS`` is left to the operator."""
+    """Return the plain Grad-CAM map. For ``Cam.ROWS`` it is computed here, because Guidance does not."""
     if guidance.cam is not Cam.ROWS:
         assert guided.features is None and guided.saliency.dtype == torch.float32
         return guided.saliency
@@ -80,7 +80,7 @@ def cam_of(guided, guidance: Guidance, classes: int) -> Tensor:
 
 
 def cam_by_autograd(model: nn.Module, features: Tensor, head: Callable[[Tensor], Tensor], classes: int) -> Tensor:
-    """ReLU of the features weighted by the mean gradient of the most probable logits, from the definition."""
+    """Return Grad-CAM from its definition: ReLU of the features weighted by the mean gradient of the logits."""
     features = features.detach().requires_grad_()
     logits = head(features)
     p, top = logits.detach().softmax(1).topk(classes)
@@ -96,7 +96,7 @@ def cam_by_autograd(model: nn.Module, features: Tensor, head: Callable[[Tensor],
 
 
 def assert_same_map(got: Tensor, wanted: Tensor) -> None:
-    """Up to a positive factor for each image, such as 1 / cells, which does not change the ranking."""
+    """Assert that two maps are equal up to a positive factor per image, which does not change the ranking."""
     got, wanted = got.flatten(1), wanted.flatten(1)
     assert (wanted.amax(1) > 0).all()
     got, wanted = (m / m.amax(1, keepdim=True) for m in (got, wanted))
@@ -104,14 +104,14 @@ def assert_same_map(got: Tensor, wanted: Tensor) -> None:
 
 
 def assert_as_exact_as(got: Tensor, other: Tensor, exact: Tensor) -> None:
-    """Ours is as near to the answer in float64 as timm's own float32 is on this CPU, whatever its instructions."""
+    """Assert that our float32 result is about as close to float64 as timm's own float32 result on this CPU."""
     off = float((other.double() - exact).abs().max())
     torch.testing.assert_close(got.double(), exact, atol=1e-5 + 10 * off, rtol=0)
     assert off < 1e-2 * float(exact.abs().max()), "or nothing is tested"
 
 
 def make_unsure(model: nn.Module, images: Tensor) -> None:
-    """Scale the classifiers so that a random model's logits are about 1, and several classes are probable."""
+    """Scale the classifiers so that a random model's logits are about 1 and several classes are probable."""
     classifiers = model.get_classifier()
     with torch.no_grad():
         spread = model(images).std()
@@ -129,7 +129,7 @@ def make_unsure(model: nn.Module, images: Tensor) -> None:
 def test_agrees_with_autograd(name, inference_mode):
     if not timm.is_model(name):
         pytest.skip(f"timm {timm.__version__} has no {name}")
-    torch.manual_seed(8)  # with it no map of these random models is all zero
+    torch.manual_seed(8)  # with this seed no map of these random models is all zero
     model = with_random_weights(timm.create_model(name, pretrained=False, num_classes=7))
     images = torch.randn(2, 3, *resolve_model_data_config(model)["input_size"][1:])
     make_unsure(model, images)
@@ -167,7 +167,7 @@ def test_agrees_with_autograd(name, inference_mode):
     "name", ["eva02_tiny_patch14_224", "vit_small_patch16_rope_mixed_224", "beit_base_patch16_224"]
 )
 def test_last_block_with_other_arguments(name):
-    """Rotations and biases that the model hands to its blocks reach the last one again."""
+    """Check that the last block gets the rotations and biases that the model passes to its blocks."""
     options = {"use_shared_rel_pos_bias": True} if name.startswith("beit") else {}
     model = with_random_weights(timm.create_model(name, depth=2, num_classes=5, **options))
     guidance = Guidance(model)
@@ -188,7 +188,7 @@ def test_last_block_with_other_arguments(name):
 
 
 class FixedLogits(nn.Module):
-    """Answers with the products of the pooled vector and fixed rows: one feature per class, times its strength."""
+    """A model with one feature per class. The logit of a class is its pooled feature times its strength."""
 
     def __init__(self, strengths: list[float]):
         super().__init__()
@@ -201,7 +201,7 @@ class FixedLogits(nn.Module):
 
     def forward_head(self, features: Tensor) -> Tensor:
         pooled = features.mean((2, 3)) * self.strengths
-        return pooled + 0 * pooled**3 + 1e-2 * pooled.sin()  # not affine, so that Guidance makes the map
+        return pooled + 0 * pooled**3 + 1e-2 * pooled.sin()  # not affine, so that Guidance computes the map itself
 
     def forward(self, images: Tensor) -> Tensor:
         return self.forward_head(images)
@@ -210,7 +210,7 @@ class FixedLogits(nn.Module):
 def test_ties_go_to_the_lower_class_and_all_classes_may_be_asked_for():
     guidance = Guidance(FixedLogits([1.0, 1.0, 1.0]))
     assert guidance.cam is not Cam.ROWS
-    # all three logits are equal; each class's own feature lies in another cell
+    # All three logits are equal, and the feature of each class lies in another cell.
     images = torch.zeros(1, 3, 2, 2)
     images[0, 0, 0, 0] = images[0, 1, 0, 1] = images[0, 2, 1, 0] = 4.0
     for classes, lit in ((1, [[1, 0], [0, 0]]), (2, [[1, 1], [0, 0]]), (3, [[1, 1], [1, 0]]), (9, [[1, 1], [1, 0]])):
@@ -276,7 +276,7 @@ def seen_by_the_stem(guidance: Guidance, *args, **kwargs) -> Tensor:
 
 
 def test_own_preprocessing_is_honoured(images):
-    """Images normalised for the target reach the guidance model as if normalised and resized for it."""
+    """Check that images normalised for the target are renormalised and resized for the guidance model."""
     own = {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7)}
     guidance = Guidance(tiny_guidance(), input_size=(24, 40), **own)
     seen = seen_by_the_stem(guidance, images, **TARGET)
@@ -311,7 +311,7 @@ def test_one_channel(images):
 
 @every_kind
 def test_many_threads(cam):
-    """200 calls by 8 threads on one guidance model, each with images, statistics and saliency of its own."""
+    """Check 200 calls by 8 threads on one guidance model, each with its own images, statistics and saliency."""
     guidance = small(cam)
     asked = [
         (torch.randn(2, 3, 32 + 8 * (i % 3), 32), (0.1 * i,) * 3, (0.5,) * 3, Saliency(1 + i % 3, 0.1 * i, 0.0))
@@ -337,7 +337,7 @@ def test_many_threads(cam):
 
 @every_kind
 def test_made_and_first_used_in_inference_mode(cam, images):
-    """Nothing that is kept is an inference tensor, which autograd could not save in a later call."""
+    """Check that no stored tensor is an inference tensor, because autograd could not save it in a later call."""
     with torch.inference_mode():
         guidance = small(cam)
         wanted = guidance(images, **TARGET)
@@ -363,7 +363,7 @@ def test_parameters_made_in_inference_mode_can_guide():
 
 
 def test_a_model_that_was_used_with_autograd_can_guide():
-    """timm's attention caches its biases, with the graph of the call that looked them up."""
+    """Check a model whose attention has cached biases together with their autograd graph."""
     model = timm.create_model("efficientformerv2_s0", num_classes=7).eval()
     model(torch.randn(1, 3, 224, 224))
     cached = [m for m in model.modules() if getattr(m, "attention_bias_cache", None)]
@@ -392,7 +392,7 @@ def test_dtypes(cam, dtype, images):
 
 @every_kind
 def test_the_head_stays_in_float32(cam, images):
-    """Half precision on the way to float32 and back costs the head nothing, and its logits are not rounded."""
+    """Check that casting to half precision and back leaves the head exact, and that logits are not rounded."""
     guidance = small(cam)
     before = {name: tensor.clone() for name, tensor in guidance.model.state_dict().items()}
     guidance.half()
@@ -444,7 +444,7 @@ def test_torch_compile(cam, images):
         lambda images: tuple(t for t in guidance(images, **TARGET) if t is not None), backend="aot_eager"
     )
     with torch.inference_mode():
-        compiled(images)  # the statistics are made inside
+        compiled(images)  # the first call computes the normalisation factors
         got, wanted = compiled(images), [t for t in guidance(images, **TARGET) if t is not None]
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5 * b.abs().max().item(), rtol=1e-4)
@@ -491,13 +491,13 @@ def test_what_does_not_answer_with_logits_is_refused(make, message):
 
 
 def test_head_that_is_nearly_linear_for_weak_features_is_not_taken_for_linear():
-    """An attention pool with small weights: its MLP bends only where features are strong."""
+    """Check an attention pool with small weights, whose MLP is nonlinear only for strong features."""
     assert Guidance(tiny_vit(class_token=False, global_pool="map")).cam is Cam.HEAD
 
 
 @pytest.mark.parametrize("name", ["cait_xxs24_224", "xcit_nano_12_p16_224"])
 def test_class_token_beside_the_last_block_is_refused(name):
-    with pytest.raises(GuidanceError, match="has a class token, and no Grad-CAM of it"):
+    with pytest.raises(GuidanceError, match="has a class token, but its Grad-CAM cannot be computed"):
         Guidance(timm.create_model(name, num_classes=7))
 
 

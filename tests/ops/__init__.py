@@ -1,5 +1,5 @@
-"""The operators: one suite, whose cases run on every backend that the machine has.
+"""Tests of the operators. Each case runs on every backend that the machine has.
 
-Oracles are written from the contracts, in float64, and share no code with the package. Needs torch, pytest and, for its
-kernels, Triton; without a GPU they run in Triton's interpreter.
+The oracles are written from the operators' contracts, compute in float64 and share no code with the package. The tests
+need torch and pytest, and Triton for its kernels. Without a GPU the kernels run in Triton's interpreter.
 """

@@ -1,10 +1,10 @@
-"""Attention in float64, written from the contract and sharing no code with the package."""
+"""The oracle for attention in float64, written from the contract; it shares no code with the package."""
 
 import torch
 
 
 def exact(query, key, value, seqlens_q, seqlens_k, scale=None, bias=None, skip_keys=0):
-    """Attention in float64 on the CPU, segment by segment, as its formula is written."""
+    """Compute attention in float64 on the CPU, segment by segment, straight from its formula."""
     query, key, value = (t.double().cpu() for t in (query, key, value))
     scale = query.shape[2] ** -0.5 if scale is None else scale
     out = query.new_zeros(query.shape)
@@ -20,7 +20,7 @@ def exact(query, key, value, seqlens_q, seqlens_k, scale=None, bias=None, skip_k
 
 
 def exact_bias(table, positions, grid_size, segment):
-    """``(heads, n, n)``, by BEiT's numbering of relative positions (timm's ``gen_relative_position_index``)."""
+    """Return a segment's bias ``(heads, n, n)``, by BEiT's numbering (timm's ``gen_relative_position_index``)."""
     rows, columns = grid_size
     p = positions[segment].long().cpu()
     dy, dx = (p // columns)[:, None] - (p // columns), (p % columns)[:, None] - (p % columns)

@@ -1,4 +1,4 @@
-"""The backends on which the cases run."""
+"""Fixtures for the backends on which the cases run."""
 
 import importlib.util
 from contextlib import nullcontext
@@ -14,12 +14,12 @@ from .cases import GPU, Backend
 
 REFERENCES = [Backend("reference", "cpu")] + ([Backend("reference", "cuda")] if GPU else [])
 TRITON = Backend("triton", "cuda" if GPU else "cpu")
-# "padded" is what the reference runs where lengths are not to be read back, here on CPU too.
+# "padded" is the reference's variant without read-back, which is tested on CPU too.
 ATTENTION = [*REFERENCES, Backend("padded", "cpu"), TRITON, Backend("cuda", "cuda"), Backend("torch", "cuda")]
 
 
 def running(backend):
-    """Force the backend, or skip and say why this machine has none."""
+    """Force the backend, or skip the test with the reason why this machine has none."""
     if backend.name == "triton" and importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
     if backend.device == "cuda" and not GPU:
@@ -30,7 +30,7 @@ def running(backend):
     for implementation in OPERATORS["varlen_attention"].implementations:
         if implementation.name == backend.name and (reason := implementation.missing_on(backend.device)):
             pytest.skip(reason)
-    # On a GPU torch splits float32 attention into TF32 and sums it rounding down, for which there is no bound here.
+    # Use the math backend on a GPU, because torch's others split float32 into TF32 and round down beyond our bounds.
     is_reference_there = backend == ("reference", "cuda")
     with use_backend(backend.name), sdpa_kernel(SDPBackend.MATH) if is_reference_there else nullcontext():
         yield backend
@@ -48,13 +48,13 @@ def attention_backend(request):
 
 @pytest.fixture
 def triton():
-    """Where the kernels run, for tests that compare them with the reference."""
+    """Force Triton, for tests that compare its kernels with the reference."""
     yield from running(TRITON)
 
 
 @pytest.fixture(autouse=True)
 def exact_products():
-    """No TF32, and no sum in half precision: tolerances are of sums in float32."""
+    """Disable TF32 and sums in half precision, because the tolerances assume sums in float32."""
     matmul = torch.backends.cuda.matmul
     before = matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction
     matmul.allow_fp16_reduced_precision_reduction = matmul.allow_bf16_reduced_precision_reduction = False

@@ -1,4 +1,4 @@
-"""Selection in float64, written from the contract and sharing no code with the package."""
+"""The oracle for the selection in float64, written from the contract; it shares no code with the package."""
 
 import math
 
@@ -6,11 +6,11 @@ import torch
 
 from .cases import EPS, tolerance
 
-SLACK = 1e-3  # of a patch, which the rounding of float32 may cost
+SLACK = 1e-3  # fraction of a patch by which float32 may round a count up
 
 
 def rank_of(scores: list[float]) -> list[int]:
-    """Places by falling score, ties to the lower place, NaN last."""
+    """Return the places sorted by falling score; among equal scores the lower place comes first, and NaN comes last."""
     return sorted(range(len(scores)), key=lambda i: math.inf if math.isnan(scores[i]) else -scores[i])
 
 
@@ -21,7 +21,7 @@ def budget_of(confidence: float, law) -> float:
 
 
 def level_of(scale: float, grids) -> int:
-    """The level whose side is nearest to ``scale`` of the dense side."""
+    """Return the level whose side is nearest to ``scale`` times the dense side."""
     sides = [math.sqrt(rows * columns / (grids[0][0] * grids[0][1])) for rows, columns in grids]
     return min(range(len(grids)), key=lambda level: abs(sides[level] - scale))
 
@@ -35,7 +35,7 @@ def count_of(confidence: float, level: int, grids, law, nudge: float = 0.0) -> i
 
 
 def assert_obeys(counts, levels, confidences, grids, law) -> None:
-    """Counts and levels of float32 confidences; either neighbour where rounding decides."""
+    """Assert counts and levels of float32 confidences; where rounding decides, both neighbours are accepted."""
     for count, level, confidence in zip(counts.tolist(), levels.tolist(), confidences.tolist(), strict=True):
         scale = budget_of(confidence, law) ** (law.coarsen / 2)
         assert level in {level_of(scale + nudge, grids) for nudge in (-1e-5, 1e-5)}, (level, confidence, law)
@@ -45,10 +45,10 @@ def assert_obeys(counts, levels, confidences, grids, law) -> None:
 
 
 def activation_map(logits, features, class_weight, feature_size, classes: int = 1) -> torch.Tensor:
-    """Grad-CAM of the most probable classes: float64 ``(batch, rows, columns)``."""
+    """Return Grad-CAM of the most probable classes: float64 ``(batch, rows, columns)``."""
     maps = []
     for row, cells in zip(logits.double().cpu().tolist(), features.double().cpu(), strict=True):
-        # NaN is the greatest, as torch.argmax has it
+        # Rank NaN first, because torch.argmax does.
         first = rank_of([math.inf if math.isnan(x) else x for x in row])[:classes]
         weight = sum(math.exp(row[c] - row[first[0]]) * class_weight[c].double().cpu() for c in first[1:])
         maps.append((cells @ (class_weight[first[0]].double().cpu() + weight)).relu().view(feature_size))
@@ -56,7 +56,7 @@ def activation_map(logits, features, class_weight, feature_size, classes: int = 
 
 
 def unit(values: torch.Tensor) -> torch.Tensor:
-    """One image's ``(x - min) / (max - min)`` over finite cells; 0 where all are equal, NaN where x is."""
+    """Return one image's ``(x - min) / (max - min)`` over finite cells: 0 if all are equal, NaN where x is NaN."""
     finite = [x for x in values.flatten().tolist() if math.isfinite(x)]
     low, high = min(finite, default=0.0), max(finite, default=0.0)
     scaled = [
@@ -67,7 +67,7 @@ def unit(values: torch.Tensor) -> torch.Tensor:
 
 
 def closeness(rows: int, columns: int) -> torch.Tensor:
-    """1 in the middle of the map, 0 in the middle of the cell in a corner; one cell is all middle."""
+    """Return each cell's closeness to the center: 1 in the middle, 0 in a corner cell, 1 for a map of one cell."""
     distance = torch.zeros(rows, columns, dtype=torch.float64)
     for r in range(rows):
         for c in range(columns):
@@ -77,7 +77,7 @@ def closeness(rows: int, columns: int) -> torch.Tensor:
 
 
 def with_parts(cam, features, saliency) -> torch.Tensor:
-    """What makes a cell salient, from a float64 activation map."""
+    """Return the saliency: a float64 activation map, combined with the norm and the closeness to the center."""
     if saliency.norm == 0 and saliency.center == 0:
         return cam
     length = features.double().cpu().square().sum(2).sqrt().view(cam.shape)
@@ -88,10 +88,10 @@ def with_parts(cam, features, saliency) -> torch.Tensor:
 
 
 def resized(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Bilinear, half-pixel centers, no antialiasing, as PyTorch does it.
+    """Resize bilinearly with half-pixel centers and without antialiasing, as PyTorch does.
 
-    Along an axis of equal size each cell is its own neighbour, with a weight of 0: one of NaN does not spread, and an
-    infinite one becomes NaN.
+    Along an axis of equal size each cell is its own neighbour, with a weight of 0. So NaN does not spread, and an
+    infinite cell becomes NaN.
     """
     for axis in (1, 0):
         given, wanted = image.shape[axis], size[axis]
@@ -107,11 +107,11 @@ def resized(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def assert_selected(selection, logits, maps, grids, law, terms=1) -> None:
-    """Confidence and saliency as in float64; from there on everything follows exactly, ties included.
+    """Assert that confidence and saliency are close to float64, and that the rest follows from them exactly.
 
     Args:
-        maps: float64 ``(batch, rows, columns)`` on the CPU, as salient as they are to be.
-        terms: of the sum that each cell of them is.
+        maps: the expected saliency, float64 ``(batch, rows, columns)`` on the CPU.
+        terms: number of terms in the sum that makes each cell.
     """
     indices, counts, levels, confidence, saliency = (t.cpu() for t in selection)
     patches = grids[0][0] * grids[0][1]
@@ -119,12 +119,12 @@ def assert_selected(selection, logits, maps, grids, law, terms=1) -> None:
     assert confidence.dtype == saliency.dtype == torch.float32
     assert indices.shape == saliency.shape == (len(logits), patches)
     wanted = logits.double().cpu().softmax(1).amax(1)
-    bound = tolerance(torch.float32, logits.shape[1]) + 4 * EPS  # of an exponential
+    bound = tolerance(torch.float32, logits.shape[1]) + 4 * EPS  # 4 for the exponential
     torch.testing.assert_close(confidence.double(), wanted, rtol=bound, atol=0, equal_nan=True)
     assert not (confidence > 1).any()
     assert_obeys(counts, levels, confidence, grids, law)
-    # Terms that cancel leave a cell small beside its partial sums, which are of the size of the batch's greatest cells.
-    # Places are rounded by an ulp of a side, which weighs a neighbor of any size.
+    # The bound is relative to the batch's greatest cells, because terms may cancel and leave a cell much smaller than
+    # its partial sums. A place is rounded by an ulp of a side, which shifts that much weight to any neighbour.
     scale = maps.nan_to_num(0, 0, 0).abs().max().item() if len(maps) else 0.0
     bound = scale * (tolerance(torch.float32, terms) + EPS * max(maps.shape[1:]))
     for image, level, row, scores, count in zip(

@@ -1,8 +1,13 @@
-"""Attention in every implementation that the machine has, against float64.
+"""Tests of attention in every implementation that the machine has, against float64.
 
-Lengths stand on both sides of every tile (16, 32, 64, 128, a loop beyond) and of a tile's rows; 0, 1 and 2 tokens;
-ViT's own 50 (a quarter of 14 x 14 and a class token), 99, 197 and 257; 577 and 1370 (384 and 518 pixels) once each.
-Heads of 64, the usual; of 8, less than a tile; of 16 and 128; of 72 and 88, which no tile fits.
+Segment lengths:
+
+* lengths just below, at and above every tile (16, 32, 64, 128, a loop beyond).
+* 0, 1 and 2 tokens.
+* lengths that ViTs have: 50 (a quarter of 14 x 14 and a class token), 99, 197, 257, 577 (384 pixels) and 1370 (518
+  pixels).
+
+Head dimensions: 64 is usual, 8 is less than a tile, 16 and 128 fill a tile, and 72 and 88 fit no tile.
 """
 
 import pytest
@@ -14,11 +19,11 @@ from tinydrop_kernels.ops.attention_reference import attend_padded
 from .attention_oracle import exact
 from .cases import DTYPES, SANITIZED, cu_seqlens_of
 
-# Of the norm of what float64 gives. float32: 16 units in the last place, of which a GPU's approximate exponential and
-# reciprocal take two each, and the rounding of exponents up to 16 from 0 three; half precision's
-# is of its weights and of the result.
+# Errors relative to the norm of the float64 result. For float32, 16 units in the last place: two each for a GPU's
+# approximate exponential and reciprocal, three for rounding exponents of up to 16, and a margin. In half precision,
+# rounding the weights and the result determines the error.
 TOLERANCE = {torch.float32: 16 * torch.finfo(torch.float32).eps, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-MARGIN = 0 if SANITIZED else 128  # rows of NaN before and behind what may be read
+MARGIN = 0 if SANITIZED else 128  # rows of NaN around the rows that may be read
 LENGTHS = (
     [0, 1, 2, 15, 16, 0],
     [17, 31, 1, 32],
@@ -35,7 +40,7 @@ GRID = (5, 7)
 
 
 def projections(lengths: list[int], heads: int, head_dim: int, dtype: torch.dtype, device: str) -> tuple:
-    """Query, key and value as views of one projection, as timm's attention leaves them, in the middle of NaN."""
+    """Return query, key and value as views of one projection, as in timm's attention, surrounded by NaN."""
     total = sum(lengths)
     rows = torch.full((total + 2 * MARGIN, 3, heads, head_dim), float("nan"), dtype=dtype, device=device)
     rows = rows[MARGIN : MARGIN + total]
@@ -44,7 +49,7 @@ def projections(lengths: list[int], heads: int, head_dim: int, dtype: torch.dtyp
 
 
 def bias_for(total: int, heads: int, dtype: torch.dtype, device: str, class_token: bool = True) -> ops.RelativeBias:
-    """A table that lies head after head, and places on GRID for so many tokens, some of them class tokens."""
+    """Return a bias with a head-major table and random places on GRID, some of them class tokens."""
     rows, columns = GRID
     distances = (2 * rows - 1) * (2 * columns - 1)
     table = torch.randn(heads, distances + 3 * class_token, device=device).to(dtype).t()
@@ -53,7 +58,7 @@ def bias_for(total: int, heads: int, dtype: torch.dtype, device: str, class_toke
 
 
 def attend(backend, query, key, value, lengths_q, lengths_k, scale=None, bias=None, skip_keys=0, longest=None):
-    """In that implementation or, where it does not take this, not at all."""
+    """Attend with the backend's implementation, or skip the test if that does not take the arguments."""
     cu_seqlens = [cu_seqlens_of(lengths, backend.device) for lengths in (lengths_q, lengths_k)]
     bounds = [longest or max(lengths, default=0) for lengths in (lengths_q, lengths_k)]
     if backend.name == "padded":
@@ -67,7 +72,7 @@ def attend(backend, query, key, value, lengths_q, lengths_k, scale=None, bias=No
 
 
 def assert_near(out: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> None:
-    """The whole output by its norm, and no row of a head much worse."""
+    """Assert that the error of the output is small in norm, and of no row of a head much larger."""
     assert out.shape == wanted.shape and out.is_contiguous()
     error = (out.double().cpu() - wanted).norm(dim=-1)
     assert error.norm() <= tolerance * wanted.norm()  # false for NaN
@@ -95,7 +100,7 @@ def test_ragged_batches(attention_backend, lengths, dtype, biased):
 @pytest.mark.parametrize("apart", [False, True], ids=["run", "apart"])
 @pytest.mark.parametrize("same", [False, True], ids=["ragged", "whole"])
 def test_windows(attention_backend, apart, same):
-    """Segments of a length, as whole windows at the same places and as other windows that keep as many tokens."""
+    """Check segments of equal length, as whole windows at the same places and as windows of different places."""
     lengths = [35, 1, 35, 2, 35] if apart else [35, 35, 35]
     qkv = projections(lengths, 2, 16, torch.float32, attention_backend.device)
     bias = bias_for(sum(lengths), 2, torch.float32, attention_backend.device, class_token=False)
@@ -118,16 +123,16 @@ def test_head_dims(attention_backend, head_dim, dtype, biased, lengths):
 @pytest.mark.parametrize("head_dim", [16, 64, 72, 88, 128])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_tile(attention_backend, head_dim, dtype):
-    """Long and short segments, and an empty one, beside one another."""
+    """Check batches that mix long, short and empty segments, one for each tile."""
     if attention_backend.device == "cpu":
-        pytest.skip("too slow without a GPU, where a tile each is tested")
+        pytest.skip("too slow without a GPU; the other tests cover each tile")
     lengths = [0, 1, 2, 15, 16, 17, 31, 32, 33, 49, 50, 63, 64, 65, 99, 127, 128, 129, 197, 198, 257, 577, 1370]
     for longest in (16, 32, 64, 128, 198, 1370):
         own = [n for n in lengths if n <= longest]
         own = own[1::2] + own[::2]
         qkv = projections(own, 3, head_dim, dtype, attention_backend.device)
         check(attention_backend, *qkv, own, own)
-        check(attention_backend, *qkv, own, own[1:] + own[:1])  # one of them without keys
+        check(attention_backend, *qkv, own, own[1:] + own[:1])  # one segment without keys
 
 
 @pytest.mark.parametrize("length", [577, 1370])
@@ -141,7 +146,7 @@ def test_long_segments(attention_backend, length):
 @pytest.mark.parametrize("head_dim", [64, 72])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_other_queries_than_keys(attention_backend, queries, keys, head_dim, dtype):
-    """As attention pools have them: a few latent queries an image. Those of an image without tokens yield zeros."""
+    """Check a few latent queries per image, as in attention pools. Queries of an image without tokens yield zeros."""
     device = attention_backend.device
     query = torch.randn(2, sum(queries), head_dim, device=device).to(dtype).transpose(0, 1)
     _, key, value = projections(keys, 2, head_dim, dtype, device)
@@ -154,7 +159,7 @@ def test_other_queries_than_keys(attention_backend, queries, keys, head_dim, dty
 @pytest.mark.parametrize("lengths", [[0, 1, 5, 6, 16], [40, 3, 17], [130, 2, 70]], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_skipped_keys(attention_backend, skip_keys, queries, lengths, dtype):
-    """As if they were not there; zeros where nothing else is. What they hold, NaN too, bears on nothing."""
+    """Check that skipped keys have no effect, even if they are NaN. Zeros result if no other keys are left."""
     device = attention_backend.device
     query, key, value = projections(lengths, 2, 16, dtype, device)
     rows = lengths if queries == "the same" else [1] * len(lengths)
@@ -171,7 +176,7 @@ def test_skipped_keys(attention_backend, skip_keys, queries, lengths, dtype):
 
 
 def test_rows_far_apart(attention_backend):
-    """Farther than a 32-bit offset within a tile reaches: copied first."""
+    """Check rows that are too far apart for 32-bit offsets within a tile and must be copied first."""
     if attention_backend.name == "cuda":
         pytest.skip("cuda does not take this")
     lengths, device = [2, 1], attention_backend.device
@@ -192,9 +197,9 @@ def test_a_ragged_batch_takes_the_tile_of_its_mean():
 
     assert tile(107, 50) == tile(64, 50) == (64, 64, 4)
     assert tile(41, 20) == (32, 32, 2)
-    assert tile(99, 99) == tile(107, 60) == (128, 128, 8)  # most would fill it
+    assert tile(99, 99) == tile(107, 60) == (128, 128, 8)  # most segments fill it
     assert tile(197, 99) == tile(197, 197) == (128, 64, 8)
-    assert tile(577, 10) == (128, 64, 8)  # a single long one would take many turns of a small tile
+    assert tile(577, 10) == (128, 64, 8)  # one long segment would take many turns
     assert tile(107, 50, 128, True) == tile(107, 107, 128, True)
 
 
@@ -208,7 +213,7 @@ def test_bounds_may_exceed_the_longest_segment(attention_backend):
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 1e-40, 3.0])
 @pytest.mark.parametrize("biased", [False, True], ids=["plain", "bias"])
 def test_any_scale(attention_backend, scale, biased):
-    """In another implementation, where this one finds the greatest score before it scales."""
+    """Check any scale. Implementations that find the highest score before scaling leave some scales to others."""
     device, lengths = attention_backend.device, [33, 0, 70]
     query, key, value = projections(lengths, 2, 16, torch.float32, device)
     bias = bias_for(sum(lengths), 2, torch.float32, device) if biased else None
@@ -220,9 +225,9 @@ def test_any_scale(attention_backend, scale, biased):
 @pytest.mark.parametrize("lengths", [[16], [50], [130]], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_huge_scores_pick_one_key(attention_backend, lengths, dtype):
-    """Scores of +-10000: the answer is the value of the one best key, and nothing overflows.
+    """Check scores of +-10000: the output is the value of the single best key, and nothing overflows.
 
-    Exactly that in half precision. In float32 its weight may be a rounding away from 1, and is divided by itself.
+    In half precision the output is exactly that value. In float32 the key's weight may be a rounding error from 1.
     """
     total, device = sum(lengths), attention_backend.device
     _, _, value = projections(lengths, 1, 16, dtype, device)
@@ -234,7 +239,7 @@ def test_huge_scores_pick_one_key(attention_backend, lengths, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_scores_of_thousands(attention_backend, dtype):
-    """Rounding a score to float32 changes its weight by a factor as far from 1 as the score was from its rounding."""
+    """Check large scores. A score's absolute rounding error in float32 is the relative error of its weight."""
     lengths = [33, 0, 65, 7]
     query, key, value = projections(lengths, 2, 64, dtype, attention_backend.device)
     greatest = 30 * 30 * (query.float().norm(dim=-1).max() * key.float().norm(dim=-1).max()).item()
@@ -245,11 +250,11 @@ def test_scores_of_thousands(attention_backend, dtype):
 @pytest.mark.parametrize("length", [16, 50, 197])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_bias_may_hide_keys(attention_backend, length, dtype):
-    """-inf at whole tiles of keys, the first ones among them; where it hides them all, zeros."""
+    """Check a bias of -inf on whole tiles of keys, including the first. Zeros result if it hides all keys."""
     device = attention_backend.device
     qkv = projections([length], 1, 16, dtype, device)
     table = torch.zeros(2 * length - 1, 1, device=device, dtype=dtype)
-    table[length:] = -float("inf")  # keys before the query: each sees itself and what follows
+    table[length:] = -float("inf")  # hides the keys before each query
     bias = ops.RelativeBias(table, torch.arange(length, dtype=torch.int32, device=device), (1, length))
     check(attention_backend, *qkv, [length], [length], None, bias)
     nothing = bias._replace(table=torch.full_like(table, -float("inf")))
@@ -259,7 +264,7 @@ def test_a_bias_may_hide_keys(attention_backend, length, dtype):
 @pytest.mark.parametrize(("first", "second"), [(0, 0), (0, 1), (1, 2), (0, 2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_any_strides(attention_backend, first, second, dtype):
-    """Contiguous, heads outermost, columns apart, and both."""
+    """Check contiguous tensors, heads outermost, non-contiguous columns, and both."""
     qkv = (
         t.transpose(first, second).contiguous() for t in projections([9, 12], 2, 16, dtype, attention_backend.device)
     )
@@ -282,13 +287,13 @@ def test_nan_stays_in_its_segment(attention_backend, where, dtype):
     qkv[where][4:9] = float("nan")
     out = attend(attention_backend, *qkv, lengths, lengths)
     assert out[:4].isfinite().all() and out[9:].isfinite().all()
-    if attention_backend.name == "triton":  # torch's own attention answers zeros to some NaN
+    if attention_backend.name == "triton":  # torch's own attention returns zeros for some NaN
         assert out[4:9].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_rows_behind_the_last_segment(attention_backend, dtype):
-    """As a padded CUDA graph has them; they mean nothing, but may not bear on the others."""
+    """Check that rows behind the last segment, which a padded CUDA graph has, do not affect the other rows."""
     qkv = projections([9, 4], 2, 16, dtype, attention_backend.device)
     for t in qkv:
         t[9:] = float("nan")
@@ -299,7 +304,7 @@ def test_rows_behind_the_last_segment(attention_backend, dtype):
 
 @pytest.mark.parametrize("biased", [False, True], ids=["plain", "bias"])
 def test_float64(attention_backend, biased):
-    """The reference's, whatever is forced."""
+    """Check float64, which only the reference takes."""
     if attention_backend.name not in ("reference", "padded"):
         pytest.skip(f"{attention_backend.name} does not take this")
     keys = [2, 4, 7, 0, 0]
@@ -313,7 +318,7 @@ def test_float64(attention_backend, biased):
 
 
 def test_gradients(attention_backend):
-    """Of query, key, value and bias, whatever backend is forced, as those of the formula."""
+    """Check the gradients of query, key, value and bias against the formula, under every forced backend."""
     device, lengths = attention_backend.device, [3, 5]
     query, key, value = (t.clone().requires_grad_() for t in projections(lengths, 2, 16, torch.float64, device))
     bias = bias_for(8, 2, torch.float64, device)
@@ -336,7 +341,8 @@ def test_a_segment_longer_than_said_is_refused_on_cpu():
     cu_seqlens = cu_seqlens_of([9, 4])
     for bounds in ((8, 9), (9, 8)):
         message = (
-            f"max_seqlen_q, max_seqlen_k: got {bounds[0]} and {bounds[1]}, expected at least 9 and 9, of a segment"
+            f"max_seqlen_q, max_seqlen_k: got {bounds[0]} and {bounds[1]}, "
+            "expected at least 9 and 9, a segment's lengths"
         )
         with ops.use_backend("reference"), pytest.raises(ValueError, match=f"^{message}$"):
             ops.varlen_attention(query, key, value, cu_seqlens, cu_seqlens, *bounds)
@@ -353,7 +359,7 @@ def test_index_is_timms():
 @pytest.mark.parametrize("biased", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("forced", ["reference", "triton"])
 def test_one_compilation_for_all_batches(forced, biased, request):
-    """Totals, lengths and batch sizes differ from call to call; nothing is compiled again."""
+    """Check that calls with different totals, lengths and batch sizes do not recompile."""
     device = request.getfixturevalue("triton").device if forced == "triton" else "cpu"
 
     @torch.compile(backend="eager", dynamic=True, fullgraph=True)
@@ -372,7 +378,7 @@ def test_one_compilation_for_all_batches(forced, biased, request):
 
 
 def test_replays_in_a_cuda_graph(attention_backend):
-    """A graph of one batch, on the values and segments of another."""
+    """Check that a CUDA graph captured on one batch is right for the values and segments of another."""
     if attention_backend.device == "cpu" or SANITIZED:
         pytest.skip("CUDA graphs need a GPU, and an allocator that keeps memory")
     lengths = [33, 0, 65, 1, 17]
@@ -479,4 +485,4 @@ def test_a_bias_is_of_queries_that_are_the_keys():
     message = "skip_keys: got 1, expected a number >= 0, and 0 with a bias"
     assert refusal(ValueError, bias=bias, skip_keys=1) == message
     fewer = {name: torch.randn(8, 2, 16) for name in ("key", "value")}
-    assert refusal(ValueError, bias=bias, **fewer) == "key: got 8 rows, expected with a bias query's 9"
+    assert refusal(ValueError, bias=bias, **fewer) == "key: got 8 rows, expected query's 9 because of bias"

@@ -1,4 +1,4 @@
-"""What the law promises: from the confidence to an exit, a grid and a number of patches."""
+"""Tests of the law: from the confidence to an exit, a grid and a number of patches."""
 
 import math
 
@@ -61,7 +61,7 @@ def test_never_more_than_the_grid_has(values, grids, law):
 @few
 @hypothesis.given(st.floats(0.0, 1.0, width=32), some_grids, some_laws)
 def test_the_budget_is_met_within_half_a_level(value, grids, law):
-    """The grid's patches stand for all budgets up to the middle of its side and its neighbour's."""
+    """Check that the patches spent differ from the budget by at most half the distance to the next level."""
     (count,), (level,) = (t.tolist() for t in apply_law(torch.tensor([value]), grids, law))
     hypothesis.assume(count > 0)
     dense = grids[0][0] * grids[0][1]
@@ -85,7 +85,7 @@ BORDERS = [(1.0, 0), (0.74, 0), (0.72, 1), (0.5, 1), (0.37, 1), (0.36, 2), (0.01
 
 @pytest.mark.parametrize(("budget", "level"), BORDERS)
 def test_coarsen_1_is_resolution_alone(budget, level):
-    """Everything is kept of the grid whose side is nearest: between 14 and 10 the border is (12 / 14) ** 2."""
+    """Check that all patches of the nearest grid are kept. Grids of 14 and 10 meet at a budget of (12 / 14) ** 2."""
     grids = [(14, 14), (10, 10), (7, 7)]
     counts, levels = apply_law(torch.tensor([0.5]), grids, Law(None, 0.0, budget, 1.0))
     assert levels.tolist() == [level] and counts.tolist() == [grids[level][0] * grids[level][1]]
@@ -93,18 +93,18 @@ def test_coarsen_1_is_resolution_alone(budget, level):
 
 @pytest.mark.parametrize("coarsen", [0.0, 0.5, 1.0])
 def test_limits_of_gamma_hold_for_any_confidence(coarsen):
-    """gamma = 0 spends min_keep, gamma = inf everything, of the surest image too; NaN keeps everything in any case."""
+    """Check that gamma = 0 spends min_keep and gamma = inf everything at any confidence. NaN keeps everything."""
     values, grids = torch.tensor([0.0, 0.3, 1.0, math.nan]), [(16, 16), (8, 8)]
     counts, levels = apply_law(values, grids, Law(None, math.inf, 0.25, coarsen))
     assert counts.tolist() == [256] * 4 and levels.tolist() == [0] * 4
     counts, levels = apply_law(values, grids, Law(None, 0.0, 0.25, coarsen))
-    kept = {0.0: 64, 0.5: 32, 1.0: 64}[coarsen]  # half the side and half of its patches, of an eighth of all
+    kept = {0.0: 64, 0.5: 32, 1.0: 64}[coarsen]  # for 0.5: half the patches of the 8 x 8 grid
     assert counts.tolist() == [kept] * 3 + [256]
     assert levels.tolist() == [0 if coarsen == 0 else 1] * 3 + [0]
 
 
 def test_a_quarter_of_196_is_49():
-    """Not 50, as float32 would have it: 0.25 comes of a power and a difference."""
+    """Check that rounding does not make the count 50, although float32 computes 0.25 by a power and a difference."""
     confidence = torch.tensor([0.75])
     assert apply_law(confidence, [(14, 14)], Law(None, 1.0, 0.01))[0].tolist() == [49]
     assert apply_law(confidence * 0.9, [(14, 14)], Law(0.9, 1.0, 0.01))[0].tolist() == [49]

@@ -1,4 +1,4 @@
-"""The layout of a ragged batch on every backend, against a loop over its images."""
+"""Tests of the layout of a ragged batch on every backend, against a loop over its images."""
 
 from itertools import pairwise
 
@@ -53,7 +53,8 @@ def test_pack(backend, counts, levels, prefix):
     check_pack(counts, levels, 3, prefix, backend.device)
 
 
-# One tile of the kernel holds 512 images: a full tile, one more, several, and none of a level in some.
+# The kernel's tile holds 512 images. The batches are a full tile, one image more, and several tiles; some tiles lack a
+# level.
 @pytest.mark.parametrize("batch", [512, 513, 1300])
 @pytest.mark.parametrize("exits", [0.0, 0.4, 1.0])
 def test_several_tiles(backend, batch, exits):

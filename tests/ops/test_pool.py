@@ -1,4 +1,4 @@
-"""Pooling on every backend, against loops."""
+"""Tests of pooling on every backend, against loops."""
 
 import pytest
 import torch
@@ -20,7 +20,8 @@ def pooled_by_hand(tokens, lengths, mode, skip):
     return wanted
 
 
-# 31, 32, 33: around the tile of 32 rows. 100 columns: more than one tile, and not full; columns that lie apart.
+# Lengths 31, 32 and 33 are around the tile of 32 rows. 100 columns are more than one tile and do not fill two. The
+# columns are not contiguous.
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("skip", [0, 1, 5])
 @pytest.mark.parametrize("mode", MODES)
@@ -36,7 +37,7 @@ def test_segment_pool(backend, lengths, skip, mode, dtype):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_nan_and_infinity(backend, mode):
-    """They stay in their segment and column."""
+    """Check that NaN and infinity stay in their segment and column."""
     tokens = torch.randn(80, 6, device=backend.device)
     tokens[3, 0] = tokens[50, 1] = tokens[79, 2] = float("nan")
     tokens[5, 3], tokens[:40, 4] = float("inf"), float("-inf")

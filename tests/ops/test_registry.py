@@ -1,4 +1,4 @@
-"""Which implementation runs: by what the machine has, by what it takes, and by what is forced."""
+"""Tests of the choice of an implementation, by machine, by arguments and by forced backend."""
 
 import threading
 
@@ -16,7 +16,7 @@ ATTENTION = OPERATORS["varlen_attention"]
 
 @pytest.fixture(autouse=True)
 def nothing_forced(monkeypatch):
-    """And nothing remembered of what a test pretends."""
+    """Force no backend, and clear the caches so that no test sees what another one pretended."""
     monkeypatch.delenv("TINYDROP_BACKEND", raising=False)
     registry._preference.cache_clear()
     registry._forced_by_environment.cache_clear()
@@ -26,7 +26,7 @@ def nothing_forced(monkeypatch):
 
 
 def opcheck_cases():
-    """Arguments of every registered operator; images that exit, keep some and keep all."""
+    """Return arguments for every registered operator, with images that exit, keep some patches and keep all."""
     indices, cu_seqlens, total = ragged([3, 0, 16], 16, 1)
     qkv = torch.randn(total, 3, 2, 8)
     law, grids = (0.8, 2.0, 0.1, 0.5), (4, 4, 3, 3)
@@ -115,7 +115,7 @@ def test_a_backend_is_forced_in_its_own_thread_alone():
 def test_a_backend_is_forced_by_the_environment(monkeypatch):
     monkeypatch.setenv("TINYDROP_BACKEND", "reference")
     assert ATTENTION.on("cuda")[0].name == "reference"
-    with use_backend("auto"):  # the context is nearer
+    with use_backend("auto"):  # the context overrides the environment
         assert registry.forced_backend() == "auto"
     monkeypatch.setenv("TINYDROP_BACKEND", "cudnn")
     registry._forced_by_environment.cache_clear()
@@ -136,7 +136,7 @@ def test_a_forced_backend_that_is_missing_is_refused(monkeypatch):
     monkeypatch.setattr(registry, "HAS_TRITON", True)
     with use_backend("triton"):
         assert OPERATORS["segment_pool"].on("cuda")[0].name == "triton"
-        with pytest.raises(RuntimeError, match="^backend: triton is forced, but no Triton for cpu$"):
+        with pytest.raises(RuntimeError, match="^backend: triton is forced, but Triton does not run on cpu$"):
             ops.segment_pool(tokens, cu_seqlens, "mean")
     registry._preference.cache_clear()
     monkeypatch.setattr(registry, "HAS_TRITON", False)
@@ -149,7 +149,7 @@ def test_a_forced_backend_that_is_missing_is_refused(monkeypatch):
 
 
 def test_what_a_forced_backend_does_not_know_runs_as_ever():
-    """Only attention has "cuda" and "torch"; and float64 is the reference's."""
+    """Check that operators without a "cuda" or "torch" implementation run as with "auto"."""
     pool = OPERATORS["segment_pool"]
     for name in ("cuda", "torch"):
         with use_backend(name):
@@ -171,9 +171,9 @@ def test_explain(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(registry, "HAS_TRITON", True)
     pool = OPERATORS["segment_pool"]
-    assert pool.explain("cpu") == ("reference", "plain PyTorch; no Triton for cpu")
+    assert pool.explain("cpu") == ("reference", "plain PyTorch; Triton does not run on cpu")
     assert pool.explain("cuda") == ("triton", "Triton kernel")
-    assert ATTENTION.explain("cpu") == ("reference", "scaled_dot_product_attention; no Triton for cpu")
+    assert ATTENTION.explain("cpu") == ("reference", "scaled_dot_product_attention; Triton does not run on cpu")
     with use_backend("reference"):
         assert pool.explain("cuda") == ("reference", "plain PyTorch; forced")
     registry._preference.cache_clear()
@@ -192,7 +192,7 @@ def test_the_interpreter_may_be_switched_on_later(monkeypatch):
 
 
 def first_that_fits(head_dim: int, dtype: torch.dtype, biased: bool = False, skip_keys: int = 0) -> str:
-    """What would run on CUDA, where there need not be any."""
+    """Return the name of the implementation that would run on CUDA. This needs no GPU."""
     with FakeTensorMode():
         query, key, value = torch.empty(9, 3, 2, head_dim, dtype=dtype, device="cuda").unbind(1)
         cu_seqlens = torch.empty(2, dtype=torch.int32, device="cuda")
@@ -217,7 +217,7 @@ def test_which_attention_runs(monkeypatch):
         assert first_that_fits(64, torch.bfloat16) == "reference"
     with use_backend("torch"):
         assert first_that_fits(64, torch.bfloat16) == "torch"
-        assert first_that_fits(64, torch.float32) == "triton"  # the next that takes it
+        assert first_that_fits(64, torch.float32) == "triton"  # the next one that takes float32
 
 
 def test_which_attention_runs_with_the_extension(monkeypatch):
@@ -225,14 +225,14 @@ def test_which_attention_runs_with_the_extension(monkeypatch):
     monkeypatch.setattr(cuda_extension, "WHY_NOT", "it is not built")
     with (
         use_backend("cuda"),
-        pytest.raises(RuntimeError, match="^backend: cuda is forced, but the CUDA extension is not there: it is not b"),
+        pytest.raises(RuntimeError, match="^backend: cuda is forced, but the CUDA extension is not available: it is n"),
     ):
         ATTENTION.on("cuda")
     monkeypatch.setattr(cuda_extension, "WHY_NOT", "")
     monkeypatch.setattr(cuda_extension, "_gpu", lambda index: (True, True))
     registry._preference.cache_clear()
     with use_backend("cuda"):
-        with pytest.raises(RuntimeError, match="^backend: cuda is forced, but the CUDA extension has nothing for cpu$"):
+        with pytest.raises(RuntimeError, match="^backend: cuda is forced, but the CUDA extension does not run on cpu$"):
             ATTENTION.on("cpu")
         assert first_that_fits(64, torch.float16) == "cuda"
         assert first_that_fits(64, torch.float16, biased=True) == "cuda"

@@ -1,6 +1,6 @@
-"""Embedding and gathering on every backend, against a convolution in float64 and loops.
+"""Tests of embedding and gathering on every backend, against a convolution in float64 and loops.
 
-Batches mix images that exit, keep one patch, some, all but one, and all.
+Batches mix images that exit and images that keep one patch, some patches, all but one, and all.
 """
 
 import pytest
@@ -16,7 +16,7 @@ COUNTS = [MIXED, [0, 0], [35, 35], [1], [0, 0, 0, 5, 0]]
 
 
 def assert_rows(out, wanted, weight):
-    """Prefix tokens, and patches projected by this weight, with positions added to what was rounded."""
+    """Assert that the rows are close to float64. Two roundings are allowed: of the projection and of the sum."""
     dtype = weight.dtype
     bound = tolerance(dtype, weight[0].numel()) + torch.finfo(dtype).eps
     assert out.dtype == dtype and out.shape == wanted.shape and out.is_contiguous()
@@ -24,7 +24,7 @@ def assert_rows(out, wanted, weight):
 
 
 def check_embed(images, grid, patch, counts, dim=13, prefix=1, bias=True, positions=True, **layout):
-    """Returns the arguments and the result, which is right."""
+    """Check ``embed_tokens`` on these images and return its arguments and result."""
     dtype, device, patches = images.dtype, images.device, grid[0] * grid[1]
     weight = torch.randn(dim, images.shape[1], *patch) / (images.shape[1] * patch[0] * patch[1]) ** 0.5
     offset = torch.randn(dim, device=device).to(dtype) if bias else None
@@ -40,7 +40,7 @@ def check_embed(images, grid, patch, counts, dim=13, prefix=1, bias=True, positi
     return arguments, out
 
 
-# A grid of 5 x 7 (primes) and patches of 2 x 3, with pixels beyond the last whole patch; dim 13 fills no tile.
+# The grid is 5 x 7 (primes) and patches are 2 x 3. There are pixels beyond the last whole patch. dim 13 fills no tile.
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 @pytest.mark.parametrize("prefix", [0, 1, 5])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -49,7 +49,8 @@ def test_segments(backend, counts, prefix, dtype):
     check_embed(images, (5, 7), (2, 3), counts, prefix=prefix)
 
 
-# 14: 588 pixels, no multiple of the tile. 8 x 16: not square. 32: many steps. One channel: channels-last is NCHW.
+# Patches of 14 x 14 have 588 values, no multiple of the tile. 8 x 16 is not square, and 32 x 32 takes many steps. With
+# one channel, channels-last equals NCHW.
 @pytest.mark.parametrize("patch", [(8, 8), (14, 14), (8, 16), (32, 32)], ids=str)
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
@@ -60,7 +61,7 @@ def test_patch_sizes(backend, patch, channels, memory_format, dtype):
     check_embed(images, (2, 3), patch, [2, 6, 5])
 
 
-# Every geometry is compiled for itself: as models have them, where that is quick.
+# The geometries of real models run only on a GPU, because each geometry compiles its own kernel.
 MODELS = [((37, 37), (14, 14), 384), ((14, 14), (16, 16), 768), ((16, 12), (16, 16), 192)] if GPU else []
 
 
@@ -103,7 +104,7 @@ def test_strides_of_images(backend, view):
 
 
 def test_strides_of_parameters(backend):
-    """A weight in channels-last, and a bias, prefix rows and positions that are views."""
+    """Check a channels-last weight, and bias, prefix rows and positions that are non-contiguous views."""
     device, (indices, cu_seqlens, total) = backend.device, ragged(MIXED, 35, 2, backend.device)
     images, weight = torch.randn(6, 3, 10, 14, device=device), torch.randn(13, 3, 2, 2, device=device) / 12**0.5
     weight = weight.contiguous(memory_format=torch.channels_last)
@@ -116,7 +117,7 @@ def test_strides_of_parameters(backend):
 
 
 def test_patches_in_any_order(backend):
-    """As Swin has them, cell by cell."""
+    """Check patches that are not in raster order; Swin orders them cell by cell."""
     device, (indices, cu_seqlens, total) = backend.device, ragged(MIXED, 35, 0, backend.device)
     for row, count in zip(indices, MIXED, strict=True):
         row[:count] = row[:count][torch.randperm(count, device=device)]
@@ -127,8 +128,8 @@ def test_patches_in_any_order(backend):
     assert_rows(out, packed_by_hand(embedded, prefix.double().cpu(), indices), weight)
 
 
-# A part's indices: the dense grid's row of which only a smaller grid's columns mean anything, a row of fewer columns,
-# and one for which the kept patches just have room.
+# Indices of a part: rows cut from those of a larger grid, rows with fewer columns than the grid has patches, and rows
+# with just enough columns for the kept patches.
 @pytest.mark.parametrize(("width", "gap"), [(35, 14), (17, 0), (6, 1)])
 def test_indices_of_any_row_stride(backend, width, gap):
     counts, device = [6, 0, 1, min(17, width)], backend.device
@@ -153,12 +154,12 @@ def test_indices_with_columns_apart(backend):
     assert torch.equal(given, out)
 
 
-# Below and above the number of tiles that fills a GPU, and widths that 128 divides or not.
+# Totals below and above the number of tiles that fills a GPU, and widths that 128 divides or does not divide.
 @pytest.mark.parametrize("total", [100, 100_000])
 @pytest.mark.parametrize("dim", [192, 384])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_tiles(triton, dim, total, dtype, monkeypatch):
-    """Every choice of tiles, over images that begin and end within them."""
+    """Check every choice of tiles on images that begin and end within a tile."""
     from tinydrop_kernels.ops.kernels import embed
 
     is_large = embed.fills_a_gpu(total, dim)
@@ -190,12 +191,12 @@ def test_gather_tokens(backend, counts, prefix, dtype):
     indices, cu_seqlens, total = ragged(counts, 35, prefix, backend.device)
     out = ops.gather_tokens(tokens, rows, indices, cu_seqlens, total)
     assert out.dtype == dtype and out.is_contiguous()
-    assert torch.equal(out.cpu(), packed_by_hand(tokens.cpu(), rows.cpu(), indices))  # moved, hence exact
+    assert torch.equal(out.cpu(), packed_by_hand(tokens.cpu(), rows.cpu(), indices))  # copied, therefore exact
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gather_tokens_with_strides(backend, dtype):
-    """Tokens of a feature map, and prefix rows of one image for all or in front of others."""
+    """Check tokens that are a view of a feature map, and prefix rows that are sliced or expanded from one image."""
     tokens = torch.randn(6, 300, 35, device=backend.device).to(dtype).transpose(1, 2)
     rows = torch.randn(6, 40, 300, device=backend.device).to(dtype)
     indices, cu_seqlens, total = ragged(MIXED, 35, 2, backend.device)
@@ -205,7 +206,7 @@ def test_gather_tokens_with_strides(backend, dtype):
 
 
 def test_gradients(backend):
-    """Of everything that is floating, whatever backend is forced."""
+    """Check the gradients of all floating arguments under every forced backend."""
     indices, cu_seqlens, total = ragged([3, 0, 6], 6, 1, backend.device)
     shapes = {"images": (3, 2, 4, 6), "weight": (5, 2, 2, 2), "bias": (5,), "prefix": (1, 5), "pos_embed": (6, 5)}
     given = [torch.randn(*s, dtype=torch.float64, device=backend.device, requires_grad=True) for s in shapes.values()]

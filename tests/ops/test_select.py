@@ -1,8 +1,8 @@
-"""Selection on every backend against float64; and the kernel against the reference, bit by bit if nothing is rounded.
+"""Tests of the selection on every backend, against float64. Kernel and reference are bit-equal if nothing is rounded.
 
-Grids: 1 x 1 (one token), 5 x 7 (primes, not square), 14 x 14 (the usual), 37 x 37 (DINOv2 at 518 pixels) and 64 x 64,
-the largest. Lists of one grid, and of several, so that a batch mixes levels. Maps are smaller, equal, larger and not
-square.
+Grids are 1 x 1 (one token), 5 x 7 (primes, not square), 14 x 14 (the usual), 37 x 37 (DINOv2 at 518 pixels) and 64 x 64
+(the largest). Lists have one grid, or several so that a batch mixes levels. Maps are smaller than the grid, equal,
+larger, and not square.
 """
 
 import math
@@ -16,7 +16,7 @@ from tinydrop_kernels.ops import Law, Saliency
 from .cases import DTYPES, integers, logits_of
 from .selection_oracle import activation_map, assert_selected, rank_of, with_parts
 
-# NaN and infinities are met on purpose, and NumPy, with which the interpreter computes, warns of them.
+# Ignore NumPy's warnings of NaN and infinities. The tests use such values on purpose, and the interpreter uses NumPy.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 LAW = Law(0.8, 2.0, 0.1, 0.6)
@@ -49,7 +49,7 @@ def test_select_tokens(backend, grids, size):
     assert len(grids) == 1 or len(set(selection.levels.tolist())) > 1
 
 
-# The weights of the resizing are quarters and halves here, so that no product or sum is rounded.
+# The resize weights are quarters and halves for these sizes, so no product or sum is rounded.
 @pytest.mark.parametrize(
     ("size", "grids"),
     [
@@ -95,7 +95,7 @@ def test_dtypes_and_strides(backend, dtype, layout):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [(7, 7), (3, 5), (17, 17)], ids=str)
 def test_a_thousand_classes(backend, dtype, size):
-    """Logits and features as models have them, of confidences of all sizes."""
+    """Check logits and features of realistic sizes, with low to high confidences."""
     logits = torch.randn(6, 1000, device=backend.device)
     logits[torch.arange(6), torch.arange(0, 900, 150)] += torch.linspace(6, 12, 6, device=backend.device)
     features = torch.randn(6, size[0] * size[1], 37, device=backend.device).to(dtype)
@@ -116,7 +116,7 @@ def test_more_classes_than_a_tile(backend, classes):
     device = backend.device
     logits = torch.full((3, 5000), -2.0, device=device)
     logits[0, 4999] = 9.0
-    logits[1, [2100, 2048, 17, 4000]] = 8.0  # the first of equals wins, across tiles too
+    logits[1, [2100, 2048, 17, 4000]] = 8.0  # the first of equal logits wins, across tiles too
     logits[2, 2048:] = float("-inf")
     features, weight = integers(3, 6, 4, device=device), integers(5000, 4, device=device)
     check_tokens(logits, features, weight, (2, 3), [(5, 7)], LAW, Saliency(classes))
@@ -129,16 +129,16 @@ def test_more_classes_than_a_tile(backend, classes):
 )
 @pytest.mark.parametrize("size", [(1, 1), (1, 6), (7, 7), (16, 20)], ids=str)  # 16 x 20: more cells than patches
 def test_parts_of_the_saliency(backend, parts, size):
-    """Among them more classes than there are, and a map of fewer cells than a row of threads."""
+    """Check all parts of the saliency, with more classes than there are and with maps smaller than a row of threads."""
     device = backend.device
     logits, weight = torch.randn(3, 7, device=device), torch.randn(7, 37, device=device)
     features = torch.randn(3, size[0] * size[1], 37, device=device)
-    features[1] = 0.0  # nothing is more salient than anything, but for the center
+    features[1] = 0.0  # all cells are equally salient except for the center
     check_tokens(logits, features, weight, size, [(14, 14), (10, 10)], LAW, parts)
 
 
 def test_classes_are_weighed_by_their_probabilities(backend):
-    """Equal logits come in the order of their numbers, and only so many of them."""
+    """Check the weight of each class. Among equal logits the lower class comes first, up to ``classes`` in total."""
     logits = torch.tensor([[1.0, 3.0, 3.0, -math.inf, 3.0]], device=backend.device)
     features, weight = torch.eye(5, device=backend.device)[None], torch.eye(5, device=backend.device)
     for classes, wanted in (
@@ -153,7 +153,7 @@ def test_classes_are_weighed_by_their_probabilities(backend):
 
 
 def test_parts_of_strange_cells(backend):
-    """NaN stays where it is; infinities are clamped to the finite cells' range."""
+    """Check that NaN stays in its cell and that infinities are clamped to the range of the finite cells."""
     features = torch.rand(4, 24, 3, device=backend.device)
     features[0, 5, 1] = math.nan
     features[1, 7, 0] = math.inf
@@ -176,7 +176,7 @@ def test_law(backend, tau, gamma, coarsen):
 
 
 def test_rounding_does_not_cost_a_patch(backend):
-    """Budgets that are a whole number of patches but for what the softmax and the power lose."""
+    """Check budgets that are a whole number of patches except for the rounding of softmax and power."""
     counts = [7, 21, 49, 60, 93, 98, 111, 126, 139]
     logits = logits_of([0.9 * (1 - count / 196) for count in counts], device=backend.device)
     saliency = torch.rand(len(counts), 3, 3, device=backend.device)
@@ -213,7 +213,7 @@ def test_ties_and_infinities(backend, grid, size):
 
 
 def test_ties_go_to_the_lower_index(backend):
-    """And minus zero is no less than zero."""
+    """Check that among equal scores the lower index wins, and that minus zero equals zero."""
     saliency = torch.zeros(1, 4, 4, device=backend.device)
     saliency[0, 0, :2] = -0.0
     saliency[0, 2, 1] = 1.0
@@ -241,7 +241,7 @@ LIMITS = [Law(None, 2.0, 0.1), LAW, Law(0.8, 0.0, 0.1, 1.0), Law(0.8, math.inf, 
 
 @pytest.mark.parametrize("law", LIMITS, ids=str)
 def test_an_image_without_a_confidence_keeps_everything(backend, law):
-    """NaN among its logits, an infinite one, or none that is finite. The others are as they would be alone."""
+    """Check logits with a NaN, with an infinity, and with only NaN. Other images are decided as if they were alone."""
     logits = logits_of([0.5] * 4, device=backend.device)
     logits[0] = float("nan")
     logits[1, 3] = float("nan")

@@ -1,4 +1,4 @@
-"""One scale of answers: log-probabilities in every row where the policy mixes answers, else the target's own logits."""
+"""All answers are log-probabilities if the policy mixes answers. Otherwise they are the target's own logits."""
 
 import copy
 import io
@@ -27,7 +27,7 @@ MIXING = {
 
 @pytest.fixture
 def model():
-    """Of answers far from log-probabilities, whose guidance is of all confidences."""
+    """Return a model whose logits are far from log-probabilities, with guidance of various confidences."""
     vit = tiny_vit(img_size=64)
     vit.head.bias.data += 7.0
     tdk.patch(vit, tiny_guidance(), UNMIXED)
@@ -36,7 +36,7 @@ def model():
 
 
 def expected(model, images):
-    """What each row should be, from the model's raw logits, those of its guidance, and what the call decided."""
+    """Return the answer, the expected answer from both models' raw logits, and which images did not exit."""
     answer, policy, last = model(images), model.tinydrop.policy, model.tinydrop.last
     model.tinydrop.policy = replace(policy, blend=0.0, second_look=None, tau=None)
     plan = steps.plan(model.tinydrop, images, policy=policy)._replace(policy=model.tinydrop.policy)
@@ -67,7 +67,7 @@ def test_every_row_is_log_probabilities(model, name):
 
 @torch.inference_mode()
 def test_a_policy_that_mixes_nothing_leaves_the_bits(model):
-    """The target's own logits, as its parts give them."""
+    """Without mixing, answers are bit for bit the target's logits."""
     images = varied_images(8, 64)
     plan = steps.plan(model.tinydrop, images)
     running = steps.start(model.tinydrop, images, plan)
@@ -82,14 +82,14 @@ def test_a_policy_that_mixes_nothing_leaves_the_bits(model):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @torch.inference_mode()
 def test_dtype_and_scale_of_every_dtype(policy, dtype):
-    """Also of a batch of none, and of one where all exit; in half precision to the rounding of its numbers."""
+    """Dtype and scale are right also for an empty batch and if all images exit, up to rounding in half precision."""
     model = tdk.patch(tiny_vit().to(dtype), tiny_guidance(), policy)
     model.head.bias.data += 7.0
     for number in (0, 6):
         answer = model(varied_images(number).to(dtype))
         assert answer.dtype == dtype and answer.shape == (number, 5)
         total = answer.double().exp().sum(1)
-        bound = 8 * torch.finfo(dtype).eps  # of an answer of at most 8
+        bound = 8 * torch.finfo(dtype).eps  # because answers are at most 8
         assert ((total - 1).abs() < bound).all() if policy.mixes_answers else (total > 100).all()
 
 
@@ -104,7 +104,7 @@ def test_float64_is_not_rounded_to_float32(model):
 
 
 def test_a_blend_is_finite_where_probabilities_are_not():
-    """Classes whose probability float32 has no number for: their logarithm is one all the same."""
+    """A probability may be too small for float32, but its logarithm is finite."""
     logits = torch.tensor([[0.0, -150.0, -200.0]])
     answer = blended(logits, logits - 3.0, 0.2)
     torch.testing.assert_close(answer, logits)
@@ -122,7 +122,7 @@ def test_under_autocast(model):
 
 
 def test_gradients_are_those_of_log_probabilities(model):
-    """A cross entropy does not see the scale."""
+    """Gradients of the cross entropy are the same for log-probabilities as for logits."""
     images, labels = varied_images(6, 64), torch.arange(6) % 5
     gradients = []
     for policy in (UNMIXED, replace(UNMIXED, second_look=(0.0, 0.0))):
@@ -161,7 +161,7 @@ def test_train_mode_answers_logits(model):
 
 @torch.inference_mode()
 def test_many_labels_are_read_class_by_class():
-    """timm's scores where everything is kept; under the default policy nothing exits and nothing is blended."""
+    """With every patch kept, scores are timm's. Under the default policy no image exits and no answer is blended."""
     model, images = tiny_vit(), varied_images(8)
     wanted = model(images)
     tdk.patch(model, tiny_guidance(7), multi_label=True)
@@ -175,7 +175,7 @@ def test_many_labels_are_read_class_by_class():
 @pytest.mark.parametrize("name", MIXING)
 def test_many_labels_take_no_policy_that_mixes(name, images):
     match = (
-        "^policy: got DropPolicy.*, but with multi_label=True nothing exits.*expected tau=None, blend=0.0, second_look"
+        "^policy: got DropPolicy.*, but with multi_label=True there are no exits.*expected tau=None, blend=0.0, second"
     )
     with pytest.raises(ValueError, match=match):
         tdk.patch(tiny_vit(), tiny_guidance(), MIXING[name], multi_label=True)

@@ -1,4 +1,4 @@
-"""What a policy accepts, and its named special cases. The law itself is tested with the operators."""
+"""Arguments that a policy accepts, and its named special cases. The law itself is tested with the operators."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""Images of every kind come out upright and in 8 bits, and folders are searched without surprises."""
+"""Tests of image loading and of the search for image files."""
 
 import io
 import os
@@ -21,7 +21,7 @@ def test_photographs_are_upright():
     pixels = np.zeros((8, 16, 3), dtype=np.uint8)
     pixels[:, :4] = 255  # white on the left
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise
+    exif[0x0112] = 6  # viewers must rotate the image clockwise
     image = load_image(reopened(Image.fromarray(pixels), "png", exif=exif))
     assert image.size == (8, 16)
     assert np.asarray(image)[:4].min() == 255 and np.asarray(image)[4:].max() == 0
@@ -106,7 +106,7 @@ def test_files_are_found_by_endings_that_pillow_opens(tmp_path):
     touch(tmp_path, "b.PNG", "a.jpeg", "notes.txt", "paper.pdf", "sub/c.webp")
     assert found_below(tmp_path) == (["a.jpeg", "b.PNG", "sub/c.webp"], [])
     paper = tmp_path / "paper.pdf"
-    assert image_files([paper], lambda *_: None) == [paper]  # who names a file means it
+    assert image_files([paper], lambda *_: None) == [paper]  # a file given by name is returned with any ending
 
 
 def test_links_are_followed_once(tmp_path):

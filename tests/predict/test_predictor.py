@@ -1,4 +1,4 @@
-"""Whatever holds images in, rows out, in order, and nothing lost on the way."""
+"""Tests of the predictor: one row for each readable input, in order."""
 
 import io
 import json
@@ -29,7 +29,7 @@ def encoded(value):
 
 @pytest.fixture
 def mixed(tmp_path):
-    """An input of every kind; the class of each is its place, modulo 4."""
+    """Return an input of every kind. The class of each input is its index modulo 4."""
     file = tmp_path / "black.png"
     file.write_bytes(encoded(0))
     return [
@@ -152,7 +152,9 @@ def test_dense_is_compared():
     rows = list(predictor.predict([grey(value) for value in BRIGHTNESS * 2]))
     assert predictor.agreeing == 2 and predictor.report.dense_seconds > 0
     assert {row.dense.name for row in rows} == {"black"}
-    assert [row.disagreed for row in rows] == [True] * 8  # with dense, or where that agrees with the guidance
+    assert [row.disagreed for row in rows] == [
+        True
+    ] * 8  # with the dense model, or with the guidance model where dense agrees
 
 
 def test_the_guidance_is_told():
@@ -163,7 +165,7 @@ def test_the_guidance_is_told():
 
 
 def test_guidance_of_other_classes_has_no_say():
-    """Its numbers mean something else."""
+    """A guidance model with other classes gives no candidate, because its class numbers mean other classes."""
     model = tdk.patch(tiny_vit(num_classes=4), tiny_guidance(), tdk.DropPolicy.fixed(0.5))
     (row,) = Predictor(model).predict([grey(80)])
     assert row.guidance is None and not row.disagreed and "guidance" not in row.as_dict()
@@ -230,7 +232,7 @@ def test_numbers_out_of_range_are_refused(name, value):
 
 @pytest.mark.parametrize("said_by", ["pretrained_cfg", "patch"])
 def test_answers_are_those_of_the_patched_model(said_by):
-    """The real thing, at a size that is not the one of its configuration."""
+    """A real model at another input size than that of its configuration gives the same answers in rows and calls."""
     model, normalization = tiny_vit(), {"mean": (0.5,) * 3, "std": (0.25,) * 3}
     model.pretrained_cfg |= {"input_size": (3, 224, 224), "crop_pct": 1.0}
     if said_by == "pretrained_cfg":
@@ -264,7 +266,7 @@ def test_a_head_replaced_by_hand_has_no_names_of_imagenet():
 
 
 def test_scores_of_many_labels():
-    """Each class by itself: several are sure at once."""
+    """Rows of a multi-label model hold sigmoid scores, so that several classes can be above 0.5."""
     model = tiny_vit()
     model.head.bias.data += 3.0
     pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""A file of rows is whole or as it was."""
+"""Tests of row files: a file is either complete or unchanged."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""The page of what was looked at: complete, harmless whatever the names, and usable in a real browser."""
+"""Tests of the page of kept patches: it is complete, escapes all names, and works in a real browser."""
 
 import html
 import json
@@ -25,7 +25,7 @@ BRIGHTNESS = (0, 80, 150, 255)  # FakePatched: disagreed, second look, disagreed
 
 @pytest.fixture
 def page(tmp_path):
-    """Of eight images, two of each kind."""
+    """Return the path of a page of eight images, two of each kind."""
     files = []
     for i, value in enumerate(BRIGHTNESS * 2):
         files.append(tmp_path / f"{'a long name of a photograph ' * 4}{i}.png")
@@ -51,7 +51,7 @@ def rendered(*rows: Prediction) -> str:
 
 
 class Elements(HTMLParser):
-    """Every element with its attributes, and which were left open."""
+    """Parser that collects every element with its attributes, and the elements that were not closed."""
 
     VOID = frozenset(("meta", "img", "input"))
 
@@ -111,7 +111,7 @@ def test_names_cannot_break_the_page():
     text = rendered(a_row(name=f"folder/{evil}.png", top=(Candidate(0, evil, 0.5),)))
     assert "<script>alert" not in text and Elements(text).open == []
     assert "&lt;script&gt;alert" in text
-    assert "caf?.png" in rendered(a_row(name="caf\udce9.png"))  # of a name that is no UTF-8
+    assert "caf?.png" in rendered(a_row(name="caf\udce9.png"))  # a file name that is not valid UTF-8
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,10 @@ FRAME = """<body><iframe src="inner.html{fragment}" width="{width}" height="900"
 
 
 def opened(page, width, fragment="", script=CHECK):
-    """What a script in the page finds when a browser opens it this wide: in a frame, as windows have a least width."""
+    """Return the result of a script in the page, opened in a browser at this width.
+
+    The page is in a frame, because browser windows have a minimum width.
+    """
     if BROWSER is None:
         pytest.skip("no Chromium on this machine to open the page in")
     script = f"{script}; setTimeout(() => parent.postMessage(JSON.stringify(result), '*'), 50);"

@@ -1,4 +1,4 @@
-"""Pictures show the patches that were kept, each where it is."""
+"""Tests of the pictures: each shows the kept patches at their positions."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,10 @@ def white(height=32, width=32):
 
 @pytest.fixture
 def call():
-    """Kept on the full grid; kept on a coarser one, then dense; exited."""
+    """Return a call with three images.
+
+    The first keeps patches of the dense grid, the second of a coarser grid and gets a second look. The third exits.
+    """
     return fake_call([[0, 5], [1], []], [(4, 4), (2, 2), (4, 4)], second_look=(1,))
 
 
@@ -56,15 +59,15 @@ def test_images_are_left_as_they_are(call):
 
 
 def test_own_grid_is_as_coarse_as_it_was(call):
-    """On a coarser grid the detail is gone that the target did not see, and lines are between the patches."""
+    """A picture of a coarser grid lacks the detail that the target did not see, and lines separate its patches."""
     image = np.full((32, 32, 3), 100, dtype=np.uint8)
     image[:, 18] = 200  # a line of one pixel
     fine, coarse = (np.asarray(on_own_grid(image, call, index)).astype(int)[..., 0] for index in (0, 1))
     assert (fine[9:16, 9:16] == 100).all() and (fine[8, 9:16] > 120).all() and (fine[9:16, 8] > 120).all()
-    assert fine[1, 20] == 15 and fine[1, 18] == 30  # dropped, the line as sharp as it was
+    assert fine[1, 20] == 15 and fine[1, 18] == 30  # dropped patches, with a sharp line on the dense grid
     blurred = coarse[1:15, 18:20]
     assert (100 < blurred).all() and (blurred < 180).all() and len(np.unique(blurred)) == 1
-    assert (np.delete(coarse[16] > coarse[17], 16)).all()  # where the lines cross, both are bright
+    assert (np.delete(coarse[16] > coarse[17], 16)).all()  # without column 16, where the lines cross
 
 
 def test_own_grid_of_an_exit_is_framed(call):

@@ -1,4 +1,4 @@
-"""The cheapest policy for a model and images, with a certificate of the accuracy that it keeps."""
+"""Search for the cheapest policy that keeps a model's accuracy on given images, with a statistical certificate."""
 
 from tinydrop_kernels.calibration.answers import COSTS, Answers, calibrate, gather
 

@@ -1,4 +1,4 @@
-"""A stated accuracy drop, a policy, and the truth about what is known of it."""
+"""The public calibration functions: run the models on images once, then choose and certify policies."""
 
 import hashlib
 import os
@@ -42,31 +42,39 @@ def calibrate(
     names: Sequence[str] | None = None,
     progress: bool = True,
 ) -> CalibratedPolicy:
-    """The cheapest policy of which these images say, with a certainty, that it loses no more than is stated.
+    """Return the cheapest policy that is certified to lose at most ``accuracy_drop`` on images like these.
 
-    The guidance model is asked once at each of four resolutions and the target once at each of a dozen reductions; all
-    policies are judged from that. A part of the images puts candidates into an order, and the rest tests them.
+    Each model runs only once per setting: the guidance model at up to four input sizes, the target at about a dozen
+    reductions. All policies are judged from these answers. Some of the images (20 %) order the candidate policies. The
+    other images test the candidates.
 
     Args:
-        model: a supported timm model in eval mode, not patched; it is put back as it was.
-        guidance: as for ``patch``, of the same classes.
-        loader: batches ``(images, labels)``, images ``(n, channels, height, width)`` normalised as the model's
-            ``pretrained_cfg`` says, and labels whole numbers ``(n,)``; or images alone: then the loss is the share of
-            answers unlike the dense model's, which bounds the accuracy lost. They should be a random sample of what the
-            model will see, all of it unseen in training.
-        accuracy_drop: what may be lost of the dense model's accuracy, in (0, 1): 0.005 is half a point.
-        confidence: that the certificate holds, in (0, 1).
-        cost: what is saved, ``"flops"``, or ``"time"`` as it is measured on this device at the loader's batch size.
-        cache: a folder for the answers. Interrupted, the same call goes on from where it was.
-        names: what the images are called; their hash is kept in the policy file.
-        progress: show a bar with the time left, where standard error is a terminal.
+        model: a supported timm model in eval mode, not patched. It is restored afterwards.
+        guidance: the guidance model, as for ``patch``. It must have the same classes as ``model``.
+        loader: batches ``(images, labels)``, or batches of images alone. Images are ``(n, channels, height, width)``,
+            normalised as the model's ``pretrained_cfg`` says. Labels are integers ``(n,)``. Without labels, the loss is
+            the share of answers that differ from the dense model's, which is an upper bound on the accuracy lost. The
+            images should be a random sample of those the model will see, and none of them used in training.
+        accuracy_drop: how much of the dense model's accuracy may be lost, in (0, 1). 0.005 is half a percentage point.
+        confidence: the probability with which the certificate holds, in (0, 1).
+        cost: what to save, ``"flops"`` or ``"time"``. Time is measured on this device at the loader's batch size.
+        cache: a folder that keeps the models' answers. After an interruption, the same call continues from there.
+        names: names of the images. Their hash is written to the policy file.
+        progress: show a progress bar if standard error is a terminal.
 
     Returns:
-        A policy with its certificate; ``save`` it, and give it or the file to ``patch``. Where nothing can be certified
-        it is the dense model, and the certificate says why.
+        A policy with its certificate. Call ``save`` to write a policy file. ``patch`` takes the policy or the file. If
+        no policy can be certified, the result is the dense model, and the certificate gives the reason.
 
     Raises:
-        TypeError, ValueError: an argument of another type or out of range, or whatever ``patch`` refuses.
+        TypeError, ValueError: an argument has the wrong type or is out of range, or ``patch`` refuses the models.
+
+    Example:
+        >>> policy = tdk.calibrate(model, guidance, [images], accuracy_drop=0.01, progress=False)
+        >>> policy.certificate.passed  # two images are too few to certify anything
+        False
+        >>> policy.policy.min_keep  # so the policy is the dense model
+        1.0
     """
     _check(accuracy_drop, confidence, cost)
     answers = gather(model, [guidance], loader, cache=cache, names=names, progress=progress)
@@ -83,12 +91,26 @@ def gather(
     random_drop: bool = False,
     progress: bool = True,
 ) -> "Answers":
-    """Ask the models once, for several drops, several guidance models, or a picture of the frontier.
+    """Run the models on the images once and return their answers, from which any number of policies can be certified.
+
+    Use this function in place of :func:`calibrate` to try several accuracy drops or to compare guidance models.
 
     Args:
-        guidances: one or more guidance models; what does not hang on them is run once for all.
-        random_drop: also drop patches at random, as a yardstick in the picture.
+        guidances: one or more guidance models. Runs that do not depend on the guidance model are shared.
+        random_drop: also run the target on randomly chosen patches, as a baseline for the frontier's picture.
         model, loader, cache, names, progress: as for :func:`calibrate`.
+
+    Returns:
+        The answers. :meth:`Answers.certified` turns them into a policy.
+
+    Raises:
+        TypeError, ValueError: as for :func:`calibrate`. ``guidances`` is empty, or ``names`` has the wrong length.
+
+    Example:
+        >>> answers = tdk.calibration.gather(model, [guidance], [images], progress=False)
+        >>> policies = [answers.certified(accuracy_drop) for accuracy_drop in (0.005, 0.01)]
+        >>> [policy.certificate.tested for policy in policies]
+        [2, 2]
     """
     made = [_guidance(guidance) for guidance in guidances]
     if not made:
@@ -107,7 +129,19 @@ def gather(
 
 @dataclass(frozen=True)
 class Answers:
-    """What the models said of the images, of which policies can be certified."""
+    """The models' answers on the calibration images, as :func:`gather` returns them.
+
+    Attributes:
+        table: the answers of all models, image by image.
+        target: fingerprint of the target's weights.
+        guidances: fingerprints of the guidance models' weights, in the order given to :func:`gather`.
+        images: the number of images, whether they have labels, and hashes of their contents and names.
+
+    Example:
+        >>> answers = tdk.calibration.gather(model, [guidance], [images], progress=False)
+        >>> answers.images["count"], answers.images["labelled"]
+        (2, False)
+    """
 
     table: Table
     target: Fingerprint
@@ -117,10 +151,23 @@ class Answers:
     def certified(
         self, accuracy_drop: float, confidence: float = 0.9, *, cost: str = "flops", guidance: int = 0
     ) -> CalibratedPolicy:
-        """As :func:`calibrate`, with one of the guidance models.
+        """Return what :func:`calibrate` returns for one of the guidance models.
 
-        Each certificate stands alone. To take the best of several, each must hold at a higher confidence:
-        :meth:`compared` sees to that.
+        Each certificate holds by itself at ``confidence``. To pick the best of several guidance models, call
+        :meth:`compared`, because picking among several certificates makes a wrong one more likely.
+
+        Args:
+            accuracy_drop, confidence, cost: as for :func:`calibrate`.
+            guidance: the guidance model's place in the list given to :func:`gather`.
+
+        Raises:
+            ValueError: ``accuracy_drop``, ``confidence`` or ``cost`` is out of range.
+
+        Example:
+            >>> answers = tdk.calibration.gather(model, [guidance], [images], progress=False)
+            >>> policy = answers.certified(accuracy_drop=0.01)
+            >>> round(policy.certificate.least_drop, 2)  # two images can certify no drop below 68 percentage points
+            0.68
         """
         _check(accuracy_drop, confidence, cost)
         table = self.of_guidance(guidance)
@@ -163,15 +210,38 @@ class Answers:
         )
 
     def compared(self, accuracy_drop: float, confidence: float = 0.9, *, cost: str = "flops") -> list[CalibratedPolicy]:
-        """One policy for each guidance model, all of whose certificates hold together at this confidence.
+        """Return one policy per guidance model, with certificates that hold all at once at ``confidence``.
 
-        So the cheapest of them may be taken. Each is tested at ``1 - (1 - confidence) / guidance models`` (Bonferroni).
+        The caller may therefore pick the cheapest policy. Each policy is tested at the stricter confidence
+        ``1 - (1 - confidence) / number of guidance models`` (Bonferroni).
+
+        Args:
+            accuracy_drop, confidence, cost: as for :func:`calibrate`.
+
+        Raises:
+            ValueError: ``accuracy_drop``, ``confidence`` or ``cost`` is out of range.
+
+        Example:
+            >>> other = timm.create_model("test_resnet", num_classes=10).eval()
+            >>> answers = tdk.calibration.gather(model, [guidance, other], [images], progress=False)
+            >>> policies = answers.compared(accuracy_drop=0.01, confidence=0.9)
+            >>> [round(policy.certificate.confidence, 2) for policy in policies]
+            [0.95, 0.95]
         """
         each = 1 - (1 - confidence) / len(self.guidances)
         return [self.certified(accuracy_drop, each, cost=cost, guidance=i) for i in range(len(self.guidances))]
 
     def of_guidance(self, number: int) -> Table:
-        """The table of one guidance model."""
+        """Return the answers with one guidance model only.
+
+        Args:
+            number: the guidance model's place in the list given to :func:`gather`.
+
+        Example:
+            >>> answers = tdk.calibration.gather(model, [guidance], [images], progress=False)
+            >>> len(answers.of_guidance(0))  # images
+            2
+        """
         return replace(self.table, views=tuple(view for view in self.table.views if view.guidance == number))
 
 

@@ -1,8 +1,9 @@
-"""From a table of answers and a stated drop to a policy: candidates in order on one part, tested on the other.
+"""Choice and certification of a policy from the models' answers and a stated accuracy drop.
 
-Fixed-sequence testing (Learn-then-Test, Angelopoulos et al., arXiv 2110.01052): one part of the images puts candidates
-into an order, the other tests them one after the other, each at the full level, until one fails. The chance that any of
-those before it loses more than was stated is at most ``1 - confidence``, however many there were.
+The method is fixed-sequence testing (Learn-then-Test, Angelopoulos et al., arXiv 2110.01052). One part of the images
+orders the candidate policies. The other part tests the candidates one after the other, each at the full level, until
+one fails. The probability that any candidate that passed loses more than stated is at most ``1 - confidence``. This
+holds for any number of candidates.
 """
 
 from typing import Any, NamedTuple
@@ -15,39 +16,40 @@ from tinydrop_kernels.calibration.sweep import Sweep, judge, sweep
 from tinydrop_kernels.calibration.table import Table
 from tinydrop_kernels.policy.drop import DropPolicy
 
-ORDERING = 0.2  # share of the images that order the candidates: most of them are needed to test
-BAND = 0.05  # of the dense model's cost: from each band one candidate
-UNFIT = 2.0  # times the stated drop: who loses so many of the images that order is not tested
+ORDERING = 0.2  # share of the images that order the candidates; testing needs most of the images
+BAND = 0.05  # width of a band of cost, as a fraction of the dense model's cost; each band gives at most one candidate
+UNFIT = 2.0  # a policy that loses more than this many times the stated drop while ordering is not tested
 
 
 class Candidate(NamedTuple):
-    """A policy, and which view of the table it looks with."""
+    """A policy and the view (guidance model and input size) that it uses."""
 
-    view: int
+    view: int  # index into Table.views
     policy: DropPolicy
 
 
 class Finding(NamedTuple):
-    """What testing came to."""
+    """The result of testing."""
 
-    chosen: Candidate | None  # the cheapest that passed
-    tried: int  # candidates
-    losses: NDArray[Any]  # int8 (tested images,): the chosen policy's, empty if there is none
-    ordered: int  # images
-    least_drop: float  # the smallest that so many images could certify at all
+    chosen: Candidate | None  # the cheapest candidate that passed; None if no candidate passed
+    tried: int  # number of candidates tested
+    losses: NDArray[Any]  # int8 (tested images,): losses of the chosen policy; empty if there is none
+    ordered: int  # number of images that ordered the candidates
+    least_drop: float  # smallest accuracy drop that this number of images can certify
 
 
 def certify(
     table: Table, drop: float, confidence: float, by: str = "flops", seed: int = 0, ordering: float = ORDERING
 ) -> Finding:
-    """The cheapest policy of which the images say, at this confidence, that it loses at most ``drop``.
+    """Return the cheapest policy that passes the test of losing at most ``drop``.
 
     Args:
-        table: the answers, all of whose images are used.
-        drop: of accuracy, or share of answers unlike the dense model's where the table has no labels; in (0, 1).
-        confidence: in (0, 1).
+        table: the models' answers. All of its images are used.
+        drop: accuracy that may be lost, in (0, 1). Without labels, the share of answers that may differ from the dense
+            model's.
+        confidence: probability with which the certificate holds, in (0, 1).
         by: the cost, ``"flops"`` or ``"time"``.
-        seed: of the random parting of the images.
+        seed: seed of the random split of the images.
         ordering: share of the images that order the candidates.
     """
     shuffled = np.random.default_rng(seed).permutation(len(table))
@@ -61,16 +63,16 @@ def certify(
 
 
 def in_order(swept: Sweep, drop: float) -> list[Candidate]:
-    """Candidates from the dearest to the cheapest, all cheaper than dense.
+    """Return the candidates from the most to the least expensive. All are cheaper than dense.
 
-    From each band of the cost the one that changed the fewest answers, unless a cheaper one changed fewer: the losses
-    above all, but gains count as well, for so small a part shows either by chance, and what follows the dense model
-    closely is safest to test. (To prefer gains, or the cheapest that seems to keep the drop, was tried and certifies
-    much less: docs/calibration.md.)
+    Each band of cost gives the policy that changed the fewest answers, unless a cheaper policy changed fewer. A lost
+    answer counts 1 and a gained one 0.3. Gains count too, because in so few images a gain can be chance. A policy that
+    follows the dense model closely is the safest to test. Two other orders certify much less (docs/calibration.md).
+    These orders prefer gains, or the cheapest policy that seems to keep the drop.
 
     Args:
-        swept: policies on the images that order them.
-        drop: the stated one.
+        swept: all policies, judged on the ordering images.
+        drop: the stated accuracy drop.
     """
     lost, gained = (swept.moved + swept.loss) / 2, (swept.moved - swept.loss) / 2
     changed = np.where(lost <= UNFIT * drop, lost + 0.3 * gained, np.inf)
@@ -90,10 +92,10 @@ def in_sequence(
     """Test candidates in their order until one fails.
 
     Args:
-        nothing: what is known before the first.
-        images: the answers on the images that test.
-        candidates: in an order that these images had no part in.
-        drop, confidence: as of :func:`certify`.
+        nothing: the result if the first candidate fails.
+        images: the answers on the test images.
+        candidates: candidates in an order that does not depend on the test images.
+        drop, confidence: as for :func:`certify`.
     """
     result = nothing
     for candidate in candidates:
@@ -106,9 +108,9 @@ def in_sequence(
 
 
 def uncertified_best(table: Table, drop: float, by: str = "flops") -> Candidate | None:
-    """What a plain grid search takes: the cheapest policy that lost at most ``drop`` on these very images.
+    """Return the choice of a plain grid search: the cheapest policy that lost at most ``drop`` on these images.
 
-    Nothing is known of what it loses on others. None where no policy is cheaper than dense.
+    This says nothing about the loss on other images. The result is None if no policy cheaper than dense qualifies.
     """
     swept = sweep(table, by)
     cost = np.where((swept.loss <= drop) & (swept.cost < 1), swept.cost, np.inf)

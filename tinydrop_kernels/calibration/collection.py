@@ -1,4 +1,7 @@
-"""Run the models on calibration images: guidance once per resolution and saliency, the target once per reduction."""
+"""The runs of the models on the calibration images.
+
+The guidance model runs once per input size and saliency, the target once per reduction.
+"""
 
 import hashlib
 import os
@@ -36,12 +39,12 @@ from tinydrop_kernels.patching import patch, unpatch
 from tinydrop_kernels.policy.drop import CALM, DropPolicy
 from tinydrop_kernels.policy.fingerprint import fingerprint_of
 
-SIDES = (1.0, 6 / 7, 5 / 7, 4 / 7)  # of the guidance model's images: 224, 192, 160 and 128 pixels for one of 224
-STRIDE = 32  # to a multiple of which they are rounded
+SIDES = (1.0, 6 / 7, 5 / 7, 4 / 7)  # guidance input sizes as fractions of its own: 224, 192, 160 and 128 px of 224 px
+STRIDE = 32  # guidance input sizes are rounded to a multiple of this many pixels
 
 
 def resolutions(guidance: Guidance) -> list[Guidance]:
-    """A guidance model at its own input size and at smaller ones, as far as it can be fed them."""
+    """Return a guidance model at its own input size and at each smaller size in ``SIDES`` that it accepts."""
     found = {guidance.input_size: guidance}
     for side in SIDES[1:]:
         height, width = (STRIDE * round(pixels * side / STRIDE) for pixels in guidance.input_size)
@@ -50,7 +53,7 @@ def resolutions(guidance: Guidance) -> list[Guidance]:
             continue
         try:
             found[size] = guidance.at_size(size)
-        except GuidanceError:  # a transformer of one size
+        except GuidanceError:  # some transformers accept a single input size
             continue
     return list(found.values())
 
@@ -65,29 +68,30 @@ def collect(
     random_drop: bool = False,
     progress: bool = False,
 ) -> tuple[Table, str]:
-    """Run everything that policies are judged by, and put the model back as it was.
+    """Run the models on all images, and restore the target afterwards.
 
     Args:
         model: the target, in eval mode and not patched.
-        guidances: guidance models that know its classes.
+        guidances: guidance models with the target's classes.
         loader: batches of images normalised for the target, or of images and labels.
-        cache: a folder that keeps what each batch was answered, so that nothing is run twice; None keeps nothing. It
-            may be shared: what is kept goes by the contents of the images and the weights of the models.
-        random_drop: run drops of random patches, too, for the picture.
-        progress: show a bar with the time left.
+        cache: a folder that keeps the answers, so that no batch runs twice. With None, answers are not kept. Several
+            models and data sets may share a folder, because file names depend on the images and the models' weights.
+        random_drop: also run the target on randomly chosen patches, as a baseline for the frontier's picture.
+        progress: show a progress bar.
 
     Returns:
         The answers, and a hash of the images.
 
     Raises:
-        ValueError: no images; labels of some batches only, or out of range; a model in training mode.
-        Whatever ``patch`` raises.
+        ValueError: there are no images, labels are out of range or missing in some batches, or the model is in
+            training mode.
+        Any error of ``patch``.
     """
     if model.training:
         raise ValueError("model: it is in training mode, expected one in eval mode")
     patch(model, guidances[0], DropPolicy())
     try:
-        with torch.inference_mode(False):  # autograd, which some guidance models need, refuses tensors made in it
+        with torch.inference_mode(False):  # some guidance models need autograd, which refuses inference-mode tensors
             asking = _Collector(model, guidances, cache, random_drop)
         total = len(loader) if isinstance(loader, Sized) else None
         for images, labels in tqdm(_batches(loader), total=total, unit="batch", disable=None if progress else True):
@@ -98,7 +102,7 @@ def collect(
 
 
 class _Collector:
-    """Batch by batch, from images to a table."""
+    """Runs the models batch by batch and collects their answers in a table."""
 
     def __init__(self, model: TimmModule, guidances: Sequence[Guidance], cache: Path | None, random_drop: bool):
         self.model = model
@@ -125,7 +129,7 @@ class _Collector:
         return _hash(self.key, guidance.fingerprint, guidance.input_size, guidance.mean, guidance.std)
 
     def add(self, images: Tensor, labels: Tensor | None) -> None:
-        """Ask about one batch whatever is not in the cache."""
+        """Run the models on one batch, except for answers that are in the cache."""
         digest = hashlib.sha256(np.ascontiguousarray(images.float().numpy(force=True)).data)
         self.contents.update(digest.digest())
         batch = _Batch(images.to(self.weight.device, self.weight.dtype), digest.hexdigest()[:24], {})
@@ -146,11 +150,14 @@ class _Collector:
             said.append(_reduced(guided.logits, [answer.logits for answer in (whole | drops).values()]))
 
     def _drops(self, view: "_GuidanceView") -> list[Reduction]:
-        """Return the reductions with drops. They depend on what the guidance sees, so only its own size has them."""
+        """Return the reductions that drop patches. Only a guidance model at its own input size has any.
+
+        Other sizes are left out, because the dropped patches depend on the guidance model's input size.
+        """
         return drop_reductions(self.levels, self.random_drop) if view.own_size else []
 
     def _guided(self, view: "_GuidanceView", saliency: Saliency, batch: "_Batch") -> tuple[GuidanceOutput, float]:
-        """Return what a guidance model says of a batch and the seconds it took. It is asked once."""
+        """Return the guidance model's output for a batch and the seconds it took. Repeated calls reuse the output."""
         self.tinydrop.guidance = view.guidance
         asked = view, saliency
         if asked not in batch.guided:
@@ -185,7 +192,7 @@ class _Collector:
     def _kept(
         self, subject: "_Subject", key: str, name: str, batch: "_Batch", ask: Callable[[], "_Answer"]
     ) -> "_Answer":
-        """Return what was answered before, or ask now; note its cost."""
+        """Return the answer from the cache, or call ``ask`` and cache its answer. Record the cost in either case."""
         path = self.cache and self.cache / key / f"{batch.name}-{name}.pt"
         if path and path.is_file():
             answer = _Answer(**torch.load(path, map_location=self.weight.device, weights_only=True))
@@ -195,7 +202,7 @@ class _Collector:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 part = path.with_suffix(f".{os.getpid()}.part")
                 torch.save(answer._asdict(), part)
-                part.replace(path)  # so that there is all of it or nothing
+                part.replace(path)  # atomic: an interruption must not leave half a file in the cache
         _, *costs = answer
         self.costs.setdefault(subject, []).append(_Cost(len(batch.images), *costs))
         return answer
@@ -213,7 +220,7 @@ class _Collector:
         self.labels.append(found.astype(np.int32))
 
     def table(self) -> Table:
-        """All batches together."""
+        """Return the answers on all batches."""
         if not self.dense:
             raise ValueError("loader: got no images")
         seconds = {subject: _seconds(costs) for subject, costs in self.costs.items()}
@@ -251,28 +258,28 @@ class _Collector:
 class _GuidanceView(NamedTuple):
     """A guidance model at one input size."""
 
-    number: int  # which model
+    number: int  # the model's place in the list given to collect()
     guidance: Guidance
-    own_size: bool
-    key: str  # the folder of the answers that depend on it
+    own_size: bool  # True if this is the model's own input size
+    key: str  # cache folder of the answers that depend on this view
 
 
 _Subject: TypeAlias = (
     _GuidanceView | Reduction | None
-)  # the one asked: a guidance model, a reduction of the target, the dense target
+)  # the owner of a cost: a guidance model, a reduction of the target, or None for the dense target
 
 
 class _Answer(NamedTuple):
-    """A model's answer to a batch, with its costs; in a file, a dict of these names."""
+    """A model's answer for a batch, with its costs. The cache holds it as a dict with these keys."""
 
     logits: Tensor
     seconds: float
-    flops: float = 0.0  # of a reduction, on an image
-    dense: float = 0.0  # of timm's own forward, on an image
+    flops: float = 0.0  # FLOPs per image of a reduction
+    dense: float = 0.0  # FLOPs per image of timm's own forward
 
 
 class _Cost(NamedTuple):
-    """The costs of an answer, which are kept longer than its logits."""
+    """The costs of an answer. They are stored without its logits, which are large and soon not needed."""
 
     images: int
     seconds: float
@@ -281,7 +288,7 @@ class _Cost(NamedTuple):
 
 
 class _Batch(NamedTuple):
-    """Images on the model's device, a name that goes by their contents, and what guidance has said of them so far."""
+    """Images on the model's device, a name derived from their contents, and the guidance outputs computed so far."""
 
     images: Tensor
     name: str
@@ -289,7 +296,7 @@ class _Batch(NamedTuple):
 
 
 def _reduced(guidance: Tensor, targets: list[Tensor]) -> tuple[NDArray[Any], ...]:
-    """From logits to what a :class:`View` holds of a batch: predicted, confidence, answers and how sure they are."""
+    """Return the arrays ``predicted``, ``confidence``, ``answers`` and ``sure`` of a :class:`View` for one batch."""
     confidence, predicted = guidance.float().softmax(dim=1).max(dim=1)
     pairs = [[named_and_sure(target, guidance, blend) for blend in BLENDS] for target in targets]
     answers, sure = (torch.stack([torch.stack([pair[i] for pair in row]) for row in pairs]) for i in (0, 1))
@@ -307,7 +314,10 @@ def _batches(loader: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor | None]]:
 
 
 def _seconds(costs: list[_Cost]) -> float:
-    """Return the seconds of an image: the median over the batches as large as the first, which alone are alike."""
+    """Return the seconds per image, as the median over the batches of the first batch's size.
+
+    Batches of other sizes are ignored, because the time per image depends on the batch size.
+    """
     size = costs[0].images
     return statistics.median(cost.seconds for cost in costs if cost.images == size) / size
 

@@ -1,4 +1,4 @@
-"""Accuracy against cost, as numbers and as a picture: what is to be had, and what simpler ways would give."""
+"""Accuracy against cost, as numbers and as a picture, for all policies and for simpler methods."""
 
 import csv
 import math
@@ -18,7 +18,7 @@ from tinydrop_kernels.policy.calibrated import CalibratedPolicy
 
 OURS = "TinyDrop"
 POINTS = ("dense", "guidance")
-STYLES = {  # colours that differ in brightness as well
+STYLES = {  # the colours differ in brightness, so that a black-and-white print stays readable
     OURS: ("#1b4f9c", "-", 2.2),
     "resolution alone": ("#e08214", "--", 1.6),
     "exits alone": ("#35978f", "-.", 1.6),
@@ -28,23 +28,25 @@ STYLES = {  # colours that differ in brightness as well
 
 
 class Point(NamedTuple):
-    """A policy's cost over dense, and its accuracy (or agreement with dense) with an interval where there is one."""
+    """A policy's cost and accuracy. Without labels, accuracy means agreement with the dense model."""
 
-    way: str
+    way: str  # the method's name
     by: str  # "flops" or "time"
-    cost: float
-    score: float
-    low: float
+    cost: float  # as a fraction of the dense model's cost
+    score: float  # accuracy, as a fraction
+    low: float  # interval of the score; both ends equal the score if there is no interval
     high: float
 
 
 def frontier(table: Table, chosen: Sequence[CalibratedPolicy] = (), confidence: float = 0.9) -> list[Point]:
-    """The best score of each way at each cost on these images (so a little too good for others), and single points.
+    """Return each method's best scores at each cost, and the points of the dense and guidance models.
+
+    The best scores are slightly optimistic, because they are selected on the same images.
 
     Args:
-        table: the answers. Costs in time are told where they were measured.
-        chosen: policies to be shown, with two-sided intervals of their score against the dense model's.
-        confidence: of the intervals.
+        table: the models' answers. Costs in time are included if they were measured.
+        chosen: policies to show, with two-sided intervals of their score relative to the dense model's.
+        confidence: confidence of the intervals.
     """
     dense = float((table.dense == table.labels).mean()) if table.labels is not None else 1.0
     points = []
@@ -75,7 +77,7 @@ _WAYS: dict[str, Callable[[Law, Saliency | None], bool]] = {
 
 
 def _upper(way: str, by: str, swept: Sweep, dense: float) -> list[Point]:
-    """From the cheapest on, every policy that scores better than all cheaper ones."""
+    """Return, from the cheapest on, every policy that scores better than all cheaper policies."""
     points: list[Point] = []
     for number in np.lexsort((swept.loss, swept.cost)):
         score = dense - float(swept.loss[number])
@@ -85,7 +87,10 @@ def _upper(way: str, by: str, swept: Sweep, dense: float) -> list[Point]:
 
 
 def _chosen(table: Table, policy: CalibratedPolicy, by: str, dense: float, confidence: float) -> Point:
-    """One policy with an interval of what it loses, from all images: each side at half of what may go wrong."""
+    """Return the point of one policy, with a two-sided interval from all images.
+
+    Each side of the interval gets half of the error probability ``1 - confidence``.
+    """
     view = [seen.input_size for seen in table.views].index(policy.input_size)
     losses, cost = judge(table, view, policy.policy, by)
     lost, gained, images = counts_of(losses)
@@ -97,7 +102,7 @@ def _chosen(table: Table, policy: CalibratedPolicy, by: str, dense: float, confi
 
 
 def write_csv(points: Sequence[Point], path: str | os.PathLike[str]) -> None:
-    """The points as a table: way, by, cost, score, low, high."""
+    """Write the points as a CSV file with the columns way, by, cost, score, low and high."""
     with Path(path).open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(Point._fields)
@@ -105,7 +110,7 @@ def write_csv(points: Sequence[Point], path: str | os.PathLike[str]) -> None:
 
 
 def check_drawable() -> None:
-    """Raise RuntimeError where matplotlib is not installed."""
+    """Raise RuntimeError if matplotlib is not installed."""
     try:
         import_module("matplotlib.figure")
     except ImportError:
@@ -115,9 +120,9 @@ def check_drawable() -> None:
 
 
 def draw(points: Sequence[Point], path: str | os.PathLike[str], table: Table) -> None:
-    """The points as a picture, of the kind that the path's ending names (``.png``, ``.svg``).
+    """Write a picture of the points. The file's ending (``.png``, ``.svg``) selects the format.
 
-    Against FLOPs, and where it was measured against images a second too.
+    One panel shows FLOPs. A second panel shows images per second if time was measured.
 
     Raises:
         RuntimeError: matplotlib is not installed.
@@ -145,7 +150,7 @@ def _draw_one(axes: Any, points: list[Point], by: str, table: Table) -> None:
     for way, (colour, line, width) in STYLES.items():
         shown = ways.get(way, [])
         if shown:
-            steps = [*shown, shown[-1]._replace(cost=max(1.0, shown[-1].cost))]  # what costs more need not score less
+            steps = [*shown, shown[-1]._replace(cost=max(1.0, shown[-1].cost))]  # more cost keeps the score
             axes.plot(
                 [x(point.cost) for point in steps],
                 [100 * point.score for point in steps],
@@ -162,8 +167,8 @@ def _draw_one(axes: Any, points: list[Point], by: str, table: Table) -> None:
         errors = [[100 * (point.score - point.low)], [100 * (point.high - point.score)]]
         colour = f"C{(4, 6, 8, 3)[number % 4]}"
         axes.errorbar(x(point.cost), 100 * point.score, errors, fmt="o", color=colour, capsize=4, label=point.way)
-    axes.set_xlabel("FLOPs, % of dense" if by == "flops" else "images a second, by the time of each part")
-    axes.set_ylabel("accuracy, %" if table.labels is not None else "answers like the dense model's, %")
+    axes.set_xlabel("FLOPs, % of dense" if by == "flops" else "images per second, from the measured time of each part")
+    axes.set_ylabel("accuracy, %" if table.labels is not None else "agreement with the dense model, %")
     lowest = min(point.score for way in (OURS, *POINTS) for point in ways[way])
     axes.set_ylim(100 * max(lowest - 0.01, dense - 0.25), 100 * min(1.005, max(p.high for p in points) + 0.005))
     if by == "flops":

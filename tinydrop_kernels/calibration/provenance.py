@@ -1,4 +1,4 @@
-"""When and with which libraries a policy was calibrated."""
+"""The date and the library versions of a calibration."""
 
 from datetime import datetime, timezone
 
@@ -7,10 +7,10 @@ import torch
 
 
 def versions() -> dict[str, str]:
-    """Of what bears on the answers."""
+    """Return the versions of the libraries that can change the models' outputs."""
     return {"timm": timm.__version__, "torch": str(torch.__version__)}
 
 
 def today() -> str:
-    """The date, in UTC."""
+    """Return today's date in UTC, as ``YYYY-MM-DD``."""
     return datetime.now(timezone.utc).date().isoformat()

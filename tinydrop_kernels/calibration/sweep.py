@@ -1,4 +1,4 @@
-"""Every policy's loss and cost at once, from a table of answers."""
+"""Loss and cost of all policies at once, computed from a table of answers."""
 
 import itertools
 import math
@@ -19,35 +19,35 @@ FLOORS = (0.25, 0.4, 0.56)
 SECOND_LOOKS = (None, *itertools.product((0.0, 0.15, 0.3, 0.5), (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)))
 
 Look = tuple[float, float] | None
-PolicyLaw = tuple[Law, Saliency | None]  # without a saliency the patches are drawn at random
+PolicyLaw = tuple[Law, Saliency | None]  # None as the saliency means randomly chosen patches
 
 
 class Judgement(NamedTuple):
-    """A policy on the images of a table."""
+    """The losses and the cost of one policy on the images of a table."""
 
     losses: NDArray[Any]  # int8 (n,)
-    cost: float  # over the dense model's
+    cost: float  # as a fraction of the dense model's cost
 
 
 class Sweep(NamedTuple):
-    """Many policies on the images of a table; each array is float64 ``(policies,)``."""
+    """Many policies on the images of a table. Arrays are float64 ``(policies,)`` unless stated otherwise."""
 
-    cost: NDArray[Any]  # over the dense model's
-    loss: NDArray[Any]  # mean
-    moved: NDArray[Any]  # share of the images on which something is lost or gained
-    places: NDArray[Any]  # int32 (policies, 4): view, law, blend, second look
-    laws: list[list[PolicyLaw]]  # of each view
+    cost: NDArray[Any]  # as a fraction of the dense model's cost
+    loss: NDArray[Any]  # mean over the images
+    moved: NDArray[Any]  # share of the images with a loss of 1 or -1
+    places: NDArray[Any]  # int32 (policies, 4): indices of view, law, blend and second look
+    laws: list[list[PolicyLaw]]  # the laws of each view
     blends: tuple[float, ...]
 
     def policy(self, number: int) -> tuple[int, DropPolicy]:
-        """A policy and the view it looks with; not of random drops."""
+        """Return the index of a policy's view, and the policy. Random drops are not allowed."""
         view, law, blend, look = self.places[number].tolist()
         (tau, gamma, min_keep, coarsen), saliency = self.laws[view][law]
         assert saliency is not None
         return view, DropPolicy(tau, gamma, min_keep, coarsen, self.blends[blend], SECOND_LOOKS[look], saliency)
 
     def only(self, wanted: Callable[[Law, Saliency | None], bool], simply: bool = True) -> "Sweep":
-        """The policies of some laws; ``simply`` without blend and second look."""
+        """Return the policies with a ``wanted`` law. ``simply`` leaves out policies with a blend or a second look."""
         laws = [[wanted(*law) for law in laws] for laws in self.laws]
         kept = np.array([laws[view][law] for view, law in self.places[:, :2].tolist()])
         if simply:
@@ -58,16 +58,16 @@ class Sweep(NamedTuple):
 
 
 def judge(table: Table, view: int, policy: DropPolicy, by: str = "flops") -> Judgement:
-    """One policy, image by image.
+    """Return the losses and the cost of one policy, image by image.
 
     Args:
-        table: the answers.
-        view: which of its views the policy looks with.
-        policy: its ``blend`` must be one of the table's.
-        by: ``"flops"`` or ``"time"``.
+        table: the models' answers.
+        view: index of the view that the policy uses.
+        policy: the policy. Its ``blend`` must be one of the table's.
+        by: the cost, ``"flops"`` or ``"time"``.
 
     Raises:
-        ValueError: the policy asks for what was not run.
+        ValueError: the policy needs a reduction or a blend that was not run.
     """
     seen = table.views[view]
     reductions = seen.decisions(policy.law, policy.saliency, table.levels)
@@ -84,7 +84,14 @@ def judge(table: Table, view: int, policy: DropPolicy, by: str = "flops") -> Jud
 
 
 def _doubtful(view: View, reductions: Any, blend: Any, look: Look) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return whether answers go for a second look, and the answers; ``reductions`` of all images, or one of each."""
+    """Return for each image whether it gets a second look, and its answer before that.
+
+    Args:
+        view: the view that the policy uses.
+        reductions: index of the reduction, one for all images or one per image.
+        blend: index of the blend.
+        look: the policy's ``second_look``.
+    """
     images = np.arange(len(view.predicted))
     answers, sure = view.answers[reductions, blend, images], view.sure[reductions, blend, images]
     patches = np.array([reduction.patches for reduction in view.reductions])[reductions]
@@ -96,11 +103,14 @@ def _doubtful(view: View, reductions: Any, blend: Any, look: Look) -> tuple[NDAr
 
 
 def laws_of(view: View, table: Table, random: bool = False) -> list[PolicyLaw]:
-    """Resolution alone by every law, and each reduction whatever the confidence; of random drops the latter alone."""
+    """Return the laws to judge: each law that only lowers the resolution, and one law per reduction and tau.
+
+    With ``random``, only the laws of the random drops are returned.
+    """
     calm = DropPolicy.saliency
     laws: list[PolicyLaw] = []
     if not random:
-        # whatever the floor, an infinite gamma spends everything
+        # With an infinite gamma the budget is 1 for every min_keep, so one min_keep is enough.
         shapes = [(gamma, floor) for gamma in GAMMAS for floor in FLOORS if gamma < math.inf or floor == FLOORS[0]]
         laws += [(Law(tau, gamma, floor, 1.0), calm) for tau in TAUS for gamma, floor in shapes]
     reductions = [reduction for reduction in view.reductions if reduction.random == random]
@@ -112,12 +122,12 @@ def laws_of(view: View, table: Table, random: bool = False) -> list[PolicyLaw]:
 
 
 def sweep(table: Table, by: str = "flops", random: bool = False) -> Sweep:
-    """All policies that the table can judge: laws of each view, with every blend and every second look.
+    """Return all policies that the table can judge: the laws of each view with every blend and every second look.
 
     Args:
-        table: the answers.
-        by: ``"flops"`` or ``"time"``.
-        random: the drops of random patches, which no policy makes, in their place.
+        table: the models' answers.
+        by: the cost, ``"flops"`` or ``"time"``.
+        random: judge the drops of random patches instead. They are a baseline, and no policy uses them.
     """
     n, parts, all_laws = len(table), [], []
     for number, view in enumerate(table.views):
@@ -132,17 +142,23 @@ def sweep(table: Table, by: str = "flops", random: bool = False) -> Sweep:
 
 
 def _of_view(table: Table, number: int, reductions: NDArray[Any], by: str) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Cost, and sums of loss and of its size, ``(policies, 3)``, and their places; ``reductions`` is ``(laws, n)``.
+    """Return cost, sum of losses and sum of absolute losses, ``(policies, 3)``, and the policies' ``places``.
 
-    A law only says which reduction an image is in. So each reduction is judged once with every blend and second look,
-    and what a law comes to is a product of two matrices: which images are in it, and what each loses there.
+    A law only decides which reduction an image gets. Each reduction is therefore judged once, with every blend and
+    second look. The sums of a law are a product of two matrices: the images in each reduction, and their losses there.
+
+    Args:
+        table: the models' answers.
+        number: index of the view.
+        reductions: the reduction of each image under each law, ``(laws, n)``; -1 if the image exits.
+        by: the cost, ``"flops"`` or ``"time"``.
     """
     view, n = table.views[number], len(table)
     of_cell, of_guidance = table.costs(number, by)
     looks = len(table.blends) * len(SECOND_LOOKS)
     exits = (reductions < 0).astype(np.float32)
     lost = table.losses(view.predicted).astype(np.float32)
-    totals = np.zeros((len(reductions), 3, looks), np.float32)  # loss, its size, second looks
+    totals = np.zeros((len(reductions), 3, looks), np.float32)  # sums of loss, absolute loss and second looks
     totals[:, 0] = (exits @ lost)[:, None]
     totals[:, 1] = (exits @ np.abs(lost))[:, None]
     cost = np.full(len(reductions), of_guidance)
@@ -159,7 +175,7 @@ def _of_view(table: Table, number: int, reductions: NDArray[Any], by: str) -> tu
         np.abs(judged[0], out=judged[1])
         members = inside[rows].astype(np.float32)
         by_look = torch.from_numpy(judged).view(3 * looks, n)
-        product = torch.from_numpy(members) @ by_look.T  # by torch's threads: NumPy has others, which would fight them
+        product = torch.from_numpy(members) @ by_look.T  # torch, because NumPy's threads would compete with torch's
         totals[rows] += product.numpy().reshape(-1, 3, looks)
         cost[rows] += members.mean(1) * of_cell[reduction]
     costs = cost[:, None] + totals[:, 2] / n * of_cell[view.reductions[DENSE]]

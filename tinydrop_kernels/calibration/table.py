@@ -1,4 +1,4 @@
-"""What the models answered on a set of images, reduced to what every policy can be judged by."""
+"""The models' answers on a set of images, reduced to the numbers that judging a policy needs."""
 
 import math
 from collections.abc import Sequence
@@ -15,30 +15,33 @@ from tinydrop_kernels.policy.blend import blended
 from tinydrop_kernels.policy.drop import CALM
 
 BLENDS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
-PLAIN = Saliency()  # the paper's: Grad-CAM of one class
-CALM_KEEPS = ((2, 0.75), (3, 0.75), (2, 0.5))  # level of the grid, and how much of it is kept
+PLAIN = Saliency()  # the paper's saliency: Grad-CAM of one class
+CALM_KEEPS = ((2, 0.75), (3, 0.75), (2, 0.5))  # level, and fraction of that level's patches that is kept
 PLAIN_KEEPS = ((0, 0.56), (0, 0.39), (0, 0.25))
 
 
 class Reduction(NamedTuple):
-    """A fixed reduction: so many patches of one grid. ``saliency`` is None where all of them are kept."""
+    """A fixed grid and a fixed number of kept patches."""
 
-    level: int
-    patches: int
-    saliency: Saliency | None = None
-    random: bool = False  # which are kept is drawn: a yardstick, not a policy
+    level: int  # of the target's patch grid; 0 is the dense grid
+    patches: int  # kept patches
+    saliency: Saliency | None = None  # ranks the patches; None if all are kept, or if they are chosen at random
+    random: bool = False  # the kept patches are chosen at random: a baseline, not a policy
 
 
-DENSE = 0  # the first reduction of every table: the dense grid, whole
+DENSE = 0  # index of the dense grid with all patches, which is the first reduction of every view
 
 
 def whole_reductions(levels: Sequence[Grid]) -> list[Reduction]:
-    """Each grid with all of its patches: resolution alone."""
+    """Return one reduction per level that keeps all patches of its grid."""
     return [Reduction(level, rows * columns) for level, (rows, columns) in enumerate(levels)]
 
 
 def drop_reductions(levels: Sequence[Grid], random: bool = False) -> list[Reduction]:
-    """Some of the patches of a grid: coarser grids with the default saliency, the dense one with the paper's."""
+    """Return the reductions that drop patches.
+
+    Patches of coarser grids are ranked by the default saliency, and patches of the dense grid by the paper's.
+    """
     reductions = []
     for keeps, saliency in ((CALM_KEEPS, CALM), (PLAIN_KEEPS, PLAIN)):
         for level, keep in keeps:
@@ -53,7 +56,7 @@ def drop_reductions(levels: Sequence[Grid], random: bool = False) -> list[Reduct
 
 
 def law_of(reduction: Reduction, levels: Sequence[Grid], tau: float | None = None) -> Law:
-    """The law that gives every image that does not exit this reduction, whatever the guidance's confidence."""
+    """Return the law that gives this reduction to every image that does not exit, at any confidence."""
     (rows, columns), dense = levels[reduction.level], levels[0][0] * levels[0][1]
     if reduction.patches == rows * columns:
         return Law(tau, 0.0, reduction.patches / dense, 1.0)
@@ -63,22 +66,27 @@ def law_of(reduction: Reduction, levels: Sequence[Grid], tau: float | None = Non
 
 @dataclass(frozen=True)
 class View:
-    """One guidance model at one input size, and the target's answers beside it. ``n`` images, class numbers int32."""
+    """One guidance model at one input size, with the target's answers on the same ``n`` images."""
 
-    guidance: int  # which of the guidance models
+    guidance: int  # index of the guidance model
     input_size: tuple[int, int]
-    predicted: NDArray[Any]  # (n,)
-    confidence: NDArray[Any]  # float32 (n,)
+    predicted: NDArray[Any]  # int32 (n,): top class of the guidance model
+    confidence: NDArray[Any]  # float32 (n,): its probability
     reductions: tuple[Reduction, ...]
-    answers: NDArray[Any]  # (reductions, blends, n): the class that the blended answer names
-    sure: NDArray[Any]  # float32 (reductions, blends, n): its probability
-    flops: float  # of the guidance model on an image
-    seconds: float
+    answers: NDArray[Any]  # int32 (reductions, blends, n): top class of the blended answer
+    sure: NDArray[Any]  # float32 (reductions, blends, n): probability of that class
+    flops: float  # FLOPs per image of the guidance model
+    seconds: float  # seconds per image of the guidance model
 
     def decisions(self, law: Law, saliency: Saliency | None, levels: Sequence[Grid]) -> NDArray[Any] | None:
-        """The reduction of each image, -1 where it exits; None if the law asks for one that was not run.
+        """Return the index of each image's reduction, -1 if the image exits.
 
-        So a policy is judged only where what it would do was done. Without a saliency the patches are drawn at random.
+        The result is None if the law needs a reduction that was not run, because such a policy cannot be judged.
+
+        Args:
+            law: the policy's law.
+            saliency: the policy's saliency; None means randomly chosen patches.
+            levels: the grids of the target.
         """
         counts, of_level = apply_law(torch.from_numpy(self.confidence), levels, law)
         found = torch.full_like(counts, -2)
@@ -91,23 +99,27 @@ class View:
 
 @dataclass(frozen=True)
 class Table:
-    """All that was asked of the models, image by image."""
+    """All answers of the models, image by image, and their costs."""
 
     levels: list[Grid]
     blends: tuple[float, ...]
-    dense: NDArray[Any]  # int32 (n,): the class that the model itself names
+    dense: NDArray[Any]  # int32 (n,): top class of the dense target
     labels: NDArray[Any] | None  # int32 (n,)
     views: tuple[View, ...]
-    flops: dict[Reduction, float]  # of the target on an image; a reduction costs the same whatever its saliency
-    seconds: dict[Reduction, float]
-    dense_flops: float  # timm's own forward
-    dense_seconds: float
+    flops: dict[Reduction, float]  # FLOPs per image of the target; they do not depend on the saliency
+    seconds: dict[Reduction, float]  # seconds per image of the target
+    dense_flops: float  # FLOPs per image of timm's own forward
+    dense_seconds: float  # seconds per image of timm's own forward
 
     def __len__(self) -> int:
         return len(self.dense)
 
     def take(self, images: NDArray[Any]) -> "Table":
-        """The same of some of the images, by number."""
+        """Return the table of some of the images.
+
+        Args:
+            images: indices of the images.
+        """
         views = tuple(
             replace(
                 view,
@@ -122,9 +134,13 @@ class Table:
         return replace(self, dense=self.dense[images], labels=labels, views=views)
 
     def losses(self, predicted: NDArray[Any]) -> NDArray[Any]:
-        """What answering so loses on each image, int8 of the same shape.
+        """Return the loss of each answer against the dense model, int8 of the same shape.
 
-        With labels 1 where only the dense model is right, -1 where only this answer is; without, 1 where they differ.
+        With labels, the loss is 1 if only the dense model is right, -1 if only this answer is right, and 0 otherwise.
+        Without labels, the loss is 1 if the two differ and 0 otherwise.
+
+        Args:
+            predicted: the answers as class numbers, ``(..., n)``.
         """
         if self.labels is None:
             differ: NDArray[Any] = (predicted != self.dense).astype("int8")
@@ -134,11 +150,13 @@ class Table:
         return lost
 
     def costs(self, view: int, by: str) -> tuple[dict[Reduction, float], float]:
-        """What each reduction of a view costs on an image, and its guidance, over the dense model's cost.
+        """Return the cost per image of each reduction of a view, and of its guidance model.
+
+        Costs are fractions of the dense model's cost.
 
         Args:
-            view: its number.
-            by: ``"flops"``, or ``"time"`` as it was measured.
+            view: index of the view.
+            by: ``"flops"``, or ``"time"`` for the measured time.
         """
         seen = self.views[view]
         if by == "flops":
@@ -149,11 +167,11 @@ class Table:
 
 
 def named_and_sure(target: Tensor, guidance: Tensor, blend: float) -> tuple[Tensor, Tensor]:
-    """Return the class that a blended answer names, int32 ``(n,)``, and its probability, as the engine sees them.
+    """Return the top class of a blended answer, int32 ``(n,)``, and its probability, as the engine computes them.
 
     Args:
         target, guidance: logits ``(n, classes)`` of the same images.
-        blend: weight of the guidance in [0, 1).
+        blend: weight of the guidance model in [0, 1).
     """
     sure, named = blended(target, guidance, blend).float().softmax(dim=1).max(dim=1)
     return named.int(), sure

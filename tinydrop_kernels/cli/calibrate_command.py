@@ -1,4 +1,4 @@
-"""``tinydrop calibrate``: from images and a stated accuracy drop to a policy file, in words, and a picture."""
+"""``tinydrop calibrate``, which writes a certified policy file for given images and a stated accuracy drop."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -39,7 +39,7 @@ from tinydrop_kernels.predict.loading import ImageLoader, folder_labels
     multiple=True,
     default=(DEFAULT_GUIDANCE,),
     metavar="NAME",
-    help="The tiny classifier: timm name, folder, or NAME=FILE. Repeat the option to compare several.",
+    help="The tiny classifier, given like --target. Repeat the option to compare several.",
 )
 @IMG_SIZE
 @click.option(
@@ -48,27 +48,36 @@ from tinydrop_kernels.predict.loading import ImageLoader, folder_labels
     multiple=True,
     default=(0.5,),
     metavar="POINTS",
-    help="Accuracy that may be lost, in percentage points. Repeat the option for several policy files.",
+    help="Accuracy that may be lost, in percentage points. Repeat the option to write several policy files.",
 )
-@click.option("--confidence", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.9)
-@click.option("--cost", type=click.Choice(COSTS), default="flops", help="What is to be saved; time is measured here.")
-@click.option("--no-labels", is_flag=True, help="Do not take the folders' names for classes; bound disagreements.")
+@click.option(
+    "--confidence",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.9,
+    help="Probability with which the certificate holds.",
+)
+@click.option(
+    "--cost", type=click.Choice(COSTS), default="flops", help="Cost to save. Time is measured on this machine."
+)
+@click.option(
+    "--no-labels", is_flag=True, help="Ignore the folders' names, and certify agreement with the dense model."
+)
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
     default="policy.json",
-    help="The policy file; one for each of several drops.",
+    help="The policy file. With several drops, each file name ends in its drop, as in policy-0.5.json.",
 )
 @click.option(
     "--picture",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Draw the frontier (.png, .svg) or list it (.csv).",
+    help="Draw accuracy against cost to this file (.png, .svg), or list it (.csv).",
 )
-@click.option("--random-drop", is_flag=True, help="Drop random patches, too, for the picture.")
+@click.option("--random-drop", is_flag=True, help="Add a baseline to the picture that keeps random patches.")
 @click.option(
     "--cache",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Where answers are kept. [default: the user's cache]",
+    help="Folder that keeps the models' answers, so that no image runs twice.  [default: ~/.cache/tinydrop_kernels]",
 )
 @BATCH_SIZE
 @DEVICE
@@ -95,11 +104,19 @@ def calibrate(
     dtype: str,
     workers: int,
 ) -> None:
-    """Find the cheapest policy with a certified bound on its loss of accuracy.
+    """Find the cheapest policy with a certified limit on its accuracy loss.
 
-    DATA is a folder of images that the models were not trained on. If it has a folder for each class, named
-    as the classes are or in their order, accuracy is what counts; else it is agreement with the dense model.
-    Interrupted, the same command goes on from where it was.
+    DATA is a folder of images that the models were not trained on. With one subfolder per class, the accuracy is
+    measured. The subfolders have the names of the classes, or are as many as the classes and sorted in their order.
+    Otherwise the agreement with the dense model is measured.
+
+    The result is a policy file for `tinydrop classify --policy` and `tdk.patch(model, policy="policy.json")`. After an
+    interruption, run the same command again to continue.
+
+    \b
+    Examples:
+      tinydrop calibrate photos/ --accuracy-drop 0.5 --out policy.json
+      tinydrop calibrate photos/ --accuracy-drop 0.3 --accuracy-drop 1 --picture frontier.png
     """
     try:
         _check_outputs(out, picture)
@@ -112,7 +129,9 @@ def calibrate(
         check_classifier(classes)
         files = image_files([data], lambda path, reason: tell_skipped(str(path), reason))
         labels = None if no_labels else folder_labels(data, files, class_names(vit, classes))
-        by = "accuracy" if labels else "agreement with the dense model, for want of labels; it bounds the accuracy lost"
+        by = (
+            "accuracy" if labels else "agreement with the dense model, which bounds the accuracy lost (no labels found)"
+        )
         click.echo(f"{len(files)} images, judged by {by}")
         batches = _Batches(files, labels, ImageLoader(vit, batch_size, workers, tell_skipped))
         cache = cache or default_cache()
@@ -121,18 +140,18 @@ def calibrate(
         for drop, policy in zip(accuracy_drop, policies, strict=True):
             path = out if len(policies) == 1 else out.with_name(f"{out.stem}-{drop:g}{out.suffix}")
             policy.save(path)
-            click.echo(f"\nA drop of {drop:g} points at most: {click.format_filename(path)}\n{policy}")
+            click.echo(f"\nPolicy to lose at most {drop:g} points: {click.format_filename(path)}\n{policy}")
         if picture:
             _show(answers, policies, picture, guidance)
     except KeyboardInterrupt:
-        click.echo("interrupted; the same command goes on from here", err=True)
+        click.echo("interrupted; run the same command again to continue", err=True)
         context.exit(130)
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         raise click.ClickException(str(error)) from None
 
 
 def _check_outputs(out: Path, picture: Path | None) -> None:
-    """Refuse what could not be written in the end: nobody should hear of it after an hour."""
+    """Raise an error if an output cannot be written, before the models run for hours."""
     for option, path in (("out", out), ("picture", picture)):
         if path and not os.access(path.resolve().parent, os.W_OK):
             raise ValueError(f"{option}: {str(path)!r} cannot be written: there is no such folder, or it is read-only")
@@ -143,12 +162,12 @@ def _check_outputs(out: Path, picture: Path | None) -> None:
 
 
 def default_cache() -> Path:
-    """Where the answers are kept that no folder was named for."""
+    """Return the default folder for the models' answers."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinydrop_kernels"
 
 
 class _Batches:
-    """Batches of the readable images, with their classes if these are known. ``read`` grows by their names."""
+    """Batches of the readable images, with labels if the classes are known. ``read`` collects the images' names."""
 
     def __init__(self, files: Sequence[Path], labels: Sequence[int] | None, loader: ImageLoader):
         self.files, self.labels, self.loader, self.read = files, labels, loader, list[str]()
@@ -163,11 +182,11 @@ class _Batches:
 
 
 def _best(answers: Answers, drop: float, confidence: float, cost: str, guidance: Sequence[str]) -> CalibratedPolicy:
-    """The cheapest of all guidance models, which are told where they are several."""
+    """Return the cheapest policy of all guidance models. Print a comparison if there are several."""
     policies = answers.compared(drop, confidence, cost=cost)
     best = min(policies, key=lambda policy: policy.cost)
     if len(policies) > 1:
-        click.echo(f"\nAt most {100 * drop:g} points, each guidance model at its best ({cost} saved):")
+        click.echo(f"\nTo lose at most {100 * drop:g} points, best policy of each guidance model ({cost} saved):")
         for name, policy in sorted(zip(guidance, policies, strict=True), key=lambda pair: pair[1].cost):
             told = f"{1 - policy.cost:8.1%}  certified" if policy.certificate.passed else "          nothing certified"
             click.echo(f"{told}  {name}")

@@ -17,7 +17,7 @@ from tinydrop_kernels.predict.row_file import RowFile, RowFileError
 from tinydrop_kernels.version import __version__
 from tinydrop_kernels.visualize.gallery import Gallery
 
-INTERRUPTED = 130  # what a shell reports for Ctrl-C
+INTERRUPTED = 130  # exit status that shells use for Ctrl-C
 PATHS = click.argument("paths", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
 
 
@@ -27,16 +27,26 @@ PATHS = click.argument("paths", nargs=-1, required=True, type=click.Path(exists=
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, writable=True, path_type=Path),
-    help="Write a JSON line per image to this file, which appears at the end; otherwise they are printed.",
+    help="Write one JSON line per image to this file, not to standard output. It appears when the command ends.",
 )
-@click.option("--compare-dense", is_flag=True, help="Run the dense model on the same batches too.")
+@click.option("--compare-dense", is_flag=True, help="Also run the dense model, and report speed-up and agreement.")
 @click.pass_context
 def classify(context: click.Context, /, paths: tuple[Path, ...], out: Path | None, **options: Any) -> None:
-    """Classify images: files, and all images in folders."""
+    """Classify images with a patched model, and report the savings.
+
+    PATHS are image files, and folders that are searched for images with all their subfolders. Each image gives one
+    line of JSON with its most probable classes, its exit and its kept patches. A summary of all images follows.
+
+    \b
+    Examples:
+      tinydrop classify photos/ --out results.jsonl --compare-dense
+      tinydrop classify photo.jpg --target deit3_base_patch16_224.fb_in22k_ft_in1k
+      tinydrop classify photos/ --policy policy.json
+    """
     files = found_images(paths)
     interrupted = False
     try:
-        with RowFile(out) as rows:  # before the models: nobody should wait for them to hear that it cannot be written
+        with RowFile(out) as rows:  # before the models are loaded, so that an unwritable file fails at once
             predictor = make_predictor(context, **options)
             try:
                 for prediction in predictor.predict(files):
@@ -62,13 +72,21 @@ def classify(context: click.Context, /, paths: tuple[Path, ...], out: Path | Non
     "--out",
     required=True,
     type=click.Path(file_okay=False, path_type=Path),
-    help="The folder for a PNG file per image and for index.html, which needs no other file.",
+    help="Folder for one PNG file per image and for index.html. It is created if it does not exist.",
 )
 @model_options
-@click.option("--dense", "compare_dense", is_flag=True, help="Ask the dense model too: a dense pass for each image.")
+@click.option("--dense", "compare_dense", is_flag=True, help="Also run the dense model, and show its answers.")
 @click.pass_context
 def visualize(context: click.Context, /, paths: tuple[Path, ...], out: Path, **options: Any) -> None:
-    """Write pictures of the kept patches, and an HTML page to browse them."""
+    """Write pictures of the kept patches, and an HTML page to browse them.
+
+    PATHS are image files, and folders that are searched for images with all their subfolders. Open index.html in a
+    browser. It shows for each image the input, the saliency, the kept patches and the answers of the models.
+
+    \b
+    Example:
+      tinydrop visualize photos/ --out pictures/ --dense
+    """
     files = found_images(paths)
     interrupted = False
     try:
@@ -98,7 +116,11 @@ def visualize(context: click.Context, /, paths: tuple[Path, ...], out: Path, **o
 
 
 def found_images(paths: tuple[Path, ...]) -> list[Path]:
-    """The images in these files and folders, or an error where there are none."""
+    """Return the image files among these files and folders.
+
+    Raises:
+        click.ClickException: there are none.
+    """
     files = image_files(paths, lambda path, reason: tell_skipped(str(path), reason))
     if not files:
         raise click.ClickException(f"no image in {', '.join(map(click.format_filename, paths))}")
@@ -106,52 +128,56 @@ def found_images(paths: tuple[Path, ...]) -> list[Path]:
 
 
 def out_of_memory(error: torch.OutOfMemoryError) -> click.ClickException:
-    """What there is to do about it."""
+    """Return an error that suggests a smaller batch."""
     return click.ClickException(f"{error}\nA smaller --batch-size needs less memory.")
 
 
 def machine(predictor: Predictor, options: dict[str, Any]) -> str:
-    """Where and how the models ran."""
+    """Return the device, dtype and batch size of a run in words."""
     dtype = str(next(predictor.model.parameters()).dtype).removeprefix("torch.")
     graphs = predictor.model.tinydrop.graphs
     replayed = "" if graphs is None else f", CUDA graphs of {graphs}"
-    beside = "loading beside them" if predictor.overlaps else "models only"
+    beside = "loading included" if predictor.overlaps else "models only"
     return f"{options['device']}, {dtype}, batches of {options['batch_size']}, {beside}{replayed}"
 
 
 def summary(predictor: Predictor, machine: str) -> str:
-    """What came together over all images, for reading."""
+    """Return the summary of all images as text."""
     report, unreadable = predictor.report, len(predictor.unreadable)
     if report is None or report.wall_seconds is None:
         return f"images       0, unreadable {unreadable}"
-    keep = f"{report.mean_keep:.1%}" if report.exits < report.images else "none stayed"
+    keep = f"{report.mean_keep:.1%}" if report.exits < report.images else "all images exited"
     lines = [
         f"images       {report.images}, unreadable {unreadable}",
         f"exits        {report.exits} ({report.exits / report.images:.1%})",
-        f"mean keep    {keep} (of the patches of images that stayed)",
-        f"FLOPs saved  {report.flops_saved:.1%} (guidance counted); "
-        f"exits alone {1 - report.cascade_flops / report.dense_flops:.1%}",
+        f"mean keep    {keep} (of the dense patches, for images that did not exit)",
+        f"FLOPs saved  {report.flops_saved:.1%} (guidance included); "
+        f"exits alone would save {1 - report.cascade_flops / report.dense_flops:.1%}",
         f"images/s     {report.images / report.wall_seconds:.1f} ({machine}; guidance, selection, "
-        f"packing and {report.read_backs} read-backs in {report.calls} batches counted)",
+        f"packing and {report.read_backs} read-backs in {report.calls} batches included)",
     ]
     if report.second_looks:
         lines.insert(3, f"second looks {report.second_looks} ({report.second_looks / report.images:.1%})")
     if report.seconds:
         stages = (f"{stage} {1e3 * spent / report.images:.2f}" for stage, spent in report.seconds.items())
-        lines.append(f"ms an image  {', '.join(stages)}")
+        lines.append(f"ms per image {', '.join(stages)}")
     if report.speed_up and report.dense_seconds:
         lines += [
             f"dense        {report.images / report.dense_seconds:.1f} images/s",
             f"speed-up     {report.speed_up:.2f} x",
-            f"agreement    {predictor.agreeing / report.images:.1%} of the top classes",
+            f"agreement    {predictor.agreeing / report.images:.1%} of the images have the dense model's top class",
         ]
     return "\n".join([*lines, *(f"note: {note}" for note in report.notes)])
 
 
 @click.command()
-@click.option("--device", default=DEFAULT_DEVICE)
+@click.option("--device", default=DEFAULT_DEVICE, help="Device to report on, such as cpu or cuda.")
 def info(device: str) -> None:
-    """Print versions, the device, and the implementation that each operator would run."""
+    """Print versions, the device, and the implementation of each operator.
+
+    The reason for each choice follows it, such as a missing Triton or a variable TINYDROP_BACKEND. Include this output
+    in bug reports.
+    """
     try:
         kind = usable(device).type
         running = {name: operator.explain(kind) for name, operator in ops.OPERATORS.items()}

@@ -1,4 +1,4 @@
-"""The ``tinydrop`` command. What a subcommand needs, such as torch, is imported when that subcommand is used."""
+"""The ``tinydrop`` command. Subcommands are imported on use, because importing torch takes seconds."""
 
 from importlib import import_module
 
@@ -6,14 +6,14 @@ import click
 
 from tinydrop_kernels.version import __version__
 
-COMMANDS = {  # name: the module that has it, and its line in the help
-    "classify": ("commands", "Classify images: files, and all images in folders."),
+COMMANDS = {  # name: module, and line in the help
+    "classify": ("commands", "Classify images with a patched model, and report the savings."),
     "visualize": ("commands", "Write pictures of the kept patches, and an HTML page to browse them."),
     "calibrate": (
         "calibrate_command",
-        "Find the cheapest policy with a certified bound on its loss of accuracy.",
+        "Find the cheapest policy with a certified limit on its accuracy loss.",
     ),
-    "info": ("commands", "Print versions, the device, and the implementation that each operator would run."),
+    "info": ("commands", "Print versions, the device, and the implementation of each operator."),
 }
 
 
@@ -21,11 +21,11 @@ class LazyGroup(click.Group):
     """A group that lists its commands without importing them."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names of the commands, in the order of the help."""
+        """Return the names of the commands in the order of the help."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import a command."""
+        """Import and return a command; None if there is no command of this name."""
         if cmd_name not in COMMANDS:
             return None
         command: click.Command = getattr(import_module(f"tinydrop_kernels.cli.{COMMANDS[cmd_name][0]}"), cmd_name)
@@ -40,4 +40,14 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(__version__, package_name="tinydrop_kernels")
 def main() -> None:
-    """Token dropping for timm's Vision Transformers."""
+    """Token dropping for timm's Vision Transformers.
+
+    A tiny guidance model classifies each image first. If it is confident, its answer stands and the image exits.
+    Otherwise it selects the patches that go through the large ViT, the target.
+
+    \b
+    Examples:
+      tinydrop classify photos/ --out results.jsonl --compare-dense
+      tinydrop visualize photos/ --out pictures/
+      tinydrop calibrate labelled_photos/ --accuracy-drop 0.5
+    """

@@ -1,4 +1,4 @@
-"""What the commands that run a model share: its options, and the model, the policy and the predictor made of them."""
+"""The options of all commands that run a model, and the models, policy and predictor built from them."""
 
 import sys
 from collections.abc import Callable
@@ -29,7 +29,7 @@ DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def number_or_none(text: str) -> float | None:
-    """The type of ``--tau``: a number, or ``none`` for no early exit."""
+    """Return the value of ``--tau``: a number, or None for the text ``none``."""
     try:
         return None if text == "none" else float(text)
     except ValueError:
@@ -37,7 +37,7 @@ def number_or_none(text: str) -> float | None:
 
 
 def size(text: str) -> tuple[int, int]:
-    """The type of ``--guidance-size``: one number, or height and width."""
+    """Return the value of ``--guidance-size`` as height and width, from one number or ``HEIGHTxWIDTH``."""
     try:
         height, width = map(int, text.split("x")) if "x" in text else (int(text),) * 2
     except ValueError:
@@ -46,63 +46,85 @@ def size(text: str) -> tuple[int, int]:
 
 
 TARGET = click.option(
-    "--target", "--model", "target", default=DEFAULT_MODEL, help="The large ViT: timm name, folder, or NAME=FILE."
+    "--target",
+    "--model",
+    "target",
+    default=DEFAULT_MODEL,
+    help="The large ViT: a timm model name, a folder that timm saved, or NAME=FILE for a timm name and a weights file.",
 )
-IMG_SIZE = click.option("--img-size", type=click.IntRange(min=1), help="Input size of the target, if not its own.")
-BATCH_SIZE = click.option("--batch-size", type=click.IntRange(min=1), default=32, help="Images in a batch.")
-DEVICE = click.option("--device", default=DEFAULT_DEVICE, help="Where the models run, such as cpu or cuda.")
+IMG_SIZE = click.option(
+    "--img-size", type=click.IntRange(min=1), help="Input size of the target in pixels, if not its own."
+)
+BATCH_SIZE = click.option("--batch-size", type=click.IntRange(min=1), default=32, help="Images per batch.")
+DEVICE = click.option("--device", default=DEFAULT_DEVICE, help="Device that runs the models, such as cpu or cuda.")
 DTYPE = click.option(
     "--dtype",
     type=click.Choice(["auto", *DTYPES]),
     default="float32",
-    help="'auto' is bfloat16 where the device computes in it, otherwise float32.",
+    help="Precision of the models. 'auto' is bfloat16 if the device computes in it, otherwise float32.",
 )
-WORKERS = click.option("--workers", type=click.IntRange(min=0), default=0, help="Processes that load images.")
+WORKERS = click.option(
+    "--workers",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Processes that load images. 0 loads them in the main process.",
+)
 
 OPTIONS = (
     TARGET,
-    click.option("--guidance", default=DEFAULT_GUIDANCE, help="The tiny classifier: timm name, folder, or NAME=FILE."),
+    click.option("--guidance", default=DEFAULT_GUIDANCE, help="The tiny classifier, given like --target."),
     click.option(
         "--guidance-size",
         type=size,
         metavar="INT|HxW",
-        help="Input size of the classifier, if not its own: less costs less, and sees less.",
+        help="Input size of the guidance model in pixels, if not its own. Smaller is cheaper but less accurate.",
     ),
     IMG_SIZE,
     click.option(
         "--policy",
         "policy_file",
         type=click.Path(exists=True, dir_okay=False, path_type=Path),
-        help="A file of `tinydrop calibrate`, in place of all options of the policy.",
+        help="Policy file from `tinydrop calibrate` for the same two models. It cannot be combined with the policy "
+        "options from --tau to --saliency.",
     ),
     click.option(
         "--tau",
         type=number_or_none,
         default=DropPolicy.tau,
         metavar="FLOAT|none",
-        help="Exit above this confidence; 'none' never exits.",
+        help="Images exit if the guidance model's confidence is above this value. 'none' turns exits off.",
     ),
-    click.option("--gamma", type=float, default=DropPolicy.gamma, help="Curvature: low drops aggressively."),
     click.option(
-        "--min-keep", type=float, default=DropPolicy.min_keep, help="Least fraction of the tokens that is kept."
+        "--gamma",
+        type=float,
+        default=DropPolicy.gamma,
+        help="An image that does not exit gets a budget of 1 - (confidence / tau)^gamma of its patches. Lower values "
+        "keep fewer patches.",
+    ),
+    click.option(
+        "--min-keep",
+        type=float,
+        default=DropPolicy.min_keep,
+        help="Lower limit of that budget, as a fraction of the patches.",
     ),
     click.option(
         "--keep-ratio",
         type=float,
-        help="Keep this fraction of every image that does not exit, however sure the guidance is; "
-        "instead of --gamma and --min-keep. --tau still decides which images exit.",
+        help="Keep this fraction of the patches of every image that does not exit, in place of --gamma and --min-keep. "
+        "Unless given, --coarsen and --blend are 0 and there is no second look.",
     ),
     click.option(
         "--coarsen",
         type=float,
         default=DropPolicy.coarsen,
-        help="Share of the cut that a coarser grid takes: 0 drops patches alone, 1 lowers the resolution alone.",
+        help="Share of the reduction that comes from a coarser grid. 0 only drops patches, 1 only lowers the "
+        "resolution.",
     ),
     click.option(
         "--blend",
         type=float,
         default=DropPolicy.blend,
-        help="Weight of the guidance's probabilities in the answer for an image that does not exit.",
+        help="Weight of the guidance model's probabilities in the answer if the image does not exit.",
     ),
     click.option(
         "--second-look",
@@ -110,34 +132,41 @@ OPTIONS = (
         nargs=2,
         default=DropPolicy.second_look,
         metavar="T1 T2",
-        help="Let an image go through dense unless its answer is surer than T2, or surer than T1 and the guidance's "
-        "too; 0 0 never does.",
+        help="Run an image again through the dense target, unless the answer's confidence is above T2, or above T1 if "
+        "the guidance model has the same top class. '0 0' turns this off.",
     ),
     click.option(
         "--saliency",
         type=(int, float, float),
         default=DropPolicy.saliency,
         metavar="CLASSES NORM CENTER",
-        help="What ranks the patches: Grad-CAM of so many classes, weights of the feature's norm and of the center.",
+        help="Ranking of patches: number of classes for Grad-CAM, weight of the feature norm, and weight of the image "
+        "center.",
     ),
     click.option(
         "--multi-label",
         is_flag=True,
-        help="The model's head is one of sigmoids: by default nothing exits, blends or looks twice, and rows have "
-        "each class's own score.",
+        help="The target's head is multi-label (sigmoids). Rows hold each class's sigmoid score. Exits, blend and "
+        "second look are off.",
     ),
     BATCH_SIZE,
     DEVICE,
     DTYPE,
-    click.option("--compile", is_flag=True, help="Compile the models: the first batches take minutes."),
+    click.option(
+        "--compile", is_flag=True, help="Run the models through torch.compile. The first batches take minutes."
+    ),
     click.option(
         "--graphs",
         is_flag=True,
-        help="Experimental, on a GPU: CUDA graphs, so that small batches do not wait for the host.",
+        help="Experimental, GPU only: replay CUDA graphs, so that small batches do not wait for the CPU.",
     ),
-    click.option("--prepack", is_flag=True, help="On CPU: faster, for the memory of the model's weights once more."),
+    click.option(
+        "--prepack",
+        is_flag=True,
+        help="CPU only: faster, but the blocks' weights take twice the memory.",
+    ),
     WORKERS,
-    click.option("--stages", is_flag=True, help="Time every stage; a GPU waits at each, so all is a little slower."),
+    click.option("--stages", is_flag=True, help="Report the time of each stage. This slows a GPU down a little."),
 )
 
 
@@ -169,10 +198,10 @@ def make_predictor(
     compare_dense: bool,
     **policy: Any,
 ) -> Predictor:
-    """The predictor of the options.
+    """Return the predictor that the options describe.
 
     Raises:
-        click.ClickException: they do not fit, or the models cannot be loaded.
+        click.ClickException: the options contradict each other, or the models cannot be loaded.
     """
     try:
         law = policy_file or chosen_policy(context, keep_ratio, multi_label, policy)
@@ -182,9 +211,9 @@ def make_predictor(
             raise ValueError(f"{option}: has no effect together with --policy; give one of them")
         options: dict[str, Any] = {"img_size": img_size} if img_size else {}
         check_spec(target, "target")
-        small = load_model(guidance, "guidance")  # before the large one: nobody should wait for it to hear of a mistake
+        small = load_model(guidance, "guidance")  # before the target, so that a mistake in it shows early
         vit = load_model(target, "target", **options).to(usable(device), dtype_of(dtype, device))
-        check_classifier(count_classes(vit))  # patch() would speak of the guidance
+        check_classifier(count_classes(vit))  # here, because patch() would blame the guidance model
         ways: dict[str, Any] = {"compile": compile, "graphs": graphs, "prepack": prepack, "multi_label": multi_label}
         patch(vit, small, law, guidance_size=guidance_size, **ways).tinydrop.timed = stages
         return Predictor(
@@ -202,7 +231,10 @@ def make_predictor(
 def chosen_policy(
     context: click.Context, keep_ratio: float | None, multi_label: bool, options: dict[str, Any]
 ) -> DropPolicy:
-    """The policy of the options; what was not given on the command line stays as the kind of policy has it."""
+    """Return the policy that the options describe.
+
+    Options that were not given keep the default of the kind of policy, for example that of :meth:`DropPolicy.fixed`.
+    """
     options["saliency"] = ops.Saliency(*options["saliency"])
     given = {name for name in options if _was_given(context, name)}
     if options["second_look"] == (0, 0):
@@ -222,10 +254,14 @@ def _was_given(context: click.Context, name: str) -> bool:
 
 
 def usable(device: str) -> torch.device:
-    """The device, or ValueError where this machine has none such."""
+    """Return the device.
+
+    Raises:
+        ValueError: this machine does not have it, or nothing can be computed on it.
+    """
     try:
         found = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA raises AssertionError
         raise ValueError(f"device: got {device!r}: {str(error).splitlines()[0]}") from None
     if found.type == "meta":
         raise ValueError("device: got 'meta', on which nothing is computed")
@@ -233,7 +269,7 @@ def usable(device: str) -> torch.device:
 
 
 def tell_skipped(name: str, reason: str) -> None:
-    """A line on standard error, clear of a progress bar."""
+    """Print a line about a skipped file to standard error, without breaking a progress bar."""
     tqdm.write(f"skipped {click.format_filename(name)}: {reason}", file=sys.stderr)
 
 
@@ -243,9 +279,10 @@ def dtype_of(name: str, device: torch.device | str) -> torch.dtype:
 
 
 def fast_dtype(device: torch.device | str) -> torch.dtype:
-    """Return bfloat16 if the device computes in it, else float32.
+    """Return bfloat16 if the device computes in it natively, otherwise float32.
 
-    On a CPU that takes AVX512-BF16 or AMX, and a oneDNN that uses them: others emulate bfloat16, slower than float32.
+    A CPU does so if it has AVX512-BF16 or AMX and oneDNN uses them. Other CPUs emulate bfloat16, which is slower than
+    float32.
     """
     kind = torch.device(device).type
     if kind == "cuda":

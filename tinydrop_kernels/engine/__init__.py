@@ -1,4 +1,4 @@
-"""What a patched model does when it is called."""
+"""The engine of a patched model, which runs its calls."""
 
 from tinydrop_kernels.engine.pipeline import Pipeline
 from tinydrop_kernels.engine.tinydrop import TinyDrop

@@ -1,9 +1,9 @@
-"""The attributes that patching sets on instances; copies and pickles of a patched model.
+"""Attributes that patching sets on instances, and what becomes of them in copies and pickles of a patched model.
 
-A deep copy and a pickle carry the patch along. A shallow copy shares the attributes, which are bound to the model that
-was patched: it would answer as that model, even with a head of its own. So a shallow copy is refused when it is called.
-``copy`` and ``pickle`` ask the instance for ``__reduce_ex__`` and its copy for ``__setstate__``, which is where a copy
-is looked at.
+A deep copy or a pickle of a patched model is patched, too. A shallow copy would share attributes that are bound to the
+original, so it would answer as the original even after its own head is replaced. So calling a shallow copy raises an
+error. ``copy`` and ``pickle`` call ``__reduce_ex__`` of the original and ``__setstate__`` of the copy, so patching sets
+the first (:func:`reduced`), and the copy gets the second (:func:`_fill`), which finds out if the copy is shallow.
 """
 
 from functools import partial
@@ -18,16 +18,16 @@ class InstanceAttributes(list[tuple[nn.Module, str, object]]):
     """Module, name and value of each attribute that patching sets on an instance."""
 
     def set(self) -> None:
-        """Set all of them."""
+        """Set all attributes."""
         for module, name, value in self:
             setattr(module, name, value)
 
     def remove_from(self, model: nn.Module | None = None, of: nn.Module | None = None) -> None:
-        """Remove them where they are still what was set.
+        """Remove the attributes, except those that have another value by now.
 
         Args:
-            model: remove those of ``of`` from this copy of it; by default each from its own module.
-            of: the module whose attributes a copy shares.
+            model: a shallow copy of ``of``, to remove the attributes from. The default is each attribute's own module.
+            of: the module that ``model`` is a copy of. Only this module's attributes are removed.
         """
         for module, name, value in self:
             holder = module if model is None else model
@@ -36,7 +36,7 @@ class InstanceAttributes(list[tuple[nn.Module, str, object]]):
 
 
 def reduced(model: TimmModule, protocol: int) -> tuple[Any, ...]:
-    """Stand in for a patched model's ``__reduce_ex__``."""
+    """Return how to copy or pickle a patched model, as ``__reduce_ex__`` does. The copy is then made by ``_fill``."""
     kind: Any = type(model)
     _, _, state, *_ = kind.__reduce_ex__(model, max(protocol, 2))
     return _blank, (kind,), state

@@ -1,4 +1,4 @@
-"""Refusals before any work is done: of arguments, images, policies, and of what has become of a patched model."""
+"""Checks of images, policies and patched models that raise an error before any work is done."""
 
 import torch
 from torch import Tensor
@@ -11,13 +11,13 @@ NO_MIX = ", ".join(f"{name}={value}" for name, value in UNMIXED.items())
 
 
 def check_images(model: TimmModule, images: Tensor) -> None:
-    """Raise where a patched model cannot be called with the images.
+    """Raise an error if a patched model cannot be called with the images.
 
     Raises:
-        ValueError, TypeError: the images.
-        RuntimeError: a transform of torch's is at work that the operators do not know.
+        ValueError, TypeError: the images do not fit the model.
+        RuntimeError: the call runs under a torch transform that the operators do not support.
     """
-    unknown = [name for name in transforms() if name != "grad"]  # the operators have backward passes alone
+    unknown = [name for name in transforms() if name != "grad"]  # because the operators support only backward passes
     if unknown:
         raise RuntimeError(
             f"model: a patched model does not work under {unknown[-1]}; use reverse mode on whole batches "
@@ -40,19 +40,19 @@ def check_images(model: TimmModule, images: Tensor) -> None:
 
 
 def check_policy(policy: DropPolicy, target: int, guidance: int, multi_label: bool) -> None:
-    """Raise ValueError where a policy mixes answers that cannot be mixed.
+    """Raise ValueError if a policy mixes answers that cannot be mixed.
 
     Args:
-        policy: any.
-        target, guidance: classes of the two models.
-        multi_label: whether the target's head is one of sigmoids.
+        policy: the policy to check.
+        target, guidance: numbers of classes of the two models.
+        multi_label: the target's head is one of sigmoids.
     """
     if not policy.mixes_answers:
         return
     if multi_label:
         raise ValueError(
-            f"policy: got {policy}, but with multi_label=True nothing exits, is blended or looked at twice: scores of "
-            f"sigmoids are no probabilities of one class; expected {NO_MIX}"
+            f"policy: got {policy}, but with multi_label=True there are no exits, blends or second looks, because "
+            f"sigmoids do not give one probability distribution over the classes; expected {NO_MIX}"
         )
     if target != guidance:
         raise ValueError(
@@ -67,11 +67,11 @@ def check_policy(policy: DropPolicy, target: int, guidance: int, multi_label: bo
 
 
 def check_answers(policy: DropPolicy, target: Tensor, guidance: Tensor) -> None:
-    """Raise ValueError where the answers of a policy that mixes them are not of the same classes after all."""
+    """Raise ValueError if a policy mixes answers and the two models answered different numbers of classes."""
     if policy.mixes_answers and target.shape[1] != guidance.shape[1]:
         raise ValueError(
-            f"model: it answered {target.shape[1]} classes, expected the guidance's {guidance.shape[1]}; something on "
-            "its head changes what the head says"
+            f"model: it answered {target.shape[1]} classes, expected the guidance's {guidance.shape[1]}; a hook on its "
+            "head, or the like, changes the head's output"
         )
 
 

@@ -1,15 +1,17 @@
-"""CUDA graphs: what a patched model does on the device, recorded once for each kind of call, then replayed.
+"""CUDA graphs of a patched model's work on the device, recorded once for each kind of call and then replayed.
 
-At small batches the host takes longer to launch a ViT's kernels than a GPU to run them. A graph launches all of them at
-once, but at fixed addresses, in fixed sizes and without a read-back. So there are two stages, on either side of the one
-read-back of a batch: guidance, selection and packing, recorded by the shape of the images; and blocks and head, by a
-bucket of rows (:mod:`tinydrop_kernels.engine.buckets`).
+At small batches the host takes longer to launch a ViT's kernels than a GPU takes to run them. A graph launches all of
+them at once, but with fixed addresses and sizes, and without a read-back. So there are two stages, one before and one
+after the single read-back of a batch:
 
-Experimental: tests play recordings on a CPU, and no GPU has recorded one yet.
+* ``front``: guidance, selection and packing, with one graph for each shape of images;
+* ``blocks``: the target's blocks and head, with one graph for each bucket (:mod:`tinydrop_kernels.engine.buckets`).
 
-A kind of call that is met for the first time runs without a graph, the second time it is recorded, which takes as long
-as a few calls. Of each stage so many graphs are kept, the least recently used goes first; the graphs of a stage share
-their memory, so that they take little more than the largest of them.
+The first call of a kind runs without a graph. The second call records one, which takes as long as a few calls. Each
+stage keeps at most ``MOST_GRAPHS`` graphs and discards the least recently used. The graphs of a stage share their
+memory, so together they take little more than the largest of them.
+
+Experimental: tests replay recordings on a CPU, but no GPU has recorded one yet.
 """
 
 import threading
@@ -26,16 +28,18 @@ from tinydrop_kernels.ops.registry import forced_backend
 from tinydrop_kernels.torch_internals import eager
 
 DEVICES = ("cuda",)
-MOST_GRAPHS = 16  # of a stage
-MOST_IMAGES = 64  # beyond these sizes launching takes the host less time than the work takes the device: reckoned from
-MOST_ROWS = 8192  # launches and FLOPs, not measured
+MOST_GRAPHS = 16  # per stage
+# Larger batches run without graphs, because the device then takes longer than the host needs to launch the kernels.
+# Both limits are estimates from numbers of launches and FLOPs. They were not measured.
+MOST_IMAGES = 64
+MOST_ROWS = 8192
 
-Stage = Callable[..., Any]  # from the tensors it works on to tensors, in tuples as it likes
-_one_at_a_time = threading.Lock()  # in a process one graph can be recorded at once
+Stage = Callable[..., Any]  # takes its input tensors, returns tensors in any nesting of tuples
+_one_at_a_time = threading.Lock()  # because only one graph per process can be recorded at a time
 
 
 class Recording(NamedTuple):
-    """A stage that is ready to be replayed on whatever lies in its inputs; ``outputs`` are overwritten each time."""
+    """A recorded stage. ``replay`` runs it on the current values of ``inputs`` and overwrites ``outputs``."""
 
     inputs: tuple[Tensor, ...]
     outputs: Any
@@ -43,7 +47,7 @@ class Recording(NamedTuple):
 
 
 class Graphs:
-    """The graphs of a patched model, as ``model.tinydrop.graphs``. A copy of it, and what is pickled, is empty."""
+    """The graphs of a patched model, as ``model.tinydrop.graphs``. Copies and pickles are empty."""
 
     def __init__(self) -> None:
         self.front = StageGraphs()
@@ -56,13 +60,13 @@ class Graphs:
         return f"guidance, selection and packing: {self.front}; blocks and head: {self.blocks}"
 
     def clear(self) -> None:
-        """Forget all graphs and give their memory back."""
+        """Discard all graphs and free their memory."""
         self.front.clear()
         self.blocks.clear()
 
 
 class StageGraphs:
-    """The graphs of one stage. Many threads may call it, on streams of their own."""
+    """The graphs of one stage. Several threads may use them, each on its own stream."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -70,14 +74,14 @@ class StageGraphs:
         self._watch: Watch | None = None
         self._pointers: list[int] = []
         self._recorder: Any = None
-        self._stream: Any = None  # of the last replay
+        self._stream: Any = None  # the stream of the last replay
         self.recorded = self.replayed = self.not_replayed = 0
 
     def __str__(self) -> str:
         return f"{self.recorded} recorded, {self.replayed} calls replayed, {self.not_replayed} not"
 
     def clear(self) -> None:
-        """Forget them."""
+        """Discard all graphs of the stage."""
         with self._lock:
             self._found.clear()
             self._recorder = None
@@ -85,11 +89,11 @@ class StageGraphs:
     def check(self, watch: Watch) -> None:
         """Discard all recordings if a module, weight or mode of the model was exchanged after they were made.
 
-        A graph reads weights where they were, and runs nothing in Python. Values that were changed in place are where
-        they were.
+        A graph reads weights from their addresses at the time of recording, and runs no Python code. Changes of weights
+        in place keep the addresses, so the recordings stay.
 
         Args:
-            watch: of the model that the stage runs; another one means that the model has changed.
+            watch: the watch on the model that the stage runs. A new watch means that the model has changed.
         """
         pointers = watch.pointers()
         if watch is not self._watch or pointers != self._pointers:
@@ -101,15 +105,15 @@ class StageGraphs:
     def answer(
         self, kind: Hashable, stage: Stage, make: Callable[[], tuple[Tensor, ...]], fill: Callable[..., None]
     ) -> Any:
-        """What ``stage(*inputs)`` answers, in new tensors; None where it is for the caller to run it.
+        """Return ``stage(*inputs)`` in new tensors; None if the caller must run the stage without a graph.
 
-        Behind :meth:`check`.
+        Call :meth:`check` first.
 
         Args:
-            kind: of calls of which one graph serves all.
-            stage: must work on its inputs alone, and always alike.
-            make: makes its inputs, of values that it can work on.
-            fill: writes this call's inputs over those.
+            kind: a key. One graph serves all calls with an equal key.
+            stage: a function that depends on its inputs alone and always runs the same kernels.
+            make: returns input tensors with values that the stage can run on.
+            fill: writes this call's inputs to those tensors.
 
         Raises:
             RuntimeError: the stage cannot be recorded.
@@ -149,7 +153,7 @@ class StageGraphs:
         return recording
 
     def _wait_for_other_streams(self, recording: Recording) -> None:
-        """Two must not work on the same tensors at once."""
+        """Make this stream wait for the stream of the last replay, because replays share their buffers."""
         device = recording.inputs[0].device
         if device.type == "cuda":
             stream = torch.cuda.current_stream(device)
@@ -161,33 +165,35 @@ class StageGraphs:
 
 
 def has_graphs(device_type: str) -> bool:
-    """Whether there are graphs for such a device."""
+    """Return whether devices of this type have graphs."""
     return device_type in DEVICES
 
 
 class Recorder:
-    """Records on a GPU. All graphs of one take their memory from the same pool: they must not be replayed at once."""
+    """A recorder of graphs on a GPU. Its graphs share a memory pool, so no two may be replayed at the same time."""
 
     def __init__(self, device: torch.device):
         self._device = device
         with torch.cuda.device(device):
             self._pool = torch.cuda.graph_pool_handle()
-            # Not the one that torch shares between all graphs and devices; and another for what is not recorded.
+            # One stream to record on, because torch's default one is shared by all graphs and devices. Another one to
+            # warm up on.
             self._stream, self._beside = torch.cuda.Stream(), torch.cuda.Stream()
 
     def record(self, stage: Stage, inputs: tuple[Tensor, ...]) -> Recording:
-        """Run a stage, so that what is compiled, tuned or allocated once is so before; then record it."""
+        """Warm a stage up, so that kernels are compiled and tuned before, and record it."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self._device):
             self._beside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._beside):
                 stage(*inputs)
             torch.cuda.current_stream().wait_stream(self._beside)
-            # A workspace of cuBLAS that outlives a recording is its pool's, and would serve another stream's work too.
+            # Clear cuBLAS's workspaces before and after, because a workspace made while recording lies in the graph's
+            # memory pool. Otherwise work on another stream might use it too.
             torch._C._cuda_clearCublasWorkspaces()
             try:
                 with (
-                    torch.cuda.stream(self._stream),  # torch does not go back to the caller's where recording fails
+                    torch.cuda.stream(self._stream),  # because torch does not restore the stream if recording fails
                     torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"),
                 ):
                     outputs = stage(*inputs)

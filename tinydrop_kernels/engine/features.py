@@ -1,4 +1,4 @@
-"""Features of a whole grid from the tokens of the kept patches: dropped places show the nearest kept one."""
+"""Features of the whole grid, made from the tokens of the kept patches. A dropped patch gets the nearest kept one's."""
 
 import torch
 from torch import Tensor
@@ -6,23 +6,24 @@ from torch import Tensor
 from tinydrop_kernels.ops import Packed, Part
 from tinydrop_kernels.ops.types import Grid
 
-TIE = 1e-4  # patches squared: a place on the border of two patches of a coarser grid is as near to both
+TIE = 1e-4  # squared patches; rounding slack for a dense patch at equal distance from two patches of a coarser grid
 
 
 def features_in_place(
     tokens: Tensor, packed: Packed, indices: Tensor, parts: list[Part], dense: Grid, num_prefix_tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """Kept patches' features put where the patches are.
+    """Return features on the dense grid from packed tokens.
 
     Args:
-        tokens: ``(total, dim)``, one row for each prefix token and each kept patch; of every image.
-        packed, parts: where they are.
+        tokens: packed tokens ``(total, dim)``. Every image must have a segment.
+        packed, parts: the layout of the tokens.
         indices: int32 ``(batch, patches)``, as in :class:`ops.Selection`.
-        dense: rows and columns of the answer.
-        num_prefix_tokens: rows of each segment that are left out.
+        dense: rows and columns of the dense grid.
+        num_prefix_tokens: number of prefix tokens of each segment, which are left out.
 
     Returns:
-        ``(batch, dim, rows, columns)`` and bool ``(batch, rows, columns)``, as :meth:`TinyDrop.features`.
+        Features ``(batch, dim, rows, columns)`` and a mask, bool ``(batch, rows, columns)``, as from
+        :meth:`TinyDrop.features`.
     """
     rows, columns = dense
     out = tokens.new_empty(len(indices), rows * columns, tokens.shape[1])
@@ -37,15 +38,16 @@ def features_in_place(
 
 
 def nearest_kept(indices: Tensor, grid: Grid, dense: Grid) -> tuple[Tensor, Tensor]:
-    """For each place of the dense grid the kept patch whose center is nearest to its own; of several the first.
+    """Return, for each patch of the dense grid, the kept patch with the nearest center. Ties go to the first.
 
     Args:
-        indices: int32 ``(n, patches)``: kept patches of a grid, then -1; at least one each.
-        grid: rows and columns that the indices count.
-        dense: rows and columns of the places.
+        indices: int32 ``(n, patches)``: per image the kept patches, at least one, then -1.
+        grid: rows and columns of the images' own grid, which ``indices`` refer to.
+        dense: rows and columns of the dense grid.
 
     Returns:
-        int64 ``(n, rows * columns)``: which of the kept patches, counted from 0, and bool: whether it lies there.
+        int64 ``(n, rows * columns)``: position of the kept patch in ``indices``. Also bool of the same shape: whether
+        that kept patch covers the dense patch.
     """
     rows, columns = dense
     place = torch.arange(rows * columns, device=indices.device)
@@ -54,5 +56,5 @@ def nearest_kept(indices: Tensor, grid: Grid, dense: Grid) -> tuple[Tensor, Tens
     kept = torch.stack((indices // grid[1] + 0.5, indices % grid[1] + 0.5), -1) * scale
     distance = (center[:, None] - kept[:, None]).square().sum(-1)  # (n, places, patches)
     least, nearest = distance.masked_fill((indices < 0)[:, None], float("inf")).min(-1)
-    own = ((center / scale).floor() + 0.5) * scale  # the center of the patch, kept or not, that lies there
+    own = ((center / scale).floor() + 0.5) * scale  # center of the own grid's patch, kept or not, that lies there
     return nearest, least <= (center - own).square().sum(-1) + TIE

@@ -1,4 +1,4 @@
-"""Batch after batch through a patched model, the guidance of one beside the target of the one before."""
+"""A pipeline of batches through a patched model. Guidance of one batch runs beside the target of the batch before."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -16,30 +16,37 @@ from tinydrop_kernels.report import Call
 
 
 class BatchResult(NamedTuple):
-    """A batch that has been through."""
+    """The result of one batch."""
 
-    images: Tensor  # as the model took them, on its device
-    logits: Tensor  # (batch, classes), on the scale of a call's answer; on a GPU they may still be on their way
-    call: Call  # what happened to them
+    images: Tensor  # as given to the model, on its device and in its dtype
+    logits: Tensor  # (batch, classes), the same answers as from a call; a GPU may still be computing them
+    call: Call  # what happened to the images
 
 
 class Pipeline:
-    """Call it with batches of images; it hands out their answers, in order.
+    """A patched model that takes an iterable of batches and yields their results in order.
 
-    On a GPU, guidance, selection and packing of a batch run on a stream of their own beside the target's work on the
-    batch before, and so does the copy of images that come from the host (pinned memory, or it waits); loading goes on
-    beside both. An answer comes when the guidance of the next batch is at work, so two batches are in memory. This
-    overlap is experimental, since no GPU has run it yet. On other devices, batches go through one after the other.
+    On a GPU, a batch is copied, guided, selected and packed on one stream, while the target works on the batch before
+    on another. Images on the host should be in pinned memory, otherwise their copy waits. A result is yielded once the
+    guidance of the next batch has started, so two batches are in memory. This overlap is experimental, because no GPU
+    has run it yet. On other devices, batches go through one after the other.
 
     Args:
-        model: patched, in eval mode.
-        overlap: whether they overlap; by default where the device has streams. False is the plain way.
+        model: a patched model in eval mode.
+        overlap: overlap batches. The default is True on a GPU and False elsewhere.
 
     Attributes:
-        overlaps: whether they do.
+        overlaps: True if batches overlap.
 
     Raises:
         ValueError: the model is not patched.
+
+    Example:
+        >>> pipeline = tdk.Pipeline(tdk.patch(model, guidance))
+        >>> for result in pipeline([images, images[:1]]):
+        ...     print(result.logits.shape, len(result.call.counts))
+        torch.Size([2, 10]) 2
+        torch.Size([1, 10]) 1
     """
 
     def __init__(self, model: TimmModule, overlap: bool | None = None):
@@ -51,32 +58,35 @@ class Pipeline:
 
     @torch.inference_mode()
     def __call__(self, batches: Iterable[Tensor]) -> Iterator[BatchResult]:
-        """Answers to batches ``(batch, channels, height, width)``, normalised for the target.
+        """Yield the result of each batch.
 
         Args:
-            batches: floating, of at least one image each; moved to the model's device and cast to its dtype. Those on a
-                GPU already wait for what has been started on it before.
+            batches: floating images ``(batch, channels, height, width)``, normalised for the target, at least one per
+                batch. They are moved to the model's device and cast to its dtype. A batch on a GPU may still be the
+                output of work on the current stream.
 
         Raises:
             RuntimeError: the model is in training mode.
-            ValueError, TypeError: images that the model does not take, or a batch of none; behind the answers to all
-                batches before.
+            ValueError, TypeError: a batch is empty or does not fit the model. The results of all batches before are
+                yielded first.
         """
         check_eval(self._model)
         running: RunningBatch | None = None
-        if self._stream is not None:  # weights may be on their way to the device, or to another dtype
+        if self._stream is not None:  # because weights may still be being copied to the device or cast
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         try:
             for batch in batches:
                 images, pending = self._asked(batch)
-                if running is not None:  # its second look waits for the target: by now the next guidance is at work
+                if running is not None:
+                    # Finish only now, because a second look waits for the target. Meanwhile the GPU runs the guidance
+                    # of the next batch.
                     ended, running = running, None
                     yield self._finished(ended)
                 running = self._started(images, pending)
                 if not self.overlaps:
                     ended, running = running, None
                     yield self._finished(ended)
-        except Exception:  # of the batch behind
+        except Exception:  # from the batch that follows the running one
             if running is not None:
                 yield self._finished(running)
             raise
@@ -85,7 +95,7 @@ class Pipeline:
 
     def _asked(self, batch: Tensor) -> tuple[Tensor, PendingPlan]:
         if len(batch) == 0:
-            raise ValueError("batches: got one of no images, expected at least one")
+            raise ValueError("batches: got an empty batch, expected at least one image in each")
         if self._stream is not None and batch.is_cuda:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
             batch.record_stream(self._stream)

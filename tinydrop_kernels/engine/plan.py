@@ -1,4 +1,4 @@
-"""What is known about a batch between one step and the next."""
+"""The results of each step of :mod:`tinydrop_kernels.engine.steps`, which the next step reads."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from tinydrop_kernels.policy import DropPolicy
 
 
 class PendingPlan(NamedTuple):
-    """A plan that the device has computed, or is computing, and the host has not read back."""
+    """A plan whose sizes the host has not read back. On a GPU the device may still be computing it."""
 
     policy: DropPolicy
     guidance_logits: Tensor  # (batch, the guidance model's classes)
@@ -21,7 +21,7 @@ class PendingPlan(NamedTuple):
 
 
 class BatchPlan(NamedTuple):
-    """Which images of a batch exit, which grid and patches the others keep, and where their tokens are packed."""
+    """The plan for a batch: which images exit, the grid and patches of each other image, and the packed layout."""
 
     policy: DropPolicy
     guidance_logits: Tensor
@@ -33,9 +33,9 @@ class BatchPlan(NamedTuple):
 
 
 class RunningBatch(NamedTuple):
-    """A batch whose kept tokens have been sent through the target."""
+    """A batch whose kept tokens have gone through the target. On a GPU the device may still be at work on them."""
 
     images: Tensor
     plan: BatchPlan
-    staying: Tensor  # int64 (segments,): places in the batch of the images that did not exit
+    staying: Tensor  # int64 (segments,): indices in the batch of the images that did not exit
     answers: Tensor  # (segments, classes): log-probabilities if the policy mixes answers, otherwise logits

@@ -1,4 +1,4 @@
-"""What a patched model carries, and whether the model is still the one that was patched."""
+"""The state of a patched model, and the checks that the model is still the one that was patched."""
 
 import threading
 import warnings
@@ -25,14 +25,14 @@ WAY_OUT = "run the model within tinydrop_kernels.dense(model), or unpatch it"
 
 
 class PatchedState:
-    """The settings of a patched model, and what was learned about the model when it was inspected last.
+    """The settings of a patched model, and the results of its last inspection.
 
     Args:
         model: the target.
         guidance: the guidance model.
         policy: see :class:`DropPolicy`.
         compiled: run the target's blocks through ``torch.compile``.
-        graphs: CUDA graphs to replay calls from; None for none.
+        graphs: CUDA graphs to replay calls from; None if CUDA graphs are off.
         multi_label: the head is one of sigmoids.
         normalization: mean and standard deviation of each channel of the images.
 
@@ -41,7 +41,7 @@ class PatchedState:
         UnsupportedModelError: the model's family is not supported, or its head does not answer ``(batch, classes)``.
     """
 
-    attributes: InstanceAttributes  # what patching has set on the model's modules
+    attributes: InstanceAttributes  # set by patching on the model's modules
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class PatchedState:
         self.guidance_watch: Watch | None = None
         self._watch: Watch | None = None  # the model as it was inspected last
         self._levels: dict[Grid, list[Grid]] = {}
-        self._warned: set[str] = set()  # names of modules
+        self._warned: set[str] = set()  # names of modules that a warning was given for
         self._of_thread = threading.local()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -79,7 +79,7 @@ class PatchedState:
 
     @property
     def policy(self) -> DropPolicy:
-        """How much is dropped; it may be replaced between calls."""
+        """The policy of the next calls. You may replace it between calls."""
         return self._policy
 
     @policy.setter
@@ -92,7 +92,7 @@ class PatchedState:
 
     @property
     def last(self) -> Call | None:
-        """What happened in this thread's last call; None before its first call."""
+        """The record of this thread's last call; None before its first call."""
         call: Call | None = getattr(self._of_thread, "last", None)
         return call
 
@@ -102,7 +102,7 @@ class PatchedState:
 
     @property
     def is_dense(self) -> bool:
-        """Whether this thread is within :func:`tinydrop_kernels.dense` of the model."""
+        """True while this thread is within :func:`tinydrop_kernels.dense` of the model."""
         return getattr(self._of_thread, "is_dense", False)
 
     @is_dense.setter
@@ -110,7 +110,7 @@ class PatchedState:
         self._of_thread.is_dense = value
 
     def levels(self, grid: Grid) -> list[Grid]:
-        """Return the grids that an image with this dense grid may have, dense first."""
+        """Return the grids that an image with this dense grid may be resized to, dense first."""
         if grid not in self._levels:
             self._levels[grid] = self.family.levels(self.model, grid)
         return self._levels[grid]
@@ -121,21 +121,24 @@ class PatchedState:
 
     @eager
     def check(self, images: Tensor) -> None:
-        """Raise before any work is done if the images or the model do not fit."""
+        """Raise an error, before any work is done, if the images do not fit or the model is no longer supported."""
         check_images(self.model, images)
         self.check_model()
         self.family.check_images(self.model, images)
         self.check_policy(self.policy)
 
     def check_policy(self, policy: DropPolicy) -> None:
-        """Raise ValueError if the policy mixes answers that these two models do not allow to mix."""
+        """Raise ValueError if the policy mixes the answers of the two models and they cannot be mixed."""
         check_policy(policy, self.num_classes, self.guidance.num_classes, self.multi_label)
 
     def check_model(self) -> Watch:
         """Inspect the model again if something in it has changed since the last inspection.
 
+        Returns:
+            The watch on the model as it is now.
+
         Raises:
-            UnsupportedModelError: it is no longer supported.
+            UnsupportedModelError: the model is no longer supported.
         """
         watch = self._watch
         if watch is not None and watch.same_parts() and watch.same_state() and watch.same_hooks():
@@ -144,12 +147,12 @@ class PatchedState:
         self._refuse_changes(is_tried)
         if watch is None or not (is_tried and watch.same_state()):
             return self.remember()
-        watch.note_hooks()  # the watch itself stays, because graphs outlive hooks that come and go
+        watch.note_hooks()  # keep the watch, because a new one would discard the CUDA graphs; hooks do not outdate them
         self._warn_of_packed_rows()
         return watch
 
     def remember(self) -> Watch:
-        """Take the model as it is now for inspected."""
+        """Record that the model as it is now has been inspected, and return the new watch on it."""
         self._warn_of_packed_rows()
         self._watch = Watch(self.model, self._settings)
         return self._watch
@@ -173,12 +176,12 @@ class PatchedState:
         return self.family.settings(self.model), linear_width(self.model)
 
     def _warn_of_packed_rows(self) -> None:
-        """Warn once about each module whose hooks see other shapes than in timm."""
+        """Warn, once per module, that hooks are given other shapes than in timm."""
         names = [name for name in hooks_on_packed_rows(self.model) if name not in self._warned]
         if names:
             self._warned.update(names)
             warnings.warn(
-                f"hooks on {', '.join(names)} of a patched model are handed packed rows, (tokens of all images, dim), "
-                f"where timm hands (batch, tokens, dim); to see what timm would hand them, {WAY_OUT}",
+                f"hooks on {', '.join(names)} of a patched model are given packed rows, (tokens of all images, dim), "
+                f"instead of timm's (batch, tokens, dim); for timm's shapes, {WAY_OUT}",
                 stacklevel=2,
             )

@@ -1,16 +1,16 @@
-"""The method, step by step: a batch of images becomes answers.
+"""The four steps from a batch of images to its answers.
 
-1. :func:`ask`: the guidance model classifies the images. Its confidence decides which of them exit and how many patches
-   each of the others keeps; its saliency map decides which patches.
+1. :func:`ask`: the guidance model classifies the images. Its confidence decides which images exit, and how many patches
+   each other image keeps. Its saliency map decides which patches those are.
 2. :func:`decide`: the host reads the sizes of the packed batch from the device.
-3. :func:`start`: the kept tokens of all images go through the target together. Its answers are blended with those of
-   the guidance model.
-4. :func:`finish`: images whose answer is doubtful go through the target again, dense. Exits take the guidance model's
-   answer.
+3. :func:`start`: the kept tokens of all images go through the target together. The target's answers are blended with
+   the guidance model's.
+4. :func:`finish`: images with a doubtful answer go through the target again, dense. An image that exits gets the
+   guidance model's answer.
 
-A :class:`~tinydrop_kernels.engine.Pipeline` runs step 1 of a batch beside step 3 of the batch before. Under
-``torch.compile`` the models are compiled and these functions are not: they depend on numbers that differ from batch to
-batch, so they would be compiled again for each.
+A :class:`~tinydrop_kernels.engine.Pipeline` runs step 1 of a batch beside step 3 of the batch before. ``torch.compile``
+compiles the models but not these functions, because they depend on numbers that differ from batch to batch.
+Otherwise they would be compiled again for each batch.
 
 Source: TinyDrop, arXiv 2509.03379, for exit, budget and saliency; grids, blend and second look are ours.
 """
@@ -42,7 +42,7 @@ from tinydrop_kernels.torch_internals import eager_outside, hooks_of
 
 @eager_outside
 def classify(state: PatchedState, images: Tensor) -> Tensor:
-    """Return the answers ``(batch, classes)`` for checked images, and remember what happened as ``state.last``."""
+    """Return the answers ``(batch, classes)`` for checked images, and record the call in ``state.last``."""
     plan = decide(state, ask(state, images))
     return finish(state, start(state, images, plan))
 
@@ -54,10 +54,10 @@ def ask(
     """Run guidance, selection and packing. On a GPU the host does not wait for them.
 
     Args:
-        state: of the patched model.
-        images: checked, ``(batch, channels, height, width)``.
-        guided: the guidance model's output for these images, if it has been computed.
-        policy: used in place of the model's own.
+        state: the patched model's ``tinydrop``.
+        images: checked images ``(batch, channels, height, width)``.
+        guided: the guidance model's output for these images, if it was computed before.
+        policy: the policy to use in place of ``state.policy``.
 
     Raises:
         ValueError: the policy mixes answers that cannot be mixed.
@@ -75,10 +75,10 @@ def ask(
 
 @eager_outside
 def decide(state: PatchedState, pending: PendingPlan) -> BatchPlan:
-    """Read back the sizes of the packed batch, for which the host waits."""
+    """Read back the sizes of the packed batch. The host waits for them."""
     policy, logits, selection, packing, seconds = pending
     if state.graphs is not None:
-        state.graphs.blocks.check(state.check_model())  # while the device is still at work
+        state.graphs.blocks.check(state.check_model())  # before the read-back, while the device is at work
     with _stage(state, seconds, "pack", logits):
         packed, parts = packing.read()
     return BatchPlan(policy, logits, selection, packing.grids, packed, parts, seconds)
@@ -100,7 +100,7 @@ def start(state: PatchedState, images: Tensor, plan: BatchPlan) -> RunningBatch:
 
 @eager_outside
 def finish(state: PatchedState, running: RunningBatch) -> Tensor:
-    """Take a second look where the policy asks for one, which reads back again, and return all answers in order."""
+    """Return the answers of all images in order, after a second look if the policy has one. That reads back again."""
     images, plan, staying, answers = running
     second_look = torch.zeros_like(plan.selection.counts, dtype=torch.bool)
     thresholds = plan.policy.second_look if plan.parts else None
@@ -110,7 +110,7 @@ def finish(state: PatchedState, running: RunningBatch) -> Tensor:
         second_look[staying] = again
     if len(staying) < len(images):
         exits = log_probabilities(plan.guidance_logits, answers.dtype)
-    else:  # no row of the guidance model is used, and it may know other classes
+    else:  # every row is overwritten below, and the guidance model may have another number of classes
         exits = torch.empty_like(answers)
     state.last = Call(
         selection=plan.selection,
@@ -126,12 +126,12 @@ def finish(state: PatchedState, running: RunningBatch) -> Tensor:
 def plan(
     state: PatchedState, images: Tensor, guided: GuidanceOutput | None = None, policy: DropPolicy | None = None
 ) -> BatchPlan:
-    """Return :func:`decide` of :func:`ask`."""
+    """Run :func:`ask` and :func:`decide`."""
     return decide(state, ask(state, images, guided, policy))
 
 
 def run(state: PatchedState, images: Tensor, plan: BatchPlan) -> Tensor:
-    """Return :func:`finish` of :func:`start`."""
+    """Run :func:`start` and :func:`finish`."""
     return finish(state, start(state, images, plan))
 
 
@@ -150,7 +150,7 @@ def _front(
     levels: list[Grid],
     seconds: dict[str, float],
 ) -> tuple[Tensor, Selection, Packing]:
-    """Return the guidance model's logits, the selection and where the batch is packed."""
+    """Return the guidance model's logits, the selection and the layout of the packed batch."""
     if guided is None:
         with _stage(state, seconds, "guidance", images):
             guided = guide(state, images, policy)
@@ -171,7 +171,7 @@ def _front(
 def _replay_front(
     state: PatchedState, images: Tensor, policy: DropPolicy, levels: list[Grid]
 ) -> tuple[Tensor, Selection, Packing] | None:
-    """Return :func:`_front` from a CUDA graph; None if no graph can serve this call."""
+    """Return the result of :func:`_front` from a CUDA graph; None if no graph can serve this call."""
     guidance, prefix = state.guidance, state.family.num_prefix_tokens(state.model)
     if state.graphs is None or any(hooks_of(guidance)):
         return None
@@ -192,7 +192,7 @@ def _replay_front(
 def _through_target(
     state: PatchedState, images: Tensor, indices: Tensor, packed: Packed, parts: list[Part], seconds: dict[str, float]
 ) -> Tensor:
-    """Return the target's logits ``(segments, classes)`` for the images of the parts, one part after the other."""
+    """Return the target's logits ``(segments, classes)`` for the images of all parts, in the order of the parts."""
     graphs = state.graphs.blocks if state.graphs is not None and _can_replay(state, images) else None
     stage = partial(_stage, state, seconds, images=images)
     return run_target(state.model, state.family, images, indices, packed, parts, state.compiled, graphs, stage)
@@ -207,7 +207,11 @@ def _look_again(
     plan: BatchPlan,
     thresholds: tuple[float, float],
 ) -> tuple[Tensor, Tensor]:
-    """Replace doubtful answers by dense ones. Also return which they were, bool ``(segments,)``. Reads back once."""
+    """Replace doubtful answers by dense ones, with one read-back.
+
+    Returns:
+        The answers, and which were replaced, bool ``(segments,)``.
+    """
     guided, grid = plan.guidance_logits, plan.levels[0]
     dense = grid[0] * grid[1]
     again = (plan.selection.counts[staying] < dense) & in_doubt(answers, guided[staying], thresholds)
@@ -222,8 +226,11 @@ def _look_again(
 
 
 def _can_replay(state: PatchedState, images: Tensor) -> bool:
-    """Return whether CUDA graphs may serve the call. They hold no gradients, no autocast and no timing of stages, and
-    the reference implementations read back, which no graph can hold."""
+    """Return whether CUDA graphs may serve the call.
+
+    A graph cannot hold gradients, autocast or the timing of stages. Nor can it hold the read-backs of the reference
+    implementations.
+    """
     kind = images.device.type
     is_reference = images.dtype == torch.float64 or forced_backend() == "reference"
     asks_for_more = state.timed or torch.is_grad_enabled() or torch.is_autocast_enabled(kind)

@@ -1,4 +1,4 @@
-"""Wall time of a call and of its stages, with the work of the device included."""
+"""Wall time of a call and of its stages, including the work of the device."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -14,13 +14,13 @@ T = TypeVar("T")
 
 
 def wait_for(tensor: Tensor) -> None:
-    """Wait until the current stream of a tensor's device has done all that it was told to."""
+    """Wait until the current stream of a tensor's device has finished its work."""
     if tensor.device.type != "cpu":
         torch.accelerator.current_stream(tensor.device).synchronize()
 
 
 def timed(call: Callable[[Tensor], T], images: Tensor) -> tuple[T, float]:
-    """What a call with the images returns, and the seconds it took, their device's work included."""
+    """Return the result of ``call(images)`` and the seconds that it took, including the work of the images' device."""
     _synchronize(images)
     start = time.perf_counter()
     answer = call(images)
@@ -30,7 +30,7 @@ def timed(call: Callable[[Tensor], T], images: Tensor) -> tuple[T, float]:
 
 @contextmanager
 def timed_stage(seconds: dict[str, float], name: str, device: torch.device) -> Iterator[None]:
-    """Add the seconds of what is done within to those of its name; on a GPU until it has done it."""
+    """Add the seconds spent within the context to ``seconds[name]``. On a GPU this waits until the work is done."""
     start = time.perf_counter()
     yield
     if device.type == "cuda":
@@ -44,5 +44,5 @@ def _synchronize(images: Tensor) -> None:
 
 
 def warm_up_calls(model: TimmModule) -> int:
-    """Return after how many calls with a batch a patched model has done what it does once, such as recording graphs."""
+    """Return how many calls with a batch warm a patched model up: 2 if it records CUDA graphs, otherwise 1."""
     return 1 if model.tinydrop.graphs is None else 2

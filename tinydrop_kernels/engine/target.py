@@ -1,4 +1,4 @@
-"""The target model: from images to packed tokens, each image at its own grid, and from packed tokens to logits."""
+"""The target model's forward, from images to packed tokens, each image at its own grid, and on to logits."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -16,26 +16,26 @@ from tinydrop_kernels.ops.types import Grid, TimmModule
 from tinydrop_kernels.torch_internals import eager, eager_outside, for_any_size
 
 
-@eager  # one launch a grid; compiled, every mix of grids would be a graph of its own
+@eager  # because otherwise torch.compile would compile it again for each mix of grids
 def embed_parts(
     model: TimmModule, family: Family, images: Tensor, indices: Tensor, packed: Packed, parts: list[Part]
 ) -> tuple[Tensor, Packed]:
-    """Packed tokens, part by part, and where they are; images are resized where their grid is not the dense one.
+    """Return the packed tokens and their layout. Images with a coarser grid than the dense one are resized first.
 
     Args:
         model, family: the target.
         images: ``(batch, channels, height, width)``.
         indices: int32 ``(batch, patches)``, as in :class:`ops.Selection`.
-        packed, parts: from :func:`ops.pack`.
+        packed, parts: the layout from :func:`ops.pack`.
 
     Returns:
-        ``(total, dim)``, and ``packed``, with positions where the family reads them.
+        Tokens ``(total, dim)``, part by part, and ``packed``. If the family reads positions, ``packed`` has them.
     """
     dense, prefix = family.grid_size(model, images), family.num_prefix_tokens(model)
     tokens, positions = [], []
     for part in parts:
         rows, columns = part.grid
-        is_whole = len(part.images) == len(images)  # in their own order then
+        is_whole = len(part.images) == len(images)  # the images are in their own order then, so nothing is gathered
         pixels, kept = (t if is_whole else t.index_select(0, part.images) for t in (images, indices))
         if part.grid != dense:
             pixels = resized_images(pixels, family.patch_size(model), dense, part.grid)
@@ -65,13 +65,13 @@ def run_target(
     Args:
         model, family, images, indices, packed, parts: as for :func:`embed_parts`.
         compiled: run the blocks through ``torch.compile``.
-        graphs: of blocks and head; None to do without.
-        stage: a context that times what is done in it under its name.
+        graphs: CUDA graphs of blocks and head; None to run without graphs.
+        stage: returns a context that times the stage of the given name.
     """
     encode = for_any_size(family.encode) if compiled else family.encode
     with stage("embed"):
         tokens, packed = embed_parts(model, family, images, indices, packed, parts)
-    # Of a family that asks where each token is, the layout is more than cu_seqlens.
+    # A family that reads positions runs without graphs, because a graph is given no layout but cu_seqlens.
     if graphs is not None and not family.reads_positions and packed.total <= MOST_ROWS:
         logits = _replayed(graphs, model, family, encode, tokens, packed, family.grid_size(model, images))
         if logits is not None:
@@ -92,7 +92,7 @@ def _replayed(
     packed: Packed,
     dense: Grid,
 ) -> Tensor | None:
-    """The logits from a graph, or None where there is none for such a batch."""
+    """Return the logits from a graph; None if no graph can serve the batch."""
     prefix = family.num_prefix_tokens(model)
     bucket = Bucket.of(packed, prefix, prefix + dense[0] * dense[1])
 

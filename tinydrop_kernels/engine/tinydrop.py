@@ -1,4 +1,4 @@
-"""``model.tinydrop``: what a user of a patched model can read, change and call."""
+"""``model.tinydrop``, the part of a patched model that users read, change and call."""
 
 import dataclasses
 
@@ -16,35 +16,34 @@ from tinydrop_kernels.torch_internals import eager_outside
 
 
 class TinyDrop(PatchedState):
-    """The ``tinydrop`` attribute of a patched model. Many threads may call the model at once.
+    """The ``tinydrop`` attribute of a patched model. Several threads may call the model at once.
 
     Attributes:
         guidance: the guidance model.
-        policy: the :class:`DropPolicy`; it may be replaced between calls.
+        policy: the :class:`DropPolicy`. You may replace it between calls.
         last: the :class:`~tinydrop_kernels.report.Call` that this thread made last; None before its first call.
-        num_classes: width of the model's head; 0 if it is ``nn.Identity``. ``model.num_classes`` may be stale, because
-            it does not change when a head is replaced by hand.
-        multi_label: the head is one of sigmoids; policies that mix answers are refused.
+        num_classes: width of the model's head; 0 if the head is ``nn.Identity``. ``model.num_classes`` may be stale,
+            because it does not change when a head is replaced by hand.
+        multi_label: the head is one of sigmoids. Policies that mix answers are refused.
         normalization: mean and standard deviation of each channel of the images.
         compiled: the target's blocks run through ``torch.compile``.
-        graphs: CUDA graphs that calls are replayed from; None if there are none.
-        timed: measure the wall time of each stage of the next calls. The host then waits for the device at each stage.
+        graphs: CUDA graphs that calls are replayed from; None if CUDA graphs are off.
+        timed: measure the wall time of each stage from now on. The host then waits for the device after each stage.
 
     Example:
-        >>> import timm, torch, tinydrop_kernels as tdk
-        >>> model = timm.create_model("vit_tiny_patch16_224", num_classes=10).eval()
-        >>> guidance = timm.create_model("test_byobnet", num_classes=10)
-        >>> tdk.patch(model, guidance, tdk.DropPolicy.fixed(0.5)).tinydrop.last is None
-        True
-        >>> with torch.inference_mode():
-        ...     answers = model(torch.randn(2, 3, 224, 224))
+        >>> model = tdk.patch(model, guidance, tdk.DropPolicy.fixed(0.5))
+        >>> answers = model(images)
         >>> model.tinydrop.last.counts.tolist()
         [98, 98]
+        >>> model.tinydrop.policy = tdk.DropPolicy.fixed(0.25)
+        >>> answers = model(images)
+        >>> model.tinydrop.last.counts.tolist()
+        [49, 49]
     """
 
     @eager_outside
     def __call__(self, images: Tensor) -> Tensor:
-        """Return the answers ``(batch, classes)`` for images, in the target's dtype.
+        """Return the answers for images, ``(batch, classes)`` in the target's dtype.
 
         Args:
             images: ``(batch, channels, height, width)``, normalised for the target.
@@ -60,21 +59,29 @@ class TinyDrop(PatchedState):
         return steps.classify(self, images)
 
     def dense(self, images: Tensor) -> Tensor:
-        """Return the target's own logits with every patch kept and no exits."""
+        """Return the target's own logits, with every patch kept and no exits."""
         logits: Tensor = self.model.forward_head(self.model.forward_features(images))
         return logits
 
     @eager_outside
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the target's features on the dense grid. An image that would exit is given the smallest budget.
+        """Return the target's features on the dense grid, computed from the kept patches alone.
+
+        No image exits, because budgets are computed with ``tau=None`` (see :class:`DropPolicy`).
 
         Args:
             images: as for a call.
 
         Returns:
-            ``(batch, dim, rows, columns)``, normed as ``forward_features`` leaves them. A kept patch has its own
-            features; a dropped patch has those of the nearest kept patch. Also bool ``(batch, rows, columns)``: whether
+            Features ``(batch, dim, rows, columns)`` after the final norm, as from ``forward_features``. A dropped patch
+            has the features of the nearest kept patch. Also a mask, bool ``(batch, rows, columns)``. It is True where
             the patch was kept, or the patch of a coarser grid that covers it.
+
+        Example:
+            >>> model = tdk.patch(model, guidance, tdk.DropPolicy.fixed(0.5))
+            >>> features, kept = model.tinydrop.features(images)
+            >>> features.shape, kept.sum(dim=(1, 2)).tolist()
+            (torch.Size([2, 192, 14, 14]), [98, 98])
         """
         self.check(images)
         policy = dataclasses.replace(self.policy, tau=None, blend=0.0, second_look=None)
@@ -86,15 +93,21 @@ class TinyDrop(PatchedState):
         return features_in_place(tokens, packed, indices, parts, plan.levels[0], prefix)
 
     def report(self, call: Call | None = None) -> Report:
-        """Return exits, kept patches and FLOPs against dense, and seconds by stage if they were timed.
+        """Return exits, kept patches and FLOPs of a call, and the seconds of each stage if they were timed.
 
-        Nothing is run. :func:`tinydrop_kernels.benchmark` measures whether the patched model is faster.
+        No model is run. To measure whether patching is faster, use :func:`tinydrop_kernels.benchmark`.
 
         Args:
-            call: what to report; by default this thread's last call.
+            call: the call to report. The default is this thread's last call.
 
         Raises:
-            RuntimeError: there was no call yet.
+            RuntimeError: this thread has not called the model yet.
+
+        Example:
+            >>> model = tdk.patch(model, guidance, tdk.DropPolicy.fixed(0.5))
+            >>> answers = model(images)
+            >>> model.tinydrop.report().mean_keep
+            0.5
         """
         call = self.last if call is None else call
         if call is None:
@@ -104,10 +117,15 @@ class TinyDrop(PatchedState):
         return Report.of(call, self.family, self.model, guidance_flops)
 
     def refresh(self) -> None:
-        """Forget everything that was computed from weights of the target and of the guidance model, or recorded.
+        """Discard the cached values that were computed from weights of either model, and all recorded CUDA graphs.
 
-        Call it after weights were written through ``.data``, which goes unnoticed in a process that has not trained.
-        Call it after training, too: until then nothing computed from weights is kept between calls.
+        Call it after writing to weights through ``.data``, because such writes cannot be noticed. Call it after
+        training, too. Once a process has trained, nothing is cached until then, and every call takes longer.
+
+        Example:
+            >>> model = tdk.patch(model, guidance, tdk.DropPolicy.fixed(0.5))
+            >>> model.pos_embed.data *= 2
+            >>> model.tinydrop.refresh()
         """
         settle(self.model)
         settle(self.guidance)

@@ -1,8 +1,8 @@
-"""Noticing, at every call and within microseconds, that a model is no longer what was inspected.
+"""A check, at every call and within microseconds, that a model has not changed since it was inspected.
 
-A packed forward reads weights and calls modules one by one, so what somebody changes in a patched model may be passed
-over. Walking all modules to look for that takes milliseconds. So a model is inspected once, a :class:`Watch` remembers
-what it consisted of then, and each call only compares.
+A packed forward reads weights and calls modules one by one. So it may miss something that a user has changed in a
+patched model, such as a replaced block. Inspecting all modules takes milliseconds. So a model is inspected once, a
+:class:`Watch` records its parts, and each call only compares them.
 """
 
 from collections.abc import Callable
@@ -18,14 +18,14 @@ _is_training = itemgetter("training")
 
 
 class Watch:
-    """A model as it was when this was made.
+    """A record of a model at the time when the watch was made, to compare the model with.
 
-    Compared are, of every module: children and instance forwards (its parts), number of attributes, hooks and mode; and
-    the hooks on all modules. A ViT-B has 276 modules, so their dictionaries are read directly, in loops of C.
+    Each module's children, ``forward`` on the instance, number of attributes, mode and hooks are compared, and torch's
+    global hooks. A ViT-B has 276 modules, so their dictionaries are read directly, in loops that run in C.
 
     Args:
         model: any module.
-        settings: returns attribute values of the model that matter besides.
+        settings: returns further attribute values of the model to compare.
     """
 
     def __init__(self, model: nn.Module, settings: Callable[[], Any] = lambda: None):
@@ -40,31 +40,31 @@ class Watch:
         self._parts, self._state, self._seen_hooks = self._read_parts(), self._read_state(), self._read_hooks()
 
     def same_parts(self) -> bool:
-        """Return whether no module was added, removed or exchanged, and no ``forward`` set on an instance."""
+        """Return whether no module was added, removed or exchanged, and no instance's ``forward`` has changed."""
         return self._parts == self._read_parts()
 
     def same_state(self) -> bool:
-        """Return whether modes, numbers of attributes and settings are what they were."""
+        """Return whether modes, numbers of attributes and settings are unchanged."""
         return self._state == self._read_state()
 
     def same_hooks(self) -> bool:
-        """Return whether the same modules have hooks as when they were looked at last."""
+        """Return whether modules have as many hooks as at the last inspection, and the global hooks are the same."""
         return self._seen_hooks == self._read_hooks()
 
     def new_parts(self) -> list[str]:
-        """Return the names of the modules that were not there when this was made."""
+        """Return the names of the modules that were added after the watch was made."""
         return [name for name, module in self.model.named_modules() if module not in self._modules]
 
     def note_hooks(self) -> None:
-        """Take the hooks that there are now for looked at."""
+        """Record that the present hooks have been inspected."""
         self._seen_hooks = self._read_hooks()
 
     def has_hooks(self) -> bool:
-        """Return whether hooks run within the model; those on the model itself do not count."""
+        """Return whether any hook runs inside the model. Hooks on the model itself do not count."""
         return any(self._inner_hooks) or bool(global_hooks())
 
     def pointers(self) -> list[int]:
-        """Return where every parameter and buffer lies: what a recorded CUDA graph has baked in."""
+        """Return the addresses of all parameters and buffers, which a recorded CUDA graph reads from."""
         tensors = chain.from_iterable(named.values() for named in self._tensors)
         return [tensor.data_ptr() for tensor in tensors if tensor is not None]
 

@@ -1,4 +1,7 @@
-"""The timm families that can be patched, one file each; :class:`base.Family` says what a file must offer."""
+"""The timm model families that can be patched.
+
+Each family is a module of its own with a subclass of :class:`base.Family`, the interface of a family.
+"""
 
 from importlib import import_module
 
@@ -11,9 +14,9 @@ from tinydrop_kernels.families.trial import find_mismatch
 __all__ = ["FAMILIES", "Family", "UnsupportedModelError", "family_of", "find_mismatch"]
 
 FAMILIES: dict[str, Family] = {}
-_broken: list[str] = []  # families that cannot be imported with the installed timm, and why
+_broken: list[str] = []  # each family that cannot be imported with the installed timm, and the error
 
-# Each by itself: a timm that renames a part of one leaves the others usable.
+# Import each family separately, so that a class that timm has renamed disables only its own family.
 for _name in ("Vit", "Beit", "Eva", "Swin"):
     try:
         _family: type[Family] = getattr(import_module(f"tinydrop_kernels.families.{_name.lower()}"), _name)
@@ -23,14 +26,24 @@ for _name in ("Vit", "Beit", "Eva", "Swin"):
 
 
 def family_of(model: nn.Module) -> Family:
-    """Return the family of a model; :meth:`Family.unsupported_reason` says whether every part of it is supported.
+    """Return the family of a model.
+
+    The family may still refuse a part of the model, which :meth:`Family.unsupported_reason` reports.
+
+    Args:
+        model: any module.
 
     Raises:
-        UnsupportedModelError: none takes the model.
+        UnsupportedModelError: No family accepts the model.
+
+    Example:
+        >>> from tinydrop_kernels.families import family_of
+        >>> type(family_of(model)).__name__
+        'Vit'
     """
     for family in FAMILIES.values():
         if family.accepts(model):
             return family
     supported = "; ".join(family.name for family in FAMILIES.values())
-    lost = f"; not with timm {timm.__version__}: {'; '.join(_broken)}" if _broken else ""
+    lost = f"; cannot be imported with timm {timm.__version__}: {'; '.join(_broken)}" if _broken else ""
     raise UnsupportedModelError(f"model: got {type(model).__name__}, supported: {supported}{lost}")

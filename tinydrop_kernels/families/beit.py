@@ -1,7 +1,8 @@
-"""timm's ``Beit``: BEiT and BEiTv2, whose attention adds a bias by how far apart two patches are.
+"""timm's ``Beit``: BEiT and BEiTv2, whose attention adds a bias that depends on the distance of two patches.
 
-Each block has a table of them, and in some models all blocks share one more. Kept tokens bring their coordinates along.
-At a coarser grid the tables are resampled as timm's ``set_input_size`` does it.
+Each block has a table of these biases, and in some models all blocks share another table. Kept tokens carry their
+positions, so that their biases can be looked up. At a coarser grid the tables are resampled as timm's
+``set_input_size`` does it.
 """
 
 from types import MappingProxyType
@@ -23,11 +24,11 @@ from tinydrop_kernels.torch_internals import eager
 
 
 class PackedPositions(NamedTuple):
-    """Where the packed tokens are; travels through timm's blocks in the place of ``shared_rel_pos_bias``."""
+    """The layout of the packed tokens. timm's blocks pass it to their attention as ``shared_rel_pos_bias``."""
 
     packed: Packed
     parts: list[Part]
-    tables: list[Tensor | None]  # the block's, at the grid of each part
+    tables: list[Tensor | None]  # the block's biases, one table per part at the part's grid
 
 
 class Beit(PlainFamily):
@@ -44,7 +45,11 @@ class Beit(PlainFamily):
     def attend(
         self, attention: TimmModule, x: Tensor, shared_rel_pos_bias: Tensor | PackedPositions | None = None
     ) -> Tensor:
-        """Return ``Attention.forward``, of packed tokens ``(total, dim)`` if handed where they are."""
+        """Return the output of BEiT's ``Attention``.
+
+        ``x`` holds packed tokens ``(total, dim)`` if ``shared_rel_pos_bias`` is a :class:`PackedPositions`. Otherwise
+        timm's own forward runs.
+        """
         if not isinstance(shared_rel_pos_bias, PackedPositions):
             dense: Tensor = type(attention).forward(attention, x, shared_rel_pos_bias=shared_rel_pos_bias)
             return dense
@@ -62,7 +67,7 @@ class Beit(PlainFamily):
         return projection
 
     def trial_patches(self, model: TimmModule, grid: Grid) -> int:
-        return grid[0] * grid[1]  # a block's bias is of the whole grid
+        return grid[0] * grid[1]  # timm's bias is sized for the whole grid, so its blocks take no fewer tokens
 
     def encode(
         self, model: TimmModule, tokens: Tensor, packed: Packed, parts: list[Part], read_all: bool = False
@@ -89,13 +94,16 @@ class Beit(PlainFamily):
         return encoded
 
 
-@eager  # they are kept between calls, and made by what cannot be traced
+@eager  # the tables are kept between calls and resampled by timm's code, which torch.compile cannot trace
 def _tables(model: TimmModule, parts: list[Part]) -> list[list[Tensor | None]]:
     return [[_table(block.attn, model.rel_pos_bias, part.grid) for part in parts] for block in model.blocks]
 
 
 def _table(attention: TimmModule, shared: TimmModule | None, grid: Grid) -> Tensor | None:
-    """The block's table and the model's, summed, at a grid: ``(distances, heads)``."""
+    """Return the sum of the block's table and the shared one at a grid: ``(distances, heads)``.
+
+    The result is None if the model has neither.
+    """
     owners = [m for m in (attention, shared) if m is not None and m.relative_position_bias_table is not None]
     tables = [_resampled(m.relative_position_bias_table, tuple(m.window_size), grid) for m in owners]
     return torch.stack(tables).sum(0) if tables else None

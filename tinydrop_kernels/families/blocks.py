@@ -1,7 +1,7 @@
 """timm's attention and its last block on packed tokens.
 
-Where the head reads prefix tokens alone, nobody reads any other row of the last block: it takes keys and values of all
-tokens, but queries, projection and MLP of the prefix tokens. Exact, and 7 % of a 12-layer ViT saved.
+If the head reads only prefix tokens, the last block computes keys and values for all tokens, but queries, projection
+and MLP only for the prefix tokens. The result is exact and saves 7 % of a 12-layer ViT.
 """
 
 from collections.abc import Callable
@@ -17,10 +17,12 @@ from tinydrop_kernels.torch_internals import has_hooks
 
 
 def project_fused(attention: TimmModule, x: Tensor) -> tuple[Tensor, ...]:
-    """Query, key and value ``(total, heads, head_dim)`` as BEiT and EVA project them: biases for query and value only.
+    """Return query, key and value, each ``(total, heads, head_dim)``, as BEiT, EVA and SwinV2 project them.
+
+    These models have learned biases for query and value only.
 
     Args:
-        attention: with ``qkv`` and ``num_heads``; ``q_bias``, ``k_bias``, ``v_bias`` may be None.
+        attention: an attention with ``qkv`` and ``num_heads``. ``q_bias``, ``k_bias`` and ``v_bias`` may be None.
         x: ``(total, dim)``.
     """
     if attention.q_bias is None:
@@ -36,20 +38,23 @@ def project_fused(attention: TimmModule, x: Tensor) -> tuple[Tensor, ...]:
 
 
 def reads_prefix_alone(block: TimmModule) -> bool:
-    """Return whether :func:`run_last_block` stands for the block: timm's plain one, without hooks."""
+    """Return whether :func:`run_last_block` can replace the block: it is timm's plain ``Block``, without hooks."""
     if type(block) is not Block or type(block.attn.qkv) is not nn.Linear:
         return False
     return not any(map(has_hooks, block.modules()))
 
 
 def run_last_block(block: TimmModule, tokens: Tensor, packed: Packed, num_prefix_tokens: int) -> tuple[Tensor, Packed]:
-    """``Block.forward`` for the prefix tokens: ``(segments * num_prefix_tokens, dim)``, and where they are.
+    """Run a block for the prefix tokens alone.
 
     Args:
-        block: for which :func:`reads_prefix_alone`.
+        block: a block for which :func:`reads_prefix_alone` is true.
         tokens: ``(total, dim)``.
-        packed: no segment of which is empty.
-        num_prefix_tokens: at least 1.
+        packed: layout of the tokens, without empty segments.
+        num_prefix_tokens: prefix tokens per segment, at least 1.
+
+    Returns:
+        The prefix tokens ``(segments * num_prefix_tokens, dim)``, and their layout.
     """
     attention, segments = block.attn, len(packed.cu_seqlens) - 1
     starts = torch.arange(segments + 1, dtype=torch.int32, device=tokens.device) * num_prefix_tokens
@@ -77,20 +82,20 @@ def attend_projected(
     keys: Packed,
     turn: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """What follows the projection in timm's attentions: ``(rows, dim)``.
+    """Return the output ``(rows, dim)`` of a timm attention whose queries, keys and values are already projected.
 
     Args:
-        attention: with ``q_norm``, ``k_norm``, ``norm``, ``proj`` and ``proj_drop``; a ``gate`` is honoured.
-        x: ``(rows, dim)``, what the queries came from.
+        attention: an attention with ``q_norm``, ``k_norm``, ``norm``, ``proj``, ``proj_drop`` and maybe a ``gate``.
+        x: ``(rows, dim)``, the tokens that the queries were projected from.
         query: ``(rows, heads, head_dim)``.
-        key, value: ``(total, heads, head_dim)``; of fewer heads, each serves as many heads of the query in a row.
-        queries, keys: where they are.
-        turn: rotates normed queries and keys.
+        key, value: ``(total, heads, head_dim)``. With fewer heads than the query, each serves a group of query heads.
+        queries, keys: layouts of the queries and of the keys.
+        turn: rotates normed queries and keys; None if the model has no rotary embedding.
     """
     query, key = attention.q_norm(query), attention.k_norm(key)
     if turn is not None:
         query, key = turn(query), turn(key)
-    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast norms in float32
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, norms return float32
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
@@ -104,6 +109,6 @@ def attend_projected(
 
 
 def linears(model: TimmModule) -> list[nn.Linear]:
-    """The linear layers of the blocks that are torch's own."""
+    """Return the linear layers of the blocks whose class and forward are torch's own."""
     blocks = model.blocks if hasattr(model, "blocks") else model.layers
     return [module for module in blocks.modules() if type(module) is nn.Linear and "forward" not in vars(module)]

@@ -1,7 +1,9 @@
-"""What is refused of a model when it is patched, and again when something in it has changed since then.
+"""Checks that refuse a model whose packed forward would not do what timm's forward does.
 
-A packed forward calls the modules of a model one by one. Some of timm's are not called at all, and what hangs on those
-would have no effect. So they must be timm's own, without hooks, and nothing may be random in an eval model.
+They run when a model is patched, and again when something in a patched model has changed.
+
+A packed forward calls the modules of a model one by one, but it skips some of them. A hook on a skipped module would
+have no effect. So a skipped module must be timm's own and have no hooks. No module of an eval model may be random.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,12 +16,16 @@ from tinydrop_kernels.torch_internals import global_hooks, has_hooks, is_own
 
 _PATCH_DROPS = (nn.Identity, PatchDropout, PatchDropoutWithIndices)
 CONTAINERS = (nn.Sequential, nn.ModuleList)
-# Of dropout, PatchDropout and DropPath; and of timm's rotary embeddings, where they are jittered.
+# Attributes that are nonzero if a module is random. The rates belong to dropout, PatchDropout and DropPath, aug_active
+# to timm's rotary embeddings, which jitter their angles.
 _RATES = ("p", "prob", "drop_prob", "aug_active")
 
 
 def foreign_method(model: TimmModule, base: type, methods: tuple[str, ...]) -> str | None:
-    """Describe the first of the methods that is neither the base class's own nor set by patching; None if all are."""
+    """Return a description of the first method that is not timm's, or None if all are timm's.
+
+    A method is timm's if the base class defines it, or if patching has set it on the instance.
+    """
     for method in methods:
         own = vars(model).get(method)
         if getattr(type(model), method) is not getattr(base, method) or not (own is None or is_own(own)):
@@ -28,34 +34,36 @@ def foreign_method(model: TimmModule, base: type, methods: tuple[str, ...]) -> s
 
 
 def foreign_block(model: TimmModule, block_types: tuple[type, ...], attentions: Mapping[type, set[str]]) -> str | None:
-    """Describe the first block or attention that this package does not know; None if it knows all.
+    """Return a description of the first unsupported block or attention, or None if all are supported.
 
     Args:
-        model: with ``blocks`` that have an ``attn`` each.
-        block_types: types of blocks that are known.
-        attentions: types of attentions that are known, and names of the modules that each may have.
+        model: a model with ``blocks``, each with an ``attn``.
+        block_types: supported types of blocks.
+        attentions: supported types of attention modules, with the names of the children that each may have.
     """
     if type(model.blocks) not in CONTAINERS:
         return f"blocks in a {type(model.blocks).__name__}; supported are {_names(CONTAINERS)}"
     for number, block in enumerate(model.blocks):
         if type(block) not in block_types or not _has_own_forward(block):
             kind, supported = type(block).__name__, _names(block_types)
-            return f"blocks of type {kind}; supported are {supported} (blocks.{number} is none)"
+            return f"blocks of type {kind}; supported are {supported} (found at blocks.{number})"
         known = attentions.get(type(block.attn))
         if known is None or not _has_own_forward(block.attn):
             kind, supported = type(block.attn).__name__, _names(attentions)
-            return f"attention of type {kind}; supported is timm's own {supported} (blocks.{number}.attn is none)"
+            return f"attention of type {kind}; supported is timm's own {supported} (found at blocks.{number}.attn)"
         unknown = {name for name, _ in block.attn.named_children()} - known
         if unknown:
-            return f"attention with {', '.join(sorted(unknown))}, which this version does not know"
+            return f"attention with {', '.join(sorted(unknown))}, which this version does not support"
     return None
 
 
 def passed_over(model: TimmModule) -> str | None:
-    """Describe what timm's forward runs and the packed one does not: a module replaced or hooked, or active dropout.
+    """Return a description of what the packed forward would skip, or None if it skips nothing that matters.
+
+    What matters is a replaced or hooked module that the packed forward does not call, and active dropout.
 
     Args:
-        model: of a family with ``blocks`` that have an ``attn`` each, ``pos_drop`` and maybe a ``patch_drop``.
+        model: a model with ``pos_drop`` and with ``blocks``, each with an ``attn``. A ``patch_drop`` is optional.
     """
     patch_drop = getattr(model, "patch_drop", None)
     if patch_drop is not None and type(patch_drop) not in _PATCH_DROPS:
@@ -72,13 +80,13 @@ def passed_over(model: TimmModule) -> str | None:
 
 
 def hooks_in_vain(modules: Mapping[str, nn.Module | None]) -> str | None:
-    """Describe the hooks on modules that the packed forward does not call, or on every module; None if there are none.
+    """Return a description of hooks that the packed forward would not run, or None if there are none.
 
     Args:
-        modules: those that are not called, by name.
+        modules: the modules that the packed forward does not call, by name.
     """
     if global_hooks():
-        return "hooks on every module (register_module_forward_hook), some of which the packed forward does not call"
+        return "hooks on every module (register_module_forward_hook), but the packed forward does not call every module"
     hooked = [name for name, module in modules.items() if module is not None and has_hooks(module)]
     if not hooked:
         return None
@@ -87,9 +95,10 @@ def hooks_in_vain(modules: Mapping[str, nn.Module | None]) -> str | None:
 
 
 def random_in_eval(model: nn.Module) -> str | None:
-    """Describe the first module that is random though the model is in eval mode; None if there is none.
+    """Return a description of the first module that is random in an eval model, or None if there is none.
 
-    What is random for images in timm, as DropPath is, would be random for single tokens here.
+    A model in train mode may be random. A module that is random per image in timm, such as DropPath, would be random
+    per token here.
     """
     if model.training:
         return None
@@ -100,10 +109,10 @@ def random_in_eval(model: nn.Module) -> str | None:
 
 
 def hooks_on_packed_rows(model: nn.Module) -> list[str]:
-    """Return the names of hooked modules that are handed packed rows, where timm hands ``(batch, tokens, dim)``.
+    """Return the names of hooked modules whose input is packed rows instead of timm's ``(batch, tokens, dim)``.
 
     Args:
-        model: a target; its stem and its head see what they see in timm.
+        model: a target. Its stem and its head get the same shapes as in timm.
     """
     within = ("blocks.", "layers.", "norm.", "norm_pre.")
     return [name for name, module in model.named_modules() if f"{name}.".startswith(within) and has_hooks(module)]

@@ -1,4 +1,4 @@
-"""FLOPs of the families whose blocks keep one token a patch, from the first block to the last."""
+"""FLOPs of the families whose blocks all keep one token per patch."""
 
 from tinydrop_kernels.families.embedding import embeds_kept_only
 from tinydrop_kernels.families.flops import count_flops, linear_flops
@@ -13,15 +13,15 @@ def flops_of(
     pool_skip: int = 0,
     last_reads_prefix: bool = False,
 ) -> int:
-    """FLOPs of images of this grid of which so many patches are kept, 0 for one that exits.
+    """Return the FLOPs of a forward on images of one grid.
 
     Args:
-        model: with ``patch_embed``, ``blocks`` with an ``attn`` each, and ``head``.
-        counts: kept patches of each image.
-        grid: rows and columns.
-        is_packed: of the packed forward; otherwise of timm's own.
+        model: a model with ``patch_embed``, ``head``, and ``blocks``, each with an ``attn``.
+        counts: kept patches per image, 0 for an image that exits.
+        grid: rows and columns of patches.
+        is_packed: whether to count the packed forward instead of timm's own.
         pool_skip: prefix tokens that an attention pool leaves out.
-        last_reads_prefix: whether the last block computes keys and values alone of patches.
+        last_reads_prefix: whether the last block computes only keys and values for patches.
     """
     pool, prefix, last = getattr(model, "attn_pool", None), model.num_prefix_tokens, model.blocks[-1]
     per_token = sum(linear_flops(m) for m in model.blocks.modules())
@@ -31,7 +31,7 @@ def flops_of(
     if not is_plain:
         height, width = model.patch_embed.feat_ratio(as_scalar=False)
         per_image += count_flops(model.patch_embed, (model.in_chans, grid[0] * height, grid[1] * width))
-    spared = 0  # of each patch
+    spared = 0  # FLOPs of linear layers that the last block saves per patch
     if last_reads_prefix:
         spared = sum(linear_flops(m) for m in last.modules()) - linear_flops(last.attn.qkv) * 2 // 3
     total = 0

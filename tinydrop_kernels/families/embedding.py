@@ -1,7 +1,8 @@
-"""From images to tokens, for the families whose stem is timm's ``PatchEmbed``: one token a patch, nothing between them.
+"""The step from images to tokens, for the families whose stem is timm's ``PatchEmbed``.
 
-Dropped patches do not go through it: it is a convolution whose stride is its kernel, hence linear in the pixels of one
-patch (:func:`ops.embed_tokens`). A stem that is more than that runs whole, and the kept tokens are gathered behind it.
+``PatchEmbed`` is a convolution whose stride equals its kernel size, so each token depends on the pixels of one patch
+alone. Only the kept patches are projected (:func:`ops.embed_tokens`). A stem that does more runs on the whole image.
+The kept tokens are then gathered from its output.
 """
 
 from typing import Any
@@ -17,11 +18,11 @@ from tinydrop_kernels.torch_internals import has_hooks
 
 
 def embeds_kept_only(model: TimmModule, with_norm: bool = False) -> bool:
-    """Whether the patch embedding is a plain projection, so that dropped patches need not go through it.
+    """Return whether the patch embedding is a plain projection, so that dropped patches can skip it.
 
     Args:
-        model: with ``patch_embed``.
-        with_norm: whether the family calls ``patch_embed.norm`` itself, so that there may be one.
+        model: a model with ``patch_embed``.
+        with_norm: whether to allow a ``patch_embed.norm``, for families that call the norm themselves.
     """
     patch_embed = model.patch_embed
     if type(patch_embed) is not PatchEmbed or patch_embed.dynamic_img_pad:
@@ -34,11 +35,11 @@ def embeds_kept_only(model: TimmModule, with_norm: bool = False) -> bool:
 def embed_kept(
     model: TimmModule, images: Tensor, indices: Tensor, cu_seqlens: Tensor, total: int, grid: Grid
 ) -> Tensor:
-    """Kept patches projected, with their positions, and the prefix tokens: ``(total, dim)``.
+    """Return prefix tokens and projected kept patches, with their positions: ``(total, dim)``.
 
     Args:
-        model: for which :func:`embeds_kept_only`.
-        images, indices, cu_seqlens, total, grid: as for :class:`base.Family`'s ``embed``.
+        model: a model for which :func:`embeds_kept_only` is true.
+        images, indices, cu_seqlens, total, grid: arguments of :meth:`base.Family.embed`.
     """
     projection = model.patch_embed.proj
     prefix, pos_embed = _prefix_and_positions(model, grid)
@@ -48,13 +49,13 @@ def embed_kept(
 
 
 def gather_kept(tokens: Tensor, num_prefix_tokens: int, indices: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
-    """Kept rows of tokens ``(segments, num_prefix_tokens + patches, dim)``: ``(total, dim)``."""
+    """Return the kept rows ``(total, dim)`` of tokens ``(segments, num_prefix_tokens + patches, dim)``."""
     prefix, patches = tokens[:, :num_prefix_tokens], tokens[:, num_prefix_tokens:]
     return ops.gather_tokens(patches, prefix, indices, cu_seqlens, total)
 
 
 def autocast(*tensors: Tensor | None) -> Any:
-    """The tensors as autocast would hand them to a convolution: it does not reach into a registered operator."""
+    """Cast tensors as autocast would for a convolution. autocast does not act on a registered operator itself."""
     device_type = next(tensor for tensor in tensors if tensor is not None).device.type
     if not torch.is_autocast_enabled(device_type):
         return tensors
@@ -63,7 +64,10 @@ def autocast(*tensors: Tensor | None) -> Any:
 
 
 def _prefix_and_positions(model: TimmModule, grid: Grid) -> tuple[Tensor, Tensor | None]:
-    """Prefix tokens with their positions ``(num_prefix_tokens, dim)`` and the patches' positions ``(patches, dim)``."""
+    """Return prefix tokens with positions ``(num_prefix_tokens, dim)``, and positions of patches ``(patches, dim)``.
+
+    The second is None if the model has no position embedding.
+    """
     tokens = [getattr(model, name, None) for name in ("cls_token", "dist_token", "reg_token")]
     rows = [token[0] for token in tokens if token is not None]
     prefix = torch.cat(rows) if rows else model.patch_embed.proj.weight.new_empty(0, model.embed_dim)

@@ -19,7 +19,7 @@ _PARTS = {"qkv", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "attn_drop", 
 
 
 class Eva(PlainFamily):
-    """Transformers with rotary embeddings, and EVA's without."""
+    """Transformers with rotary embeddings, and EVA models without them."""
 
     name = "Eva (EVA, EVA-02, DINOv3, PE, ViTs with rotary embeddings)"
     reads_positions = True
@@ -35,9 +35,10 @@ class Eva(PlainFamily):
         attn_mask: Any = None,
         is_causal: bool = False,
     ) -> Tensor:
-        """Return ``EvaAttention.forward`` or ``AttentionRope.forward``, of packed tokens if handed a layout.
+        """Return the output of timm's ``EvaAttention`` or ``AttentionRope``.
 
-        Packed tokens are ``(total, dim)`` and ``rope`` is ``(total, 1 or heads, 2 * head_dim)``, sines before cosines.
+        ``x`` holds packed tokens ``(total, dim)`` if ``attn_mask`` is a :class:`Packed` layout. ``rope`` is then
+        ``(total, 1 or heads, 2 * head_dim)``, sines before cosines. Otherwise timm's own forward runs.
         """
         if not isinstance(attn_mask, Packed):
             masks = {"attn_mask": attn_mask, "is_causal": is_causal}
@@ -71,7 +72,7 @@ class Eva(PlainFamily):
         return embedded
 
     def dense_encode(self, model: TimmModule, tokens: Tensor) -> Tensor:
-        # Of fewer tokens than the grid has, the first patches'.
+        # The trial may pass only the first patches of the grid, so take only their embeddings.
         rope, patches = None, tokens.shape[1] - model.num_prefix_tokens
         if model.rope is not None:
             rope = embedding_at(model.rope, tuple(model.patch_embed.grid_size))[..., :patches, :]

@@ -1,8 +1,8 @@
-"""Counting the FLOPs of a module.
+"""FLOP counts of single modules.
 
-As ``torch.utils.flop_counter`` does: two per multiply-add of matrix products, convolutions and attention; everything
-else is free. What a packed call costs is a formula of its family (:mod:`families`), since every batch costs otherwise;
-``tests/families/test_flops.py`` holds the formulas against the counter.
+The rules are those of ``torch.utils.flop_counter``. A multiply-add in a matrix product, a convolution or attention
+counts as two FLOPs, and everything else as none. The FLOPs of a packed call depend on the batch, so each family has a
+formula for them (:mod:`families`). ``tests/families/test_flops.py`` compares the formulas with the counter.
 """
 
 import copy
@@ -16,15 +16,18 @@ _counted: "WeakKeyDictionary[nn.Module, dict[tuple[int, ...], int]]" = WeakKeyDi
 
 
 def count_flops(module: nn.Module, image_shape: tuple[int, ...]) -> int:
-    """FLOPs of a module on one image, counted on meta tensors: nothing is computed. Counted once a shape.
+    """Return the FLOPs of a module on one image.
+
+    They are counted on meta tensors, so nothing is computed, and kept for the next call with the same shape.
 
     Args:
-        module: takes ``(1, *image_shape)``.
+        module: a module that takes a tensor ``(1, *image_shape)``.
         image_shape: channels, height and width.
     """
     known = _counted.setdefault(module, {})
     if image_shape not in known:
-        copied = copy.deepcopy(module).to("meta", torch.float32)  # a guidance model's head is wider than its trunk
+        # Cast to one dtype, because a half-precision guidance model keeps its head in float32.
+        copied = copy.deepcopy(module).to("meta", torch.float32)
         image = torch.empty(1, *image_shape, device="meta")
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             copied(image)
@@ -33,6 +36,6 @@ def count_flops(module: nn.Module, image_shape: tuple[int, ...]) -> int:
 
 
 def linear_flops(module: nn.Module | None) -> int:
-    """FLOPs of a linear layer on one row, quantised or not; 0 for anything else."""
+    """Return the FLOPs of a linear layer on one row, quantised or not. Return 0 for any other module or None."""
     size = (getattr(module, "in_features", 0), getattr(module, "out_features", 0))
     return 2 * size[0] * size[1]

@@ -1,4 +1,4 @@
-"""Images and positions at a coarser grid: the patch size stays, the image gets smaller."""
+"""Images and position embeddings at a coarser grid. The patch size stays, so the image gets smaller."""
 
 import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
@@ -9,19 +9,26 @@ from tinydrop_kernels.ops.types import LEVELS, Grid
 
 
 def coarser_grids(dense: Grid) -> list[Grid]:
-    """The dense grid and the coarser ones, each once: of a small grid some round to the same."""
+    """Return the dense grid and the coarser grids of :data:`LEVELS`.
+
+    Levels of a small grid that round to the same size are listed once.
+    """
     rows, columns = dense
     grids = [(max(1, int(rows * side + 0.5)), max(1, int(columns * side + 0.5))) for side in LEVELS]
     return list(dict.fromkeys(grids))
 
 
 def resized_images(images: Tensor, patch: tuple[int, int], dense: Grid, grid: Grid) -> Tensor:
-    """Images whose whole patches make another grid: bicubic, antialiased, in float32 (CPU has no other).
+    """Resize images so that their patches form another grid.
+
+    The interpolation is bicubic with antialiasing. It runs in float32, because torch has no antialiasing in half
+    precision on CPU.
 
     Args:
-        images: floating ``(n, channels, height, width)``, of the grid ``dense``; pixels beyond it are left out.
-        patch: height and width.
-        dense, grid: rows and columns.
+        images: floating ``(n, channels, height, width)``. Pixels beyond the last whole patch are left out.
+        patch: height and width of a patch in pixels.
+        dense: rows and columns of the images' own grid.
+        grid: rows and columns of the new grid.
 
     Returns:
         ``(n, channels, grid[0] * patch[0], grid[1] * patch[1])``.
@@ -32,11 +39,13 @@ def resized_images(images: Tensor, patch: tuple[int, int], dense: Grid, grid: Gr
 
 
 def resampled_positions(pos_embed: Tensor, old: Grid, new: Grid, num_prefix_tokens: int) -> Tensor:
-    """timm's ``resample_abs_pos_embed``, which a ViT with ``dynamic_img_size`` uses too.
+    """Resample position embeddings to another grid.
+
+    timm's ``resample_abs_pos_embed`` does it, as in a ViT with ``dynamic_img_size``.
 
     Args:
         pos_embed: ``(1, num_prefix_tokens + old patches, dim)``.
-        old, new: rows and columns.
+        old, new: rows and columns of the grids.
         num_prefix_tokens: rows in front that are not resampled.
 
     Returns:

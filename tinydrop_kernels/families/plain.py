@@ -1,4 +1,4 @@
-"""What ViT, BEiT and EVA have in common: blocks that keep one token a patch, and timm's patch embedding before them."""
+"""The common part of ViT, BEiT and EVA: timm's patch embedding, and blocks that all keep one token per patch."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,17 +14,17 @@ from tinydrop_kernels.ops.types import Grid, TimmModule
 
 
 class PlainFamily(Family):
-    """A family of isotropic transformers; a subclass names timm's classes and runs their blocks.
+    """A family of isotropic transformers. A subclass names timm's classes and runs their blocks.
 
-    What is relied upon is checked by identity with timm's own classes and methods, so that a model or a timm that does
-    something else is refused and not mistaken.
+    Classes and methods are compared with timm's own by identity. A model that overrides one of them is refused,
+    because its packed forward could return wrong answers.
 
     Attributes:
-        model_types: of the models, the most derived first.
-        methods: of the model, which must be timm's own.
-        block_types: of ``model.blocks``.
-        attention_types: of each block's ``attn``, with the names of the modules that it may have.
-        pools: values of ``global_pool`` that are supported.
+        model_types: supported model classes, the most derived first.
+        methods: names of the model's methods that must be timm's own.
+        block_types: supported classes of ``model.blocks``.
+        attention_types: supported classes of each block's ``attn``, with the names of the children that each may have.
+        pools: supported values of ``global_pool``.
     """
 
     model_types: tuple[type, ...]
@@ -46,7 +46,7 @@ class PlainFamily(Family):
         )
 
     def settings(self, model: TimmModule) -> tuple[Any, ...]:
-        return model.global_pool, tuple(vars(model))  # a method that is replaced on the model is one name more
+        return model.global_pool, tuple(vars(model))  # a method that is replaced on the instance adds a name
 
     def attentions(self, model: TimmModule) -> list[nn.Module]:
         return [block.attn for block in model.blocks]

@@ -1,4 +1,4 @@
-"""From packed tokens to one row an image: timm's pools, segment by segment."""
+"""timm's pools on packed tokens. They reduce each segment to one row per image."""
 
 import torch
 from timm.layers import AttentionPoolLatent
@@ -13,25 +13,25 @@ _MAP_POOL_PARTS = {"q", "kv", "q_norm", "k_norm", "proj", "proj_drop", "norm", "
 
 
 def unsupported_pool(model: TimmModule, pools: tuple[str, ...] = POOLS) -> str | None:
-    """What of the pool is not supported, or None; only looks at attributes."""
+    """Return a description of an unsupported pool, or None if it is supported. Only attributes are read."""
     if model.global_pool not in pools:
         return f"global_pool={model.global_pool!r}; supported are {', '.join(pools)}"
     if model.global_pool == "map":
         pool = model.attn_pool
         unknown = {name for name, _ in pool.named_children()} - _MAP_POOL_PARTS
         if type(pool) is not AttentionPoolLatent or pool.pos_embed is not None or pool.pool != "token" or unknown:
-            return "an attn_pool other than timm's AttentionPoolLatent as SigLIP has it"
+            return "an attn_pool other than timm's AttentionPoolLatent as configured for SigLIP"
     return None
 
 
 def pool_segments(model: TimmModule, tokens: Tensor, packed: Packed, skip: int) -> Tensor:
-    """``model.pool`` on packed tokens: ``(segments, dim)``.
+    """Apply ``model.pool`` to packed tokens and return ``(segments, dim)``.
 
     Args:
-        model: with ``global_pool`` one of :data:`POOLS`.
+        model: a model whose ``global_pool`` is one of :data:`POOLS`.
         tokens: ``(total, dim)``.
-        packed: where they are.
-        skip: rows in front of each segment that averages, maxima and attention pools leave out.
+        packed: layout of the tokens.
+        skip: tokens at the start of each segment that every pool except ``"token"`` leaves out.
     """
     if model.global_pool == "map":
         return _map_pool(model.attn_pool, tokens, packed, skip)
@@ -42,7 +42,7 @@ def pool_segments(model: TimmModule, tokens: Tensor, packed: Packed, skip: int) 
 
 
 def _map_pool(pool: TimmModule, tokens: Tensor, packed: Packed, skip: int) -> Tensor:
-    """``AttentionPoolLatent.forward`` on segments: the latent queries attend each image's tokens but the first ones."""
+    """Apply ``AttentionPoolLatent`` to segments. The latent queries skip the first ``skip`` tokens of each segment."""
     segments, latents = len(packed.cu_seqlens) - 1, pool.latent_len
     query = pool.q(pool.latent[0]).view(latents, pool.num_heads, pool.head_dim)
     key, value = pool.kv(tokens).view(-1, 2, pool.num_heads, pool.head_dim).unbind(1)

@@ -1,7 +1,8 @@
 """Rotary embeddings of packed tokens.
 
-A rotary embedding turns queries and keys by an angle that follows from where a patch is. Kept tokens take the angles of
-their own places at their own grid; prefix tokens are not turned. Axial angles serve all blocks, mixed ones one block.
+A rotary embedding rotates queries and keys by an angle that depends on the position of the patch. A kept token gets the
+angle of its position on its image's own grid. Prefix tokens are not rotated. Axial embeddings are shared by all blocks,
+and mixed embeddings differ per block and head.
 """
 
 import copy
@@ -15,13 +16,13 @@ from tinydrop_kernels.torch_internals import eager
 
 
 class PackedRope:
-    """The embedding of the packed tokens, block by block.
+    """The rotary embedding of the packed tokens, per block.
 
     Args:
-        rope: timm's module, or None for a model without.
-        is_mixed: whether each block and head has its own.
-        packed: with positions.
-        parts: the grids, and how many rows each has.
+        rope: timm's module; None if the model has no rotary embedding.
+        is_mixed: whether each block and head has its own embedding.
+        packed: layout of the tokens, with positions.
+        parts: the parts of the batch, one per grid.
     """
 
     def __init__(self, rope: TimmModule | None, is_mixed: bool, packed: Packed, parts: list[Part]):
@@ -35,16 +36,20 @@ class PackedRope:
                 self._shared = torch.cat([table[place] for table, place in self._of_grids])[:, None]
 
     def of_block(self, number: int) -> Tensor | None:
-        """``(total, 1 or heads, 2 * head_dim)``, sines before cosines; None for a model without."""
+        """Return a block's ``(total, 1 or heads, 2 * head_dim)``, sines before cosines.
+
+        The result is None if the model has no rotary embedding.
+        """
         if not (self._is_mixed and self._of_grids):
             return self._shared
         return torch.cat([table[number][:, place] for table, place in self._of_grids], 1).transpose(0, 1)
 
 
 def embedding_at(rope: TimmModule, grid: Grid) -> Tensor:
-    """``([depth, heads,] patches, 2 * head_dim)`` as timm makes it at a grid.
+    """Return timm's embedding at a grid: ``([depth, heads,] patches, 2 * head_dim)``.
 
-    A module has it ready at its model's own size, updated when the size is set anew, or computes it at every call.
+    Some of timm's modules hold the embedding of one grid, and a copy is updated to another grid. Other modules compute
+    the embedding of any grid at every call.
     """
     fixed = getattr(rope, "feat_shape", None)
     embedded: Tensor
@@ -58,13 +63,16 @@ def embedding_at(rope: TimmModule, grid: Grid) -> Tensor:
     return embedded
 
 
-@eager  # they are kept between calls, and made by what cannot be traced
+@eager  # the tables are kept between calls and computed by timm's code, which torch.compile cannot trace
 def _tables(rope: TimmModule, grids: list[Grid]) -> list[Tensor]:
     return [_with_identity_at(rope, grid) for grid in grids]
 
 
 def _with_identity_at(rope: TimmModule, grid: Grid) -> Tensor:
-    """One row more, of no turn: prefix tokens, whose position is -1, find it at the end."""
+    """Return the table of a grid with one more row at the end, which rotates by zero.
+
+    Prefix tokens have position -1, so they index this row.
+    """
 
     def make() -> Tensor:
         embedded = embedding_at(rope, grid)

@@ -1,11 +1,12 @@
 """timm's ``SwinTransformer`` and ``SwinTransformerV2``: attention within windows, on grids that halve at every stage.
 
-A patch of the protocol is a cell here, a place of the last stage's grid, so that what is merged lives or dies together;
-:mod:`families.windows` says how its tokens lie. A window is a segment of the tokens that survive in it. At a coarser
-grid windows and biases are what timm's ``set_input_size`` makes of them.
+What :class:`Family` calls a patch is a cell here: one position of the last stage's grid, with all tokens that merge
+into it. A cell is kept or dropped as a whole. :mod:`families.swin_windows` describes the order of its tokens. The kept
+tokens of a window form one segment. At a coarser grid, windows and biases are those that timm's ``set_input_size``
+would set.
 
-timm's blocks, whose forward takes a dense grid, are run part by part: norms, projections and MLPs are called, and hooks
-on what is passed over are refused.
+The forward of timm's blocks takes a dense grid, so it is not called. The norms, projections and MLPs inside it are
+called one by one. Hooks on modules that are not called are refused.
 """
 
 import math
@@ -41,11 +42,11 @@ from tinydrop_kernels.ops.types import Grid, Packed, Part, RelativeBias, TimmMod
 from tinydrop_kernels.torch_internals import eager, eager_outside
 
 _METHODS = ("forward", "forward_features", "forward_head")
-MAX_LOG_SCALE = math.log(100)  # of SwinV2's attention
+MAX_LOG_SCALE = math.log(100)  # upper bound of the logit_scale in SwinV2's attention
 
 
 class Swin(Family):
-    """Hierarchical transformers; a patch is a cell of the last stage's grid."""
+    """Hierarchical transformers. A patch is a cell of the last stage's grid."""
 
     name = "SwinTransformer, SwinTransformerV2"
     reads_positions = True
@@ -60,10 +61,10 @@ class Swin(Family):
         return swin_checks.settings(model)
 
     def attentions(self, model: TimmModule) -> list[nn.Module]:
-        return []  # encode calls what they consist of
+        return []  # encode calls the children of each attention itself
 
     def grid_size(self, model: TimmModule, images: Tensor) -> Grid:
-        # The last stage's grid.
+        # Return the grid of the last stage, because a patch is a cell of that grid.
         rows, columns = model.patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))
         side = cell_side(model)
         return rows // side, columns // side
@@ -72,7 +73,7 @@ class Swin(Family):
         return 0
 
     def levels(self, model: TimmModule, grid: Grid) -> list[Grid]:
-        # The dense one alone too where timm would pad a coarser grid to whole windows.
+        # Return the dense grid alone if timm would pad a coarser one, because padding takes part in timm's attention.
         if not embeds_kept_only(model, with_norm=True):
             return [grid]
         grids = coarser_grids(grid)
@@ -82,7 +83,7 @@ class Swin(Family):
         return grids
 
     def patch_size(self, model: TimmModule) -> tuple[int, int]:
-        # Of a cell.
+        # Return the size of a cell, because a patch is a cell of the last stage's grid.
         side = cell_side(model)
         height, width = model.patch_embed.proj.weight.shape[-2:]
         return height * side, width * side
@@ -90,7 +91,7 @@ class Swin(Family):
     def embed(
         self, model: TimmModule, images: Tensor, indices: Tensor, cu_seqlens: Tensor, total: int, grid: Grid
     ) -> Tensor:
-        # A cell's patches in Z-order: ``(total * patches of a cell, dim)``.
+        # Return ``(total * patches per cell, dim)``, the patches of each cell in Z-order.
         side = cell_side(model)
         if not embeds_kept_only(model, with_norm=True):
             cells = self.dense_embed(model, images).unflatten(1, (-1, side**2)).flatten(2)
@@ -104,22 +105,22 @@ class Swin(Family):
         normed: Tensor = model.patch_embed.norm(tokens)
         return normed
 
-    @eager_outside  # windows change from batch to batch; what knows nothing of them is compiled
+    @eager_outside  # windows differ per batch, so only functions that do not depend on them are compiled
     def encode(
         self, model: TimmModule, tokens: Tensor, packed: Packed, parts: list[Part], read_all: bool = False
     ) -> tuple[Tensor, Packed]:
-        # Tokens enter as :func:`embed` gives them; one a cell remains.
+        # The tokens arrive in the order of :func:`embed`. One token per cell is returned.
         assert packed.positions is not None
         for number, (stage, side) in enumerate(stages_of(model)):
             if merges(stage):
-                four = tokens.view(-1, 2, 2, tokens.shape[1]).transpose(1, 2)  # right before down, as timm's grids
+                four = tokens.view(-1, 2, 2, tokens.shape[1]).transpose(1, 2)  # from Z-order to (row, column)
                 tokens = stage.downsample(four).flatten(0, 2)
             cuts = [tuple(cut_of(model, number, block, part.grid, side) for part in parts) for block in stage.blocks]
             orders = {cut: order_by_windows(packed.positions, parts, cut, side) for cut in dict.fromkeys(cuts)}
             at_hand = None
             for block, cut in zip(stage.blocks, cuts, strict=True):
                 order = orders[cut]
-                if order is not at_hand:  # from one block's windows to the next one's
+                if order is not at_hand:  # reorder from the last block's windows to this block's
                     rows = order.rows if at_hand is None else at_hand.places[order.rows]
                     tokens, at_hand = tokens.index_select(0, rows), order
                 tokens = _run_block(block, tokens, order)
@@ -136,12 +137,12 @@ class Swin(Family):
         return logits
 
     def dense_embed(self, model: TimmModule, images: Tensor) -> Tensor:
-        # In the order of :func:`embed`.
+        # Return the tokens in the order of :func:`embed`.
         patches: Tensor = model.patch_embed(images).flatten(1, 2)
         return patches[:, _raster(model, patches)]
 
     def dense_encode(self, model: TimmModule, tokens: Tensor) -> Tensor:
-        # From the order of :func:`embed` to one token a cell.
+        # The tokens arrive in the order of :func:`embed`. One token per cell is returned.
         patches = torch.empty_like(tokens)
         patches[:, _raster(model, tokens)] = tokens
         encoded: Tensor = model.norm(model.layers(patches.unflatten(1, model.patch_embed.grid_size)))
@@ -161,7 +162,7 @@ class Swin(Family):
 
 @eager_outside
 def _run_block(block: TimmModule, x: Tensor, order: Order) -> Tensor:
-    """The block's forward on tokens ``(total, dim)`` that lie in this order. V2 norms what a branch gives, V1 takes."""
+    """Run a block on tokens ``(total, dim)`` in this order. V1 norms the input of each branch, V2 the output."""
     if type(block) is SwinTransformerV2Block:
         x = x + block.drop_path1(block.norm1(_attend(block.attn, x, order)))
         x = x + block.drop_path2(block.norm2(block.mlp(x)))
@@ -193,7 +194,7 @@ def _attend(attention: TimmModule, x: Tensor, order: Order) -> Tensor:
 
 
 def _bias_table(attention: TimmModule, size: Grid) -> Tensor:
-    """The attention's relative position bias for windows of this size: ``(distances, heads)``."""
+    """Return the relative position bias of an attention for windows of this size: ``(distances, heads)``."""
     own = tuple(attention.window_size)
     if type(attention) is WindowAttention:
         first, _, last = attention.cpb_mlp
@@ -213,13 +214,13 @@ def _continuous_bias(attention: TimmModule, size: Grid) -> Tensor:
         state = SimpleNamespace(window_size=size, pretrained_window_size=attention.pretrained_window_size)
         make = type(attention)._make_pair_wise_relative_positions
         coordinates, _ = make(state, device=coordinates.device, dtype=coordinates.dtype)
-    with torch.autocast(coordinates.device.type, enabled=False):  # it is kept for calls without, too
+    with torch.autocast(coordinates.device.type, enabled=False):  # because calls without autocast reuse the table
         table: Tensor = attention.cpb_mlp(coordinates).view(-1, attention.num_heads)
     return 16 * table.sigmoid()
 
 
 def _raster(model: TimmModule, tokens: Tensor) -> Tensor:
-    """Each packed row's patch, where all cells are kept: int64 ``(patches,)``."""
+    """Return the patch number of each packed row if all cells are kept: int64 ``(patches,)``."""
     side, (rows, columns) = cell_side(model), model.patch_embed.grid_size
     cells = torch.arange(rows * columns // side**2, dtype=torch.int32, device=tokens.device)
     return patch_numbers(cells, (rows // side, columns // side), side).flatten().long()

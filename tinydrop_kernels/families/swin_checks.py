@@ -1,4 +1,7 @@
-"""What is refused of a Swin Transformer when it is patched, and again when something in it has changed since then."""
+"""Checks that refuse a Swin Transformer whose packed forward would not do what timm's forward does.
+
+They run when a model is patched, and again when something in a patched model has changed.
+"""
 
 from itertools import chain
 from operator import attrgetter
@@ -18,18 +21,18 @@ _STAGES = (swin_transformer.SwinTransformerStage, swin_transformer_v2.SwinTransf
 _BLOCKS = (swin_transformer.SwinTransformerBlock, swin_transformer_v2.SwinTransformerV2Block)
 _ATTENTIONS = (swin_transformer.WindowAttention, swin_transformer_v2.WindowAttention)
 _ATTENTION_PARTS = {"qkv", "attn_drop", "proj", "proj_drop", "softmax", "cpb_mlp"}
-# Parts of an attention that are not called, and what timm makes them.
+# Children of an attention that the packed forward does not call, and the classes that timm gives them.
 _PASSED_OVER = {"softmax": (nn.Softmax,), "attn_drop": (nn.Dropout,), "cpb_mlp": (nn.Sequential, type(None))}
-# What each pool averages or joins.
+# The modes of ops.segment_pool whose results each pool of timm averages or concatenates.
 POOL_MODES = {"avg": ["mean"], "max": ["max"], "avgmax": ["mean", "max"], "catavgmax": ["mean", "max"]}
 
 
 def unsupported_swin(model: TimmModule, methods: tuple[str, ...]) -> str | None:
-    """Describe what of the model is not supported, or would be passed over; None if nothing is.
+    """Return a description of the first part that is not supported, or None if every part is supported.
 
     Args:
         model: a ``SwinTransformer`` or ``SwinTransformerV2``.
-        methods: which must be the class's own.
+        methods: names of the model's methods that must be timm's own.
     """
     base = SwinTransformerV2 if isinstance(model, SwinTransformerV2) else SwinTransformer
     return (
@@ -43,7 +46,10 @@ def unsupported_swin(model: TimmModule, methods: tuple[str, ...]) -> str | None:
 
 
 def settings(model: TimmModule) -> tuple[Any, ...]:
-    """See :class:`base.Family`. The names of the model's attributes too: a method replaced on it is one more."""
+    """Return the attribute values that the checks depend on (:meth:`base.Family.settings`).
+
+    A method that is replaced on the instance adds a name to ``vars(model)``.
+    """
     cuts = [_cut(block) for stage in model.layers for block in stage.blocks]
     return (
         model.dynamic_img_size,
@@ -58,9 +64,9 @@ _cut = attrgetter("input_resolution", "window_size", "shift_size")
 
 
 def _foreign_part(model: TimmModule) -> str | None:
-    """Describe the first part that this package does not know; None if it knows all."""
+    """Return a description of the first unsupported layer, block or attention, or None if all are supported."""
     if model.dynamic_img_size:
-        return "dynamic_img_size, which makes windows of any image; supported are images of one size"
+        return "dynamic_img_size, which chooses the windows for each image size; supported are images of one size"
     if type(model.layers) not in CONTAINERS:
         return f"layers in a {type(model.layers).__name__}; supported are timm's own"
     for number, stage in enumerate(model.layers):
@@ -75,7 +81,7 @@ def _foreign_part(model: TimmModule) -> str | None:
                 found = f"{type(block).__name__} and {type(attention).__name__}"
                 return f"blocks of {found}; supported are timm's own ({where}, {where}.attn)"
             if attention._modules.keys() - _ATTENTION_PARTS or vars(block).keys() & {"_attn", "_calc_window_shift"}:
-                return "blocks or attentions with more than timm's parts, or other methods"
+                return "blocks or attentions with children that timm's do not have, or with other methods"
             for name, kinds in _PASSED_OVER.items():
                 part = getattr(attention, name, None)
                 if type(part) not in kinds:
@@ -84,7 +90,7 @@ def _foreign_part(model: TimmModule) -> str | None:
 
 
 def _not_called(model: TimmModule) -> dict[str, nn.Module]:
-    """Return the modules that are passed over, by name: containers, and what attention and pool consist of."""
+    """Return the modules that are not called, by name: containers, the pool, and parts of attention."""
     head = model.head
     called = [model.patch_embed, model.norm, head.drop, head.fc, head.flatten]
     called += [stage.downsample for stage in model.layers if merges(stage)]
@@ -97,7 +103,10 @@ def _not_called(model: TimmModule) -> dict[str, nn.Module]:
 
 
 def _padded(model: TimmModule) -> str | None:
-    """Where timm would pad a grid to whole windows, whose padding takes part in attention, or None."""
+    """Return a description of the first grid that timm would pad, or None if it pads none.
+
+    timm's padding takes part in attention, which packed tokens do not reproduce.
+    """
     side, patches = cell_side(model), model.patch_embed.grid_size
     if any(n % side for n in patches):
         return f"{patches[0]} x {patches[1]} patches, which timm pads to merge; supported are multiples of {side}"
@@ -106,7 +115,7 @@ def _padded(model: TimmModule) -> str | None:
         resolution = (rows * side, columns * side)
         for block in stage.blocks:
             if tuple(block.input_resolution) != resolution:
-                return f"blocks of a grid of {block.input_resolution}; its patch embedding's is of {resolution}"
+                return f"blocks of a grid of {block.input_resolution}, where its patch embedding gives {resolution}"
             if not is_whole(cut_of(model, number, block, (rows, columns), side), (rows, columns), side):
                 size = "{} x {}".format(*block.window_size)
                 return f"a grid of {resolution[0]} x {resolution[1]} in windows of {size}, which timm pads"

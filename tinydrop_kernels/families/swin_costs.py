@@ -9,13 +9,16 @@ from tinydrop_kernels.ops.types import Grid, TimmModule
 
 
 def flops(model: TimmModule, counts: list[int], grid: Grid) -> int:
-    """See :class:`base.Family`. Attention as if the cells filled as few windows as they can: at most so much."""
+    """Return an upper bound of the FLOPs of a packed forward (:meth:`base.Family.flops`).
+
+    Attention is counted as if the kept cells filled as few windows as possible.
+    """
     return sum(_flops(model, cells, grid, is_packed=True) for cells in counts if cells)
 
 
 def dense_flops(model: TimmModule, images: int, grid: Grid) -> int:
-    """See :class:`base.Family`."""
-    once = 0  # SwinV2's biases, whatever the number of images
+    """Return the FLOPs of timm's own forward (:meth:`base.Family.dense_flops`)."""
+    once = 0  # SwinV2 computes its biases once per call, for any number of images
     for number, (stage, side) in enumerate(stages_of(model)):
         for block in stage.blocks:
             rows, columns = cut_of(model, number, block, grid, side).size
@@ -25,7 +28,7 @@ def dense_flops(model: TimmModule, images: int, grid: Grid) -> int:
 
 
 def _flops(model: TimmModule, cells: int, grid: Grid, is_packed: bool) -> int:
-    """FLOPs of an image, biases left out."""
+    """Return the FLOPs of one image without those of SwinV2's biases."""
     total, side = linear_flops(model.head.fc), cell_side(model)
     patch_embed = model.patch_embed
     if embeds_kept_only(model, with_norm=True):
@@ -44,7 +47,10 @@ def _flops(model: TimmModule, cells: int, grid: Grid, is_packed: bool) -> int:
 
 
 def _pairs(tokens: int, grid: Grid, side: int, cut: Cut, is_packed: bool) -> int:
-    """Queries times keys of an image: of whole windows in timm; packed, the most that so many tokens can have."""
+    """Return the number of query-key pairs of an image.
+
+    timm computes all pairs of whole windows. For packed tokens the result is an upper bound.
+    """
     rows, columns = cut.size
     if not is_packed:
         return tokens * rows * columns
@@ -54,5 +60,5 @@ def _pairs(tokens: int, grid: Grid, side: int, cut: Cut, is_packed: bool) -> int
 
 
 def _lengths(tokens: int, length: int, by: int) -> list[int]:
-    """Of the windows along a side of a grid, smaller at its ends where they are shifted."""
+    """Return the lengths of the windows along one side of a grid. Shifted windows are shorter at both ends."""
     return [by, *[length] * (tokens // length - 1), length - by] if by else [length] * (tokens // length)

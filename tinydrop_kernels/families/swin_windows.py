@@ -1,8 +1,8 @@
-"""Swin's windows on packed tokens: where timm would cut a grid, and which rows lie in which window.
+"""Swin's windows on packed tokens: where timm cuts a grid into windows, and which rows belong to which window.
 
-What is kept or dropped is a cell: a place of the last stage's grid and all tokens that are merged into it. At a stage
-where a cell is ``side x side`` tokens, they lie behind one another in Z-order, down before right: the order in which
-timm's ``PatchMerging`` joins four neighbours, which therefore is a view of the packed rows.
+A cell is one position of the last stage's grid, with all tokens that merge into it. Cells are kept or dropped as a
+whole. At a stage where a cell has ``side x side`` tokens, these rows are consecutive and in Z-order, down before right.
+timm's ``PatchMerging`` joins four neighbours in this order, so merging is a view of the packed rows.
 """
 
 from functools import cache
@@ -21,10 +21,10 @@ MERGINGS = (PatchMerging, PatchMergingV2)
 
 
 class Cut(NamedTuple):
-    """How a block cuts a grid into windows.
+    """The size and shift of the windows into which a block cuts a grid, in tokens.
 
-    Shifting is rolling the grid, with the windows that wrap around masked by region: windows on a lattice that begins
-    ``shift`` further down and right, and smaller ones along the edges.
+    timm shifts windows by rolling the grid and masking the windows that wrap around. That is the same as a lattice of
+    windows that begins ``shift`` tokens further down and right, with smaller windows along the edges.
     """
 
     size: Grid
@@ -32,35 +32,35 @@ class Cut(NamedTuple):
 
 
 class Windows(NamedTuple):
-    """The windows of a part's images, each a segment of the tokens that survive in it."""
+    """The windows of a part's images. The kept tokens of each window form one segment."""
 
-    rows: slice  # of the tokens in the order at hand
-    cu_seqlens: Tensor  # int32 (images * windows + 1,), counted from the part's first row
-    positions: Tensor  # int32 (rows,): each token's place within its window, in raster order
+    rows: slice  # the part's rows, in the order of the windows
+    cu_seqlens: Tensor  # int32 (images * windows + 1,): starts of the segments, counted from the part's first row
+    positions: Tensor  # int32 (rows,): each token's position within its window, in raster order
     size: Grid
 
 
 class Order(NamedTuple):
-    """An order of a stage's tokens in which those of each window lie together."""
+    """An order of a stage's tokens in which the tokens of each window are consecutive."""
 
-    rows: Tensor  # int64 (total,): which packed row is at each place
-    places: Tensor  # int64 (total,): at which place each packed row is
-    windows: list[Windows]  # of each part
+    rows: Tensor  # int64 (total,): the packed row at each place of this order
+    places: Tensor  # int64 (total,): the place in this order of each packed row
+    windows: list[Windows]  # one entry per part
 
 
 def merges(stage: TimmModule) -> bool:
-    """Whether the stage begins by merging patches, four into one."""
+    """Return whether the stage begins by merging four patches into one."""
     return type(stage.downsample) in MERGINGS
 
 
 def cell_side(model: TimmModule) -> int:
-    """Rows, and columns, of patches in a cell."""
+    """Return the side of a cell in patches. A cell has as many rows as columns."""
     side: int = 2 ** sum(merges(stage) for stage in model.layers)
     return side
 
 
 def stages_of(model: TimmModule) -> list[tuple[TimmModule, int]]:
-    """The stages, and how many rows, and columns, of tokens a cell has in each."""
+    """Return each stage with the side of a cell in tokens of that stage."""
     stages, side = [], cell_side(model)
     for stage in model.layers:
         side = side // 2 if merges(stage) else side
@@ -70,12 +70,16 @@ def stages_of(model: TimmModule) -> list[tuple[TimmModule, int]]:
 
 @eager
 def cut_of(model: TimmModule, number: int, block: TimmModule, grid: Grid, side: int) -> Cut:
-    """How a block of the stage of this number cuts its grid; at a grid not the model's, as after ``set_input_size``.
+    """Return how a block cuts its grid into windows.
+
+    At a grid other than the model's own, the windows are those that timm's ``set_input_size`` would set.
 
     Args:
-        model, number, block: as in ``model.layers[number].blocks``.
+        model: a Swin Transformer.
+        number: index of the stage in ``model.layers``.
+        block: a block of that stage.
         grid: rows and columns of cells.
-        side: rows, and columns, of the stage's tokens in a cell.
+        side: side of a cell in tokens of that stage.
     """
     resolution = (grid[0] * side, grid[1] * side)
     if resolution == tuple(block.input_resolution):
@@ -88,7 +92,10 @@ def cut_of(model: TimmModule, number: int, block: TimmModule, grid: Grid, side: 
 
 
 def is_whole(cut: Cut, grid: Grid, side: int) -> bool:
-    """Whether the windows make up the grid, so that timm pads nothing: its padding would take part in attention."""
+    """Return whether whole windows fill the grid, so that timm pads nothing.
+
+    timm's padding takes part in attention, which packed tokens do not reproduce.
+    """
     return not any(n * side % length for n, length in zip(grid, cut.size, strict=True))
 
 
@@ -105,19 +112,19 @@ def _cut_by_timm(calculate: Any, resolution: Grid, size: Grid, shift: Grid, alwa
 
 
 def patch_numbers(cells: Tensor, grid: Grid, side: int) -> Tensor:
-    """The patches of cells, in the order in which they are packed: int32 ``(..., side * side)``, -1 of cell -1.
+    """Return the patches of cells in packed order: int32 ``(..., side * side)``. Cell -1 has patches -1.
 
     Args:
-        cells: int32 ``(...)``, raster order.
+        cells: int32 ``(...)``, cells numbered in raster order.
         grid: rows and columns of cells.
-        side: rows, and columns, of patches in a cell.
+        side: side of a cell in patches.
     """
     down, right = _coordinates(cells, grid, side)
     return (down * (grid[1] * side) + right).where(cells[..., None] >= 0, -1)
 
 
 def _coordinates(cells: Tensor, grid: Grid, side: int) -> tuple[Tensor, Tensor]:
-    """Row and column of the tokens of cells on their own grid: int32 ``(..., side * side)`` each."""
+    """Return the row and the column of each token of the cells on the token grid: int32 ``(..., side * side)`` each."""
     four = torch.arange(4, dtype=torch.int32, device=cells.device)
     down = right = four.new_zeros(1)
     while len(down) < side**2:
@@ -126,20 +133,22 @@ def _coordinates(cells: Tensor, grid: Grid, side: int) -> tuple[Tensor, Tensor]:
 
 
 def windows_across(grid: Grid, side: int, size: Grid, shift: Grid) -> Grid:
-    """How many windows lie below one another and beside one another on a grid of cells."""
+    """Return the numbers of windows per column and per row of a grid of cells."""
     rows, columns = (n * side // length + (by > 0) for n, length, by in zip(grid, size, shift, strict=True))
     return rows, columns
 
 
-@eager  # numbers of windows change from batch to batch, and nothing here is worth compiling
+@eager  # the number of windows differs per batch, and compiling would gain nothing here
 def order_by_windows(positions: Tensor, parts: list[Part], cuts: tuple[Cut, ...], side: int) -> Order:
-    """Sort the tokens of a stage by window. Reads nothing back: a window without tokens is an empty segment.
+    """Return the order that sorts the tokens of a stage by window.
+
+    A window without tokens is an empty segment, so no number has to be read back from the device.
 
     Args:
         positions: int32 ``(cells,)``: the kept cells, as in :class:`Packed`.
-        parts: of the batch, in cells.
-        cuts: of each part's grid.
-        side: rows, and columns, of tokens in a cell.
+        parts: the parts of the batch, in cells.
+        cuts: the windows of each part's grid.
+        side: side of a cell in tokens of the stage.
     """
     rows, windows, first = [], [], 0
     for part, (size, shift) in zip(parts, cuts, strict=True):

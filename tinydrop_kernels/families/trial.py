@@ -1,4 +1,4 @@
-"""The trial on noise that every patch goes through, and every patched model in which a module was exchanged."""
+"""The trial on random input. It runs when a model is patched, and again when a module of it was replaced."""
 
 import torch
 from torch import Tensor
@@ -14,13 +14,26 @@ from tinydrop_kernels.torch_internals import ieee_float32
 @ieee_float32()
 @sdpa_kernel(SDPBackend.MATH)
 def find_mismatch(family: Family, model: TimmModule) -> str | None:
-    """Describe the first stage of a patched model that differs from timm's when everything is kept; None if none does.
+    """Return a description of the first stage of a patched model that differs from timm's, or None if none differs.
 
-    Catches what no list of supported parts can: a projection that is more than its weight, hooks that change what they
-    see, norms and MLPs that mix tokens, a timm that works otherwise. The embedding is tried on one image; the blocks
-    and the head on two sequences of a few tokens, which costs little more than reading the weights once, or on the
-    tokens of one image where timm's blocks take no fewer. In float32 nothing is rounded to TF32 meanwhile, and nothing
-    attends by torch's fused kernel, which adds up products of TF32: our kernels do neither.
+    All patches are kept, so both must agree. The trial finds what no list of supported parts can: a projection that
+    does more than apply its weight, hooks that change values, norms and MLPs that mix tokens, or a changed timm.
+
+    The embedding is tried on one image. The blocks and the head are tried on two sequences of a few tokens, or on the
+    tokens of one image if timm's blocks take no fewer. This costs little more than reading the weights once.
+
+    TF32 and torch's fused attention are disabled meanwhile, because their rounding could look like a mismatch.
+
+    Args:
+        family: the family of the model.
+        model: a patched model in eval mode.
+
+    Example:
+        >>> from tinydrop_kernels.families import family_of, find_mismatch
+        >>> patched = tdk.patch(model, guidance)
+        >>> print(find_mismatch(family_of(patched), patched))
+        None
+        >>> _ = tdk.unpatch(patched)
     """
     parameter = next(model.parameters())
     generator = torch.Generator().manual_seed(0)
@@ -36,8 +49,8 @@ def find_mismatch(family: Family, model: TimmModule) -> str | None:
     tokens = family.embed(model, image, indices, parts[0].cu_seqlens, parts[0].total, grid)
     if not _agrees(tokens, embedded[0]):
         if not torch.isfinite(embedded).all():
-            return "weights that are not finite: its patch embedding answers NaN or infinity to noise"
-        return "a patch embedding that is not what its weights say"
+            return "weights that are not finite: its patch embedding returns NaN or infinity for random input"
+        return "a patch embedding that does more than project patches with its weights"
 
     few = family.trial_patches(model, grid)
     if few < patches:
@@ -46,16 +59,16 @@ def find_mismatch(family: Family, model: TimmModule) -> str | None:
     sequences = noise(*embedded.shape)
     encoded = family.dense_encode(model, sequences)
     tokens, read = family.encode(model, sequences.flatten(0, 1), packed, parts)
-    rows = read.total // len(encoded)  # of each sequence, from its first on
+    rows = read.total // len(encoded)  # number of tokens that the head reads per sequence, from the first on
     if not _agrees(tokens, encoded[:, :rows].flatten(0, 1)):
         if not torch.isfinite(encoded).all():
-            return "weights that are not finite: its blocks answer NaN or infinity to noise"
-        return "blocks that are not timm's, or that mix tokens elsewhere than in attention"
+            return "weights that are not finite: its blocks return NaN or infinity for random input"
+        return "blocks that are not timm's, or that mix tokens outside of attention"
     sequences = noise(*encoded.shape)
     expected = family.dense_classify(model, sequences)
     if not _agrees(family.classify(model, sequences[:, :rows].flatten(0, 1), read), expected):
         if not torch.isfinite(expected).all():
-            return "weights that are not finite: its head answers NaN or infinity to noise"
+            return "weights that are not finite: its head returns NaN or infinity for random input"
         return "a pool or head that is not timm's"
     return None
 
@@ -63,7 +76,7 @@ def find_mismatch(family: Family, model: TimmModule) -> str | None:
 def _everything(
     family: Family, model: TimmModule, images: int, patches: int, grid: Grid
 ) -> tuple[Tensor, Packed, list[Part]]:
-    """Return indices and layout of images that all keep the first patches of the grid."""
+    """Return the indices and layout of images that all keep the first ``patches`` patches of the grid."""
     prefix = family.num_prefix_tokens(model)
     indices, packed, parts = pack_alike(images, patches, grid, prefix, next(model.parameters()).device)
     positions = ops.patch_positions(indices, packed.cu_seqlens, packed.total, prefix)
@@ -73,7 +86,8 @@ def _everything(
 def _agrees(out: Tensor, expected: Tensor) -> bool:
     """Return whether two tensors are equal up to the rounding of their dtype.
 
-    Compared are the root mean square of the difference and, where rounding averages out, the scale.
+    Both the root mean square of the difference and the difference in scale are bounded. Rounding errors average out in
+    the scale, so its bound is tighter in half precision.
     """
     if out.shape != expected.shape:
         return False

@@ -1,6 +1,6 @@
 """timm's ``VisionTransformer`` and ``VisionTransformerDistilled``: ViT, DeiT, DeiT-3, DINOv2, CLIP, SigLIP, FlexiViT.
 
-Read against timm 1.0.31.
+The code was compared with timm 1.0.31.
 """
 
 from types import MappingProxyType
@@ -23,7 +23,7 @@ _PARTS = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_
 
 
 class Vit(PlainFamily):
-    """Plain Vision Transformers. Where the head reads prefix tokens alone, so does the last block."""
+    """Plain Vision Transformers. If the head reads only prefix tokens, the last block computes only those."""
 
     name = "VisionTransformer (ViT, DeiT, DeiT distilled, DeiT-3, DINOv2, CLIP and SigLIP towers, FlexiViT)"
     model_types = (VisionTransformerDistilled, VisionTransformer)
@@ -31,7 +31,11 @@ class Vit(PlainFamily):
     attention_types = MappingProxyType({Attention: _PARTS})
 
     def attend(self, attention: TimmModule, x: Tensor, attn_mask: Any = None, is_causal: bool = False) -> Tensor:
-        """Return ``timm.layers.Attention.forward``, of packed tokens ``(total, dim)`` when handed a layout."""
+        """Return the output of ``timm.layers.Attention``.
+
+        ``x`` holds packed tokens ``(total, dim)`` if ``attn_mask`` is a :class:`Packed` layout. Otherwise timm's own
+        forward runs.
+        """
         if not isinstance(attn_mask, Packed):
             if isinstance(x, torch.fx.Proxy):
                 raise TypeError("model: a patched model cannot be traced by torch.fx; use torch.compile, or unpatch it")
@@ -54,7 +58,7 @@ class Vit(PlainFamily):
 
     def classify(self, model: TimmModule, tokens: Tensor, packed: Packed) -> Tensor:
         logits: Tensor
-        if model.global_pool == "token":  # the class token, and where there is one the distillation token behind it
+        if model.global_pool == "token":  # the class token, then the distillation token if the model has one
             read = 2 if isinstance(model, VisionTransformerDistilled) else 1
             rows = [ops.segment_pool(tokens, packed.cu_seqlens, "first", skip=i) for i in range(read)]
             logits = model.forward_head(torch.stack(rows, dim=1))

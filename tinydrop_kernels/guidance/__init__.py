@@ -1,4 +1,4 @@
-"""The tiny classifier that decides which images exit and which patches matter."""
+"""The guidance model, a tiny classifier. Its output decides which images exit and which patches are kept."""
 
 from tinydrop_kernels.guidance.model import DEFAULT_GUIDANCE, Guidance, GuidanceError
 

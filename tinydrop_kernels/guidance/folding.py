@@ -1,8 +1,10 @@
-"""BatchNorm folded into the convolutions before it, and branches into one convolution: the same answers, fewer passes.
+"""Folding of the guidance model: fewer modules that compute the same logits.
 
-On CPU linear layers and 1 x 1 convolutions have packed weights, and GELU behind them is theirs (:mod:`onednn`). What
-follows what is seen by running the model, not read from its class, and the result is tried against the model as it was:
-whatever comes out otherwise is not folded.
+BatchNorm is folded into the convolution before it, and parallel branches into one convolution. On CPU, linear layers
+and 1 x 1 convolutions get prepacked weights. The same operator computes a GELU that follows (:mod:`ops.onednn`).
+
+Which module follows which is observed by running the model, because its class does not say. The result is compared with
+the original model, and the original is used if they differ.
 """
 
 import copy
@@ -24,23 +26,23 @@ from tinydrop_kernels.torch_internals import has_hooks
 
 
 def copied(model: TimmModule) -> TimmModule:
-    """A deep copy without timm's cached attention biases: deepcopy refuses them where they carry a graph."""
+    """Return a deep copy with empty caches of attention biases, because deepcopy refuses tensors with a graph."""
     caches = [vars(module).get("attention_bias_cache") for module in model.modules()]
     return copy.deepcopy(model, {id(cache): {} for cache in caches if cache})
 
 
 @torch.no_grad()
 def folded(model: TimmModule, images: Tensor) -> TimmModule:
-    """A copy with as few modules as may be, or the model itself where a folded one answers otherwise.
+    """Return a folded copy, or the model itself if the copy computes something else.
 
     Args:
         model: a timm classifier in eval mode, in float32 or float64.
-        images: noise to try it on, ``(batch, channels, height, width)``.
+        images: noise ``(batch, channels, height, width)`` on which the two are compared.
     """
     wanted = model.forward_features(images)
     logits = model.forward_head(wanted)
     try:
-        candidate = reparameterize_model(copied(model))  # of timm's own: RepVGG, RepViT, FastViT, LeViT
+        candidate = reparameterize_model(copied(model))  # merges branches of RepVGG, RepViT, FastViT and LeViT
         for convolution, norm in _pairs(candidate, images, lambda module: type(module) is nn.Conv2d, _is_norm):
             _fold(candidate, convolution, norm)
         for layer, gelu in _pairs(candidate, images, _is_linear, _is_gelu):
@@ -50,7 +52,7 @@ def folded(model: TimmModule, images: Tensor) -> TimmModule:
             layer.forward = partial(run_prepacked, layer)
         features = candidate.forward_features(images)
         same = agree(features, wanted, wanted) and agree(candidate.forward_head(features), logits, logits)
-    except Exception:  # foreign modules may mean anything by a method called fuse
+    except Exception:  # timm calls any method named fuse, which may mean something else
         return model
     return candidate if same else model
 
@@ -58,8 +60,8 @@ def folded(model: TimmModule, images: Tensor) -> TimmModule:
 def _pairs(
     model: TimmModule, images: Tensor, is_first: Callable[[nn.Module], bool], is_second: Callable[[nn.Module], bool]
 ) -> list[tuple[Any, Any]]:
-    """Each first module whose output goes to a second as it is, both called once and without hooks."""
-    outputs: dict[int, tuple[nn.Module, Tensor, int]] = {}  # the tensor too, or its number would be given to another
+    """Return pairs of modules where the second takes the output of the first. Both run once and have no hooks."""
+    outputs: dict[int, tuple[nn.Module, Tensor, int]] = {}  # holds the tensor, so that its id is not reused
     pairs: list[tuple[nn.Module, nn.Module]] = []
     calls, handles = dict[nn.Module, int](), []
 
@@ -69,7 +71,7 @@ def _pairs(
             outputs[id(output)] = module, output, output._version
         elif id(arguments[0]) in outputs:
             first, tensor, version = outputs[id(arguments[0])]
-            if tensor._version == version:  # else something was added in place
+            if tensor._version == version:  # otherwise the output was changed in place
                 pairs.append((first, module))
 
     for module in model.modules():
@@ -96,7 +98,7 @@ def _is_gelu(module: nn.Module) -> bool:
 
 
 def _fold(model: TimmModule, convolution: nn.Conv2d, norm: Any) -> None:
-    """Put the norm into the convolution's weights; what timm hangs on it, an activation, stays in its place."""
+    """Fold a norm into a convolution's weights. An activation that timm puts inside the norm stays in its place."""
     convolution.weight, convolution.bias = fuse_conv_bn_weights(
         convolution.weight, convolution.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
     )

@@ -1,4 +1,4 @@
-"""Grad-CAM (Selvaraju et al. 2017, arXiv 1610.02391, section 3.1): the gradient, and how much of a model it needs."""
+"""The gradient of Grad-CAM (Selvaraju et al. 2017, arXiv 1610.02391, section 3.1), by the cheapest exact method."""
 
 import copy
 import enum
@@ -14,7 +14,7 @@ from tinydrop_kernels.ops.saliency import top_classes
 from tinydrop_kernels.ops.types import TimmModule
 from tinydrop_kernels.torch_internals import eager, transforms
 
-Head = Callable[..., Tensor]  # from the features, and what else it needs, to logits (batch, classes)
+Head = Callable[..., Tensor]  # from features and constant arguments to logits (batch, classes)
 
 
 class Cam(enum.Enum):
@@ -31,27 +31,27 @@ class FeatureLayout(NamedTuple):
 
     rows: int
     columns: int
-    flat: bool  # (batch, prefix tokens + cells, channels); otherwise the map has two dimensions
-    channels_last: bool = False  # (batch, rows, columns, channels); otherwise (batch, channels, rows, columns)
+    flat: bool  # (batch, prefix tokens + cells, channels) if true, otherwise a map with rows and columns
+    channels_last: bool = False  # (batch, rows, columns, channels) if true, otherwise (batch, channels, rows, columns)
     prefix_tokens: int = 0
 
     def cells(self, features: Tensor) -> Tensor:
-        """``(batch, cells, channels)``, a view of the model's own layout."""
+        """Return a view ``(batch, cells, channels)`` of features in the model's own layout."""
         if self.flat:
             return features[:, self.prefix_tokens :]
         return features.flatten(1, 2) if self.channels_last else features.flatten(2).transpose(1, 2)
 
     def single_cell(self, cell: Tensor) -> Tensor:
-        """One cell, ``(batch, 1, channels)``, as a map of the model's own layout."""
+        """Return one cell ``(batch, 1, channels)`` as a feature map in the model's own layout."""
         if self.flat:
             return cell
         return cell[:, None] if self.channels_last else cell.transpose(1, 2)[..., None]
 
 
 class SplitTransformer:
-    """A transformer cut before its last block, where the patches still bear on the class token.
+    """A transformer cut before its last block. There the patches still affect the class token.
 
-    It shares weights and modules with the model, and keeps nothing of a call: any number of threads may be in it.
+    It shares weights and modules with the model. It stores nothing between calls, so many threads may use it at once.
     """
 
     def __init__(self, model: TimmModule):
@@ -61,28 +61,28 @@ class SplitTransformer:
         self._trunk = _with_children(model, {"blocks": blocks, "norm": nn.Identity()})
 
     def trunk(self, images: Tensor) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-        """What the model hands to its last block: tokens, and the other arguments (rotations, biases)."""
+        """Return the arguments of the last block: tokens, and other arguments such as rotations and biases."""
         tokens, args, kwargs = self._trunk.forward_features(images)
         return tokens, args, kwargs
 
     def rest(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Logits from the last block's arguments, in float32 at least behind the block."""
+        """Return logits from the last block's arguments. Norm and head run in float32 or float64."""
         return in_full_precision(self.head, self._model.blocks[-1](tokens, *args, **kwargs))
 
     def head(self, tokens: Tensor) -> Tensor:
-        """Logits from the last block's tokens."""
+        """Return logits from the output tokens of the last block."""
         logits: Tensor = self._model.forward_head(self._model.norm(tokens))
         return logits
 
 
 def in_full_precision(head: Head, features: Tensor) -> Tensor:
-    """The head, whose weights are in float32 at least, on features that may be in half precision; no autocast."""
+    """Run a head whose weights are float32 or float64. Half-precision features are cast; autocast is disabled."""
     with torch.autocast(features.device.type, enabled=False):
         return head(features.float() if features.dtype in HALF else features)
 
 
 def head_modules(model: TimmModule, head: Head, features: Tensor) -> list[str]:
-    """Names of the model's own children that the head calls."""
+    """Return the names of the model's direct children that the head calls."""
     called, names = set[nn.Module](), {module: name for name, module in model.named_children()}
     handles = [child.register_forward_pre_hook(lambda module, _: called.add(module)) for child in names]
     try:
@@ -94,37 +94,37 @@ def head_modules(model: TimmModule, head: Head, features: Tensor) -> list[str]:
 
 
 class _Stop(nn.Module):
-    """Stands in for the last block and hands its arguments out."""
+    """A replacement of the last block that returns its arguments."""
 
     def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
         return tokens, args, kwargs
 
 
 def _with_children(module: TimmModule, children: dict[str, nn.Module]) -> TimmModule:
-    """A copy that shares everything with ``module`` but these children."""
+    """Return a copy that shares everything with ``module`` except these children."""
     view = copy.copy(module)
     view._modules = module._modules | children
     return view
 
 
-@eager  # compiled, the copies are made in inference mode after all
+@eager  # torch.compile would ignore inference_mode(False), and autograd refuses inference tensors
 def class_gradient(
     head: Head, features: Tensor, classes: int, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Logits, and the gradient of their mixture with respect to the features.
+    """Return logits, and the gradient of a mixture of them with respect to the features.
 
-    The mixture is ``sum_k p_k / p_1 * logit_k`` over the ``classes`` most probable classes, whose probabilities ``p``
-    are taken as constants: the positive factor ``1 / p_1`` keeps one class's gradient that of its logit. Ties go to
-    the lower class; of fewer classes all are taken.
+    The mixture is ``sum_k p_k / p_1 * logit_k`` over the ``classes`` most probable classes. The probabilities ``p`` are
+    treated as constants. Because of the factor ``1 / p_1``, the mixture of one class is that class's logit. Ties go to
+    the lower class. If the model has fewer classes, all are used.
 
     Args:
-        head: from ``features``, ``*args`` and ``**kwargs`` to logits; image by image.
+        head: maps ``features``, ``*args`` and ``**kwargs`` to logits, each image independently.
         features: floating ``(batch, ...)``.
-        classes: how many classes.
-        args, kwargs: constants; tensors anywhere in them.
+        classes: number of classes in the mixture.
+        args, kwargs: constants, which may contain tensors at any depth.
 
     Returns:
-        logits ``(batch, num_classes)``, and the gradient in the features' shape and dtype; neither has a graph.
+        Logits ``(batch, num_classes)``, and the gradient in the features' shape and dtype. Neither has a graph.
     """
 
     def mixture(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,7 +134,7 @@ def class_gradient(
 
     with torch.inference_mode(False), torch.enable_grad():
         features = _without_graph(features)
-        if transforms():  # in which no tensor can be made to require a gradient
+        if transforms():  # torch.func does not allow requires_grad_() within its transforms
             gradient, logits = torch.func.grad(mixture, has_aux=True)(features)
         else:
             total, logits = mixture(features.requires_grad_())
@@ -143,21 +143,24 @@ def class_gradient(
 
 
 def _without_graph(leaf: Any) -> Any:
-    """A tensor that autograd may save, also of one made under inference mode; anything else as it is."""
+    """Return a tensor without a graph that autograd may save, cloned if necessary. Return any other object as it is."""
     if not isinstance(leaf, Tensor):
         return leaf
     return leaf.clone() if leaf.is_inference() else leaf.detach()
 
 
 def kind_of_head(head: Head, features: Tensor, layout: FeatureLayout) -> tuple[Cam, Tensor | None]:
-    """Which gradient the head has, found by trying it; and, for ``Cam.ROWS``, the rows ``(classes, channels)``.
+    """Find how the gradient of a head can be computed, by running the head.
 
-    It is tried on noise, weak and strong beside its real features: some heads are nearly linear for one of them.
+    The head is tried on noise of three scales, from weak to strong, because some heads are nearly linear at one scale.
 
     Args:
-        head: in float32.
-        features: float32, what the model's own images give.
-        layout: of ``features``; without prefix tokens.
+        head: a head with float32 weights.
+        features: float32 features of the model.
+        layout: layout of ``features``, without prefix tokens.
+
+    Returns:
+        The kind of gradient, and the rows ``(classes, channels)`` for ``Cam.ROWS``. The rows are None for other kinds.
     """
     channels = layout.cells(features).shape[2]
     noise = torch.randn(4, *features.shape[1:], generator=torch.Generator().manual_seed(0), dtype=features.dtype)
@@ -174,11 +177,11 @@ def kind_of_head(head: Head, features: Tensor, layout: FeatureLayout) -> tuple[C
                 return Cam.HEAD, None
             if not agree(mean[:, 0] @ rows + offset, logits, logits - offset):
                 cam = Cam.POOLED
-    except (RuntimeError, ValueError):  # a head that wants the map at its full size
+    except (RuntimeError, ValueError):  # the head does not accept a map of one cell
         return Cam.HEAD, None
     return cam, rows.T.contiguous() if cam is Cam.ROWS else None
 
 
 def agree(a: Tensor, b: Tensor, scale: Tensor) -> bool:
-    """Whether two tensors are equal to a thousandth of the largest of ``scale``."""
+    """Return whether two tensors differ by at most 0.1 % of the largest absolute value of ``scale``."""
     return bool((a - b).abs().max() <= 1e-3 * scale.abs().max())

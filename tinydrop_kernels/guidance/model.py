@@ -1,4 +1,4 @@
-"""The guidance model: a tiny classifier that says what it sees, how sure it is, and where it looked."""
+"""The guidance model: a tiny classifier whose confidence decides on an exit and whose Grad-CAM ranks the patches."""
 
 import copy
 import math
@@ -30,58 +30,77 @@ from tinydrop_kernels.torch_internals import eager, for_any_batch, ieee_float32
 
 DEFAULT_GUIDANCE = "efficientformer_l1.snap_dist_in1k"
 PLAIN_CAM = Saliency()
-PART = 8  # images for each thread on CPU: of more, activations lie in no cache (docs/decisions.md)
+PART = 8  # images per thread and pass on CPU; the activations of more do not fit into the cache (docs/decisions.md)
 
-Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation of each channel
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation per channel
 
 
 class GuidanceError(RuntimeError):
-    """The model cannot guide."""
+    """The error for a model that cannot be used as guidance model. Its message says why.
+
+    Example:
+        >>> tdk.Guidance(torch.nn.Linear(2, 2))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        tinydrop_kernels.guidance.model.GuidanceError: guidance: got Linear, expected a timm classifier...
+    """
 
 
 class GuidanceOutput(NamedTuple):
-    """What the guidance model says of a batch. Either ``features`` or ``saliency`` is None."""
+    """The output of the guidance model for a batch. Either ``features`` or ``saliency`` is None."""
 
     logits: Tensor  # (batch, classes), float32 or float64
-    features: Tensor | None  # (batch, cells, channels), any strides: to be weighted by ``Guidance.class_weight``
-    saliency: Tensor | None  # float32 (batch, rows, columns): the finished map
+    features: Tensor | None  # (batch, cells, channels), any strides; ``Guidance.class_weight`` weights them
+    saliency: Tensor | None  # float32 (batch, rows, columns), the final map
 
 
 class Guidance(nn.Module):
     """A timm classifier with its own preprocessing, and Grad-CAM on its last feature map.
 
-    How the gradient is computed is found by probing the model's own ``forward_head``, not from its class: a head that
-    is affine in the average-pooled features has its weights read off at the unit vectors, which folds BatchNorm and
-    averaged twin heads; a head that sees the map only through its average needs its gradient at one vector; for any
-    other head, and for class tokens (whose gradient on the last layer's patches is zero), there is one backward pass
-    through the head or the last block alone. The model is copied and its weights are read once, here: what is done to
-    the original afterwards does not reach the guidance. The copy has BatchNorm folded into its convolutions
-    (:mod:`guidance.folding`), and in half precision its head stays in float32, so that the confidence does not
-    hang on the rounding of logits. Many threads may call it.
+    The way to compute the gradient is found by running the model's own ``forward_head``, not from its class:
+
+    * A head that is affine in the average-pooled features has a constant gradient, which is measured once. This covers
+      BatchNorm and averaged twin heads.
+    * A head that depends on the map only through its average needs one backward pass at the pooled vector.
+    * Any other head needs one backward pass through the head.
+    * A model with a class token needs one backward pass through the last block and the head, because the gradient on
+      the patches of the last layer is zero.
+
+    The model is copied, so later changes of the original do not reach the guidance model. BatchNorm is folded into the
+    convolutions of the copy (:mod:`guidance.folding`). In half precision the head stays in float32, so that the
+    confidence does not depend on the rounding of logits. Many threads may call the same instance.
 
     Args:
-        model: a timm model with ``forward_features`` and ``forward_head``.
-        input_size: (height, width) it is fed, or one number for both; by default that of its ``pretrained_cfg`` or its
-            fixed patch embedding. A smaller one costs less, and what it does to accuracy hangs on the images.
-        mean, std: per channel normalisation it wants; by default those of its ``pretrained_cfg``.
-        compile: run it through ``torch.compile`` down to its last feature map. The first batch, the first of one image
-            and the first on another device or in another dtype then take about a minute each.
+        model: a timm classifier with ``forward_features`` and ``forward_head``.
+        input_size: (height, width) of the images it is given, or one number for both. The default is that of its fixed
+            patch embedding or its ``pretrained_cfg``. A smaller size costs less and may change the accuracy.
+        mean, std: per channel normalisation that it expects; by default those of its ``pretrained_cfg``.
+        compile: whether to compile the model with ``torch.compile`` up to its last feature map. The first batch, the
+            first batch of one image, and the first batch on another device or in another dtype then take about a
+            minute each.
 
     Raises:
-        GuidanceError: the model has no such methods, no classes, no feature map, or no logits ``(batch, num_classes)``;
-            or it does not take images of this size.
-        ValueError: a size below 1.
+        GuidanceError: The model lacks one of the two methods, classes, a feature map, or logits ``(batch,
+            num_classes)``, or it does not accept images of this size.
+        ValueError: The size is below 1.
+
+    Example:
+        >>> guide = tdk.Guidance(guidance, input_size=160)
+        >>> guide(images).logits.shape
+        torch.Size([2, 10])
+        >>> guide.feature_size
+        (5, 5)
     """
 
     model: TimmModule
     num_classes: int
     in_chans: int
-    input_size: tuple[int, int]  # of the images it is fed
-    feature_size: tuple[int, int]  # of its last feature map
+    input_size: tuple[int, int]  # height and width of the images that it is given
+    feature_size: tuple[int, int]  # rows and columns of its last feature map
     cam: Cam
     class_weight: Tensor  # (num_classes, channels); None unless cam is Cam.ROWS
     compiled: bool
-    identity: Fingerprint  # of the model as it was given
+    fingerprint: Fingerprint  # of the model before it was folded
 
     def __init__(
         self,
@@ -100,8 +119,8 @@ class Guidance(nn.Module):
         if not getattr(model, "num_classes", 0):
             raise GuidanceError(f"guidance: got {kind} with num_classes=0, expected a classifier")
         config = resolve_model_data_config(model)
-        self.num_classes = model.num_classes  # held against what the head answers by _checked_logits
-        self.fingerprint = fingerprint_of(model, self.num_classes)  # before it is folded
+        self.num_classes = model.num_classes  # _checked_logits compares it with the head's output
+        self.fingerprint = fingerprint_of(model, self.num_classes)  # computed here, because folding changes the weights
         self.in_chans = getattr(model, "in_chans", config["input_size"][0])
         fixed_size = getattr(getattr(model, "patch_embed", None), "img_size", None)
         size = fixed_size or config["input_size"][1:] if input_size is None else input_size
@@ -112,13 +131,17 @@ class Guidance(nn.Module):
         self.std = per_channel(std or config["std"], self.in_chans)
         self.compiled = compile
         self._rescalings: dict[Any, tuple[Tensor, Tensor]] = {}
-        with torch.inference_mode(False):  # autograd refuses tensors made in inference mode
+        with torch.inference_mode(False):  # because autograd refuses tensors made in inference mode
             self.model = copied(model).eval().requires_grad_(False)
             self._probe()
         self.eval()
 
     def at_size(self, input_size: tuple[int, int]) -> "Guidance":
-        """The same model, fed images of another size: itself at its own; GuidanceError where it does not take them."""
+        """Return the same guidance model for images of another size, or itself if the size is its own.
+
+        Raises:
+            GuidanceError: The model does not accept images of this size.
+        """
         if input_size == self.input_size:
             return self
         other = Guidance(self.model, input_size, self.mean, self.std, self.compiled)
@@ -133,17 +156,17 @@ class Guidance(nn.Module):
         std: tuple[float, ...] | None = None,
         saliency: Saliency = PLAIN_CAM,
     ) -> GuidanceOutput:
-        """Classify and look.
+        """Return logits and what is needed for the saliency map.
 
         Args:
-            images: floating ``(batch, in_chans, height, width)`` of any size, in the model's dtype; resized bilinearly
-                (antialiased) to ``input_size``.
+            images: floating ``(batch, in_chans, height, width)`` of any size, in the model's dtype. They are resized to
+                ``input_size``, bilinearly with antialiasing.
             mean, std: per channel normalisation of the images; by default the guidance model's own.
-            saliency: what makes a cell salient. Of ``Cam.ROWS`` it is left to :func:`ops.select_tokens`, in one launch
-                with the rest.
+            saliency: what makes a cell salient. It is ignored for ``Cam.ROWS``, whose map :func:`ops.select_tokens`
+                computes together with the selection.
 
         Returns:
-            :class:`GuidanceOutput`, without a graph: ``features`` for ``Cam.ROWS``, ``saliency`` for every other kind.
+            A :class:`GuidanceOutput` without a graph. It has ``features`` for ``Cam.ROWS`` and ``saliency`` otherwise.
         """
         images = self._prepared(images, mean, std)
         trunk = for_any_batch(type(self)._trunk) if self.compiled else type(self)._trunk
@@ -166,21 +189,21 @@ class Guidance(nn.Module):
         )
 
     def _trunk(self, images: Tensor) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-        """The feature map that Grad-CAM weighs, and what else :meth:`_head` needs."""
+        """Return the feature map of Grad-CAM, and the other arguments of :meth:`_head`."""
         if self._split is not None:
             return self._split.trunk(images)
         return self.model.forward_features(images), (), {}
 
     def _head(self, features: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """From the feature map to logits, in float32 at least."""
+        """Return logits from the feature map, in float32 or float64."""
         if self._split is not None:
             return self._split.rest(features, *args, **kwargs)
         return in_full_precision(self.model.forward_head, features)
 
     def _prepared(self, images: Tensor, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> Tensor:
-        """Images of the size, normalisation and memory format that the model wants."""
+        """Return the images in the size, normalisation and memory format that the model expects."""
         if images.shape[-2:] != self.input_size:
-            # in float32: on CPU there is no antialiasing in half precision
+            # In float32, because torch has no antialiasing in half precision on CPU.
             small = F.interpolate(
                 images.float(), size=self.input_size, mode="bilinear", align_corners=False, antialias=True
             )
@@ -189,19 +212,18 @@ class Guidance(nn.Module):
         wanted = self.mean, self.std
         if source != wanted:
             key = source, wanted, images.device, images.dtype
-            if key not in self._rescalings:  # kept, because to copy them to a GPU at each call would make the host wait
+            if key not in self._rescalings:  # kept, because a copy to a GPU at every call makes the host wait
                 self._rescalings[key] = _rescaling(source, wanted, images.device, images.dtype)
             scale, offset = self._rescalings[key]
             images = images * scale + offset
-        return images.contiguous(memory_format=torch.channels_last)  # convolutions are faster on it (docs/decisions.md)
+        return images.contiguous(memory_format=torch.channels_last)  # faster convolutions (docs/decisions.md)
 
     @ieee_float32()
     @torch.no_grad()
     def _probe(self) -> None:
-        """Find the layout of the feature map and the kind of the head by trying them; then fold the model.
+        """Find the layout of the feature map and the kind of the head by running the model. Then fold the model.
 
-        In float32 and not in TF32, whatever the model's own dtype and the user's settings, so that the verdict and the
-        weights do not depend on them.
+        The model runs in float32 without TF32, so that the result does not depend on its dtype or the user's settings.
         """
         own = next(self.model.parameters())
         dtype = own.dtype
@@ -231,7 +253,7 @@ class Guidance(nn.Module):
 
     def _layout_of(self, features: Any) -> FeatureLayout:
         if not isinstance(features, Tensor) or features.ndim not in (3, 4):
-            raise GuidanceError(f"guidance: {type(self.model).__name__} has no feature map that Grad-CAM could weigh")
+            raise GuidanceError(f"guidance: {type(self.model).__name__} has no feature map, which Grad-CAM needs")
         if features.ndim == 3:
             prefix = getattr(self.model, "num_prefix_tokens", 0)
             rows, columns = _rows_and_columns(features.shape[1] - prefix, self.input_size)
@@ -241,7 +263,7 @@ class Guidance(nn.Module):
         return FeatureLayout(rows, columns, flat=False, channels_last=channels_last)
 
     def _checked_logits(self, model: TimmModule, features: Tensor) -> Tensor:
-        """The head's answer to the features, refused if it is not logits of the images."""
+        """Return the head's logits. Raise GuidanceError if the head fails or their shape is wrong."""
         head = f"the head of {type(model).__name__}"
         try:
             logits = model.forward_head(features)
@@ -261,7 +283,7 @@ class Guidance(nn.Module):
         return new
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Guidance":
-        """What ``to`` and its kin do, but for the head, which follows to a device and not to half precision."""
+        """Apply ``to``, ``half`` or a similar call, but keep the head in float32 instead of half precision."""
         heads = [self.model.get_submodule(name) for name in self._head_names]
         wide = {id(tensor) for head in heads for tensor in (*head.parameters(), *head.buffers())}
 
@@ -275,31 +297,31 @@ class Guidance(nn.Module):
 
 
 def _check_split(model: TimmModule, images: Tensor, logits: Tensor) -> None:
-    """Refuse a transformer with a class token that cannot be cut before its last block."""
+    """Raise GuidanceError if a transformer with a class token cannot be cut before its last block."""
     try:
         split = SplitTransformer(model)
         tokens, args, kwargs = split.trunk(images)
         again, _ = class_gradient(split.rest, tokens, 1, args, kwargs)
         if not agree(again, logits, logits):
-            raise ValueError("its last block, norm and head do not make its logits")
+            raise ValueError("its last block, norm and head do not reproduce its logits")
     except Exception as error:
         raise GuidanceError(
-            f"guidance: {type(model).__name__} has a class token, and no Grad-CAM of it: {error}"
+            f"guidance: {type(model).__name__} has a class token, but its Grad-CAM cannot be computed: {error}"
         ) from error
 
 
 def _rows_and_columns(cells: int, input_size: tuple[int, int]) -> tuple[int, int]:
     rows = round((cells * input_size[0] / input_size[1]) ** 0.5)
     if rows < 1 or cells % rows:
-        raise GuidanceError(f"guidance: {cells} cells do not make a grid of the shape of a {input_size} image")
+        raise GuidanceError(f"guidance: {cells} cells do not form a grid with the aspect ratio of {input_size} images")
     return rows, cells // rows
 
 
-@eager  # compiled, they are made in inference mode after all
+@eager  # torch.compile would ignore inference_mode(False), and autograd refuses inference tensors
 def _rescaling(
     source: Statistics, wanted: Statistics, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Scale and offset, ``(channels, 1, 1)``, from images normalised with one (mean, std) to another."""
+    """Return the scale and offset ``(channels, 1, 1)`` that turn one normalisation (mean, std) into another."""
     with torch.inference_mode(False):
         (source_mean, source_std), (mean, std) = torch.tensor((source, wanted), dtype=torch.float64)[..., None, None]
         scale, offset = source_std / std, (source_mean - mean) / std

@@ -1,4 +1,7 @@
-"""The operators. Each has its contract in its docstring; tensors in, tensors out, no models. Needs torch alone."""
+"""The operators: functions from tensors to tensors that know nothing of models and need only torch.
+
+The docstring of each operator is its contract.
+"""
 
 from tinydrop_kernels.ops.attention import varlen_attention
 from tinydrop_kernels.ops.embed import embed_tokens

@@ -35,34 +35,42 @@ def varlen_attention(
     bias: RelativeBias | None = None,
     skip_keys: int = 0,
 ) -> Tensor:
-    """``softmax(scale * query @ key.T + bias) @ value`` within each segment; segments do not see one another.
+    """Compute ``softmax(scale * query @ key.T + bias) @ value`` within each segment of a packed batch.
 
-    An empty segment has no rows; queries of a segment without keys yield zeros, and rows behind the last segment mean
-    nothing. Scores, softmax and sums are float32 (float64 for float64); the reference adds the bias in query's dtype.
-    ``ops.OPERATORS["varlen_attention"].choose`` tells which implementation runs.
+    A query attends only to keys of its own segment. A query of a segment without keys yields zeros. Output rows behind
+    the last segment are undefined. Scores, softmax and sums are float32 (float64 for float64); the reference adds the
+    bias in query's dtype. ``ops.OPERATORS["varlen_attention"].choose`` returns the implementation that would run.
 
     Args:
-        query: floating ``(total_q, heads, head_dim)``, any strides: a view of timm's ``(total, 3, heads, head_dim)``
-            projection is read where it lies.
+        query: floating ``(total_q, heads, head_dim)``, any strides. A view of timm's ``(total, 3, heads, head_dim)``
+            projection is read without a copy.
         key, value: the same dtype, ``(total_k, heads, head_dim)``, any strides.
         cu_seqlens_q, cu_seqlens_k: int32 ``(segments + 1,)``, FlashAttention's convention.
-        max_seqlen_q, max_seqlen_k: at least the longest segment. Not checked on a GPU: looking would synchronise.
+        max_seqlen_q, max_seqlen_k: upper bounds on the longest segment. The kernels do not check them, because the
+            check would synchronise.
         scale: factor on the scores, ``head_dim ** -0.5`` by default.
-        bias: relative position bias; queries and keys are the same tokens then.
-        skip_keys: keys at the head of each segment that take no part, as prefix tokens do in some pools.
+        bias: relative position bias. Requires that queries and keys are the same tokens.
+        skip_keys: number of keys at the start of each segment to leave out, such as prefix tokens in some pools.
 
     Returns:
         ``(total_q, heads, head_dim)``, contiguous.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices that do not belong together, by name.
+        ValueError: a shape, a device, a bound or the dtype of an integer tensor does not match; named in the message.
+        TypeError: the dtype of a floating tensor does not match; named in the message.
+
+    Example:
+        >>> query, key, value = torch.randn(5, 3, 2, 8).unbind(1)  # two images of 2 and 3 tokens
+        >>> cu_seqlens = torch.tensor([0, 2, 5]).int()
+        >>> ops.varlen_attention(query, key, value, cu_seqlens, cu_seqlens, 3, 3).shape
+        torch.Size([5, 2, 8])
     """
     _check(query, key, value, cu_seqlens_q, cu_seqlens_k, bias, skip_keys)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     table, positions, grid_size = (None, None, (1, 1)) if bias is None else bias
     if wants_gradient(query, key, value, table):
         return _reference(query, key, value, *lengths, scale, table, positions, grid_size, skip_keys)
-    if bias is None and not skip_keys:  # defaults take the dispatcher no time
+    if bias is None and not skip_keys:  # leave defaults out, because each argument costs the dispatcher time
         return _op(query, key, value, *lengths, scale)  # type: ignore[no-any-return]
     return _op(query, key, value, *lengths, scale, table, positions, grid_size, skip_keys)  # type: ignore[no-any-return]
 
@@ -76,7 +84,7 @@ def _check(
     bias: RelativeBias | None,
     skip_keys: int,
 ) -> None:
-    """Refuse what a kernel would read wrongly; touches no values."""
+    """Raise if a kernel would misread the arguments. Reads only shapes, dtypes and devices, never values."""
     if _is_usual(query, key, value, cu_seqlens_q, cu_seqlens_k) and bias is None and not skip_keys:
         return
     if query.ndim != 3 or query.shape[2] == 0:
@@ -102,7 +110,10 @@ def _check(
 
 
 def _is_usual(query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> bool:
-    """Self-attention in a usual dtype with nothing amiss: told in a third of the time that looking for faults takes."""
+    """Return whether the arguments are plain self-attention without faults, in a dtype that Triton takes.
+
+    This test takes a third of the time of the full checks.
+    """
     shape, dtype, device = query.shape, query.dtype, query.device
     return (
         cu_seqlens_q is cu_seqlens_k
@@ -128,7 +139,7 @@ def _check_bias(query: Tensor, key: Tensor, bias: RelativeBias) -> None:
         got = f"{bias.positions.dtype} {tuple(bias.positions.shape)}"
         raise ValueError(f"bias.positions: got {got}, expected int32 ({query.shape[0]},)")
     if key.shape != query.shape:
-        raise ValueError(f"key: got {key.shape[0]} rows, expected with a bias query's {query.shape[0]}")
+        raise ValueError(f"key: got {key.shape[0]} rows, expected query's {query.shape[0]} because of bias")
     if not bias.table.is_floating_point():
         raise TypeError(f"bias.table: got {bias.table.dtype}, expected floating point")
     _check_device("bias.table", bias.table, query)
@@ -154,9 +165,10 @@ def _reference(
     grid_size: tuple[int, int],
     skip_keys: int,
 ) -> Tensor:
-    """Segments of a length together on CPU, which was the fastest of what was measured (docs/decisions.md).
+    """Attend in plain PyTorch, on any device.
 
-    Elsewhere that would read the lengths back in every layer, so there the segments are padded.
+    On CPU, segments of equal length share a call, which was the fastest variant measured (docs/decisions.md). On other
+    devices this would read the lengths back in every layer, so the segments are padded instead.
     """
     bias = None if bias_table is None or positions is None else RelativeBias(bias_table, positions, grid_size)
     starts_k = cu_seqlens_k[:-1] + skip_keys if skip_keys else cu_seqlens_k[:-1]
@@ -195,19 +207,20 @@ def _torch(
     from torch.nn.attention.varlen import varlen_attn
 
     starts = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
-    # What follows the first seven arguments has moved between torch's releases.
+    # Pass scale by name, because the parameters after the first seven differ between releases of torch.
     out = varlen_attn(query, key, value, *starts, max_seqlen_q, max_seqlen_k, scale=scale)
     assert isinstance(out, Tensor)
     return out.contiguous()
 
 
 def _not_on_cuda(device_type: str) -> str | None:
-    return None if device_type == "cuda" else f"torch's varlen_attn has nothing for {device_type}"
+    return None if device_type == "cuda" else f"torch's varlen_attn does not run on {device_type}"
 
 
-# No order among these has been measured on a GPU yet. Until it is, Triton's comes first, which takes every dtype,
-# layout and bias and is tested most; then the extension, where it is built, which is experimental; then torch's; and
-# last padding, which computes what is not needed. Whoever measures puts the winner first.
+# The order has not been measured on a GPU yet. Triton comes first, because it takes every dtype except float64, every
+# layout and a bias, and is tested most. The experimental CUDA extension comes second, where it is built, then torch's
+# varlen_attn. The reference is last, because padding computes values that are not needed. Once the implementations have
+# been timed on a GPU, put the fastest first.
 _op = define(
     "varlen_attention(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
     "SymInt max_seqlen_q, SymInt max_seqlen_k, float? scale=None, Tensor? bias_table=None, Tensor? positions=None, "
@@ -234,7 +247,7 @@ def _flops(
     *others: Any,
     out_val: Any = None,
 ) -> int:
-    """Two products of 2 * head_dim FLOPs for each pair of query and key of a segment."""
+    """Count two products of 2 * head_dim FLOPs for each pair of a query and a key of the same segment."""
     skip_keys = OPERATORS["varlen_attention"].call(query, key, value, cu_seqlens_q, cu_seqlens_k, *others).skip_keys
     keys = (cu_seqlens_k.diff().long() - skip_keys).clamp(min=0)
     pairs = int((cu_seqlens_q.diff().long() * keys).sum())

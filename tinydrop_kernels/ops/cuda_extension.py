@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 MAX_HEAD_DIM = 128
-MAX_GRID = 32  # rows and columns of a bias's grid: its table takes 40 KB of shared memory there
+MAX_GRID = 32  # rows and columns of a bias's grid; at 32 x 32 the table takes 40 KB of shared memory
 MAX_ROW_STRIDE = 2**30 - 1
-SCALES = 2.0**-126, 2.0**126  # a float32, times log2(e) too
+SCALES = 2.0**-126, 2.0**126  # a normal float32, even after multiplication by log2(e)
 
 
 def _load() -> tuple[tuple[str, ...], str]:
-    """The GPU architectures that the extension was compiled for, or none and why."""
+    """Return the GPU architectures that the extension was compiled for, and why it is missing ("" if it is loaded)."""
     try:
         extension = importlib.import_module("tinydrop_kernels._C")
     except ModuleNotFoundError:
@@ -28,14 +28,14 @@ ARCHITECTURES, WHY_NOT = _load()
 
 
 def available() -> bool:
-    """Whether the extension is loaded; :data:`WHY_NOT` says why not."""
+    """Return whether the extension is loaded. If not, :data:`WHY_NOT` holds the reason."""
     return not WHY_NOT
 
 
 def compiled_for(major: int, minor: int) -> bool:
-    """Whether a GPU of this compute capability runs the extension.
+    """Return whether a GPU of this compute capability runs the extension.
 
-    ``80`` runs on 8.0 and every later 8.x, ``80+PTX`` on all that came after it, ``90a`` on 9.0 alone.
+    Code for ``80`` runs on 8.0 and every later 8.x, ``80+PTX`` also on all later GPUs, and ``90a`` on 9.0 only.
     """
 
     def runs(name: str) -> bool:
@@ -49,30 +49,30 @@ def compiled_for(major: int, minor: int) -> bool:
 
 @functools.cache
 def _gpu(index: int) -> tuple[bool, bool]:
-    """Whether a GPU runs the extension, and whether a block has the shared memory for every bias there.
+    """Return whether a GPU runs the extension, and whether a block has enough shared memory for a bias of any head_dim.
 
-    Only up to a head_dim of 64 does it fit in the 99 KB of GPUs that are not made for data centers.
+    GPUs that are not made for data centers have 99 KB a block, in which a bias fits only up to a head_dim of 64.
     """
     gpu: Any = torch.cuda.get_device_properties(index)
     return compiled_for(gpu.major, gpu.minor), gpu.shared_memory_per_block_optin >= 160 * 1024
 
 
 def is_aligned(tensor: Tensor) -> bool:
-    """Whether every row of head_dim elements is contiguous and begins at a multiple of 16 bytes."""
+    """Return whether every row of head_dim elements is contiguous and begins at a multiple of 16 bytes."""
     (rows, heads, _), (row_stride, head_stride, stride) = tensor.shape, tensor.stride()
     are_aligned = (row_stride % 8 == 0 or rows == 1) and (head_stride % 8 == 0 or heads == 1)
     return are_aligned and stride == 1 and tensor.data_ptr() % 16 == 0
 
 
 def missing_on(device_type: str) -> str | None:
-    """Why there is none for tensors on such a device, or None."""
+    """Return why the extension cannot run on this type of device; None if it can."""
     if device_type != "cuda":
-        return f"the CUDA extension has nothing for {device_type}"
-    return None if available() else f"the CUDA extension is not there: {WHY_NOT}"
+        return f"the CUDA extension does not run on {device_type}"
+    return None if available() else f"the CUDA extension is not available: {WHY_NOT}"
 
 
 def takes(call: Any) -> bool:
-    """Whether the extension takes these arguments of ``varlen_attention``, by their names in its schema."""
+    """Return whether the extension takes these arguments of ``varlen_attention``, named as in its schema."""
     query, table = call.query, call.bias_table
     if not query.is_cuda or call.skip_keys:
         return False
@@ -105,7 +105,7 @@ def launch(
     grid_size: tuple[int, int],
     skip_keys: int,
 ) -> Tensor:
-    """See :func:`ops.varlen_attention`; only what it :func:`takes`."""
+    """Run :func:`ops.varlen_attention` on arguments that the extension :func:`takes`."""
     out: Tensor = torch.ops.tinydrop_cuda.varlen_attention(
         query,
         key,

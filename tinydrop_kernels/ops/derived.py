@@ -1,15 +1,15 @@
-"""Values computed from weights, kept between calls for as long as the weights surely are the same.
+"""A cache of values that are computed from weights, valid only while the weights are certain to be unchanged.
 
-Kept are resampled positions, bias tables, rotary angles, and weights in oneDNN's layout. A change of weights is noticed
-in two ways:
+The cache holds resampled positions, bias tables, rotary angles, and prepacked weights (in oneDNN's layout). It detects
+changed weights in two ways:
 
-* by version, address, dtype and device of the tensors: in-place operations, ``load_state_dict``, ``to``, and most
-  optimizers change one of them;
-* by training: torch's fused optimizers, replayed CUDA graphs and writes through ``.data`` (merged adapters, averaged
-  weights) do not. So once anything in the process has trained, nothing is kept of weights that were not settled since
-  then. It is computed anew at every call, which is always right. :func:`settle` says that training is over.
+* by the version, address, dtype and device of the tensors. In-place operations, ``load_state_dict``, ``to`` and most
+  optimizers change one of these.
+* by training. torch's fused optimizers, replayed CUDA graphs and writes through ``.data`` (merged adapters, averaged
+  weights) change none of these. So once anything in the process has trained, nothing is cached for weights until
+  :func:`settle` is called for them. Until then their values are recomputed at every call, which is always right.
 
-Writes through ``.data`` in a process that has not trained cannot be noticed. They need :func:`settle` too.
+Writes through ``.data`` in a process that has not trained cannot be detected. They need :func:`settle` too.
 """
 
 from collections.abc import Callable, Hashable
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 class _Made(NamedTuple):
-    """A value, and the weights that it was made of, as they were then."""
+    """A cached value, with the weights that it was computed from and their state at that time."""
 
     of: list[ref[Tensor]]
     state: list[Any]
@@ -36,20 +36,21 @@ class _Made(NamedTuple):
 
 @dataclass
 class _Kept:
-    """What is kept of one weight, and of others together with it."""
+    """The cached values whose first weight is the same."""
 
-    settled: int = 0  # how much training there had been when somebody said that it is over
+    settled: int = 0  # value of _training when settle was last called
     values: dict[Hashable, _Made] = field(default_factory=dict)
 
 
-_kept = WeakTensorKeyDictionary()  # values may neither copy nor pickle, so they are kept apart from the weights
+# Kept apart from the weights, because some values can neither be copied nor pickled.
+_kept = WeakTensorKeyDictionary()
 _training = 0  # how often something in this process has trained
 
 
 def note_training(*_: Any) -> None:
-    """Note that weights may have changed unnoticed: a step of an optimizer, or a forward in training mode."""
+    """Record an optimizer step or a forward in training mode, after which weights may have changed undetected."""
     global _training
-    if not torch.compiler.is_compiling():  # a compiled step counts versions, and a number would be a guard of its graph
+    if not torch.compiler.is_compiling():  # a compiled step changes versions, and torch would guard on _training
         _training += 1
 
 
@@ -57,20 +58,20 @@ register_optimizer_step_post_hook(note_training)
 
 
 def settle(module: nn.Module) -> None:
-    """Forget what was computed from a module's weights, and keep it again from now on.
+    """Forget what was computed from a module's weights, and cache such values again from now on.
 
     Args:
-        module: parameters and buffers of which change no more unnoticed.
+        module: a module whose parameters and buffers no longer change in ways that cannot be detected.
     """
     for tensor in chain(module.parameters(), module.buffers()):
         _kept[tensor] = _Kept(_training)
 
 
 def keeps(*weights: Tensor) -> bool:
-    """Return whether what is computed from these weights may be kept.
+    """Return whether values computed from these weights may be cached.
 
-    It may not while a gradient is to reach them, or while compiling; nor of weights that training may have changed, or
-    that were made in inference mode, which count no versions.
+    They may not while a gradient must reach the weights, while compiling, or after training that no :func:`settle` has
+    followed. Nor may they for weights made in inference mode, because such tensors have no version.
     """
     wanted = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
     if wanted or torch.compiler.is_compiling() or any(weight.is_inference() for weight in weights):
@@ -80,12 +81,12 @@ def keeps(*weights: Tensor) -> bool:
 
 
 def derived(weights: Tensor | tuple[Tensor, ...], key: Hashable, make: Callable[[], T]) -> T:
-    """Return what ``make`` computes from weights alone; kept between calls while the weights are the same.
+    """Return the result of ``make``, cached between calls while the weights are the same.
 
     Args:
-        weights: parameters or buffers, or one.
-        key: tells apart what is made of the same weights.
-        make: called where nothing is kept.
+        weights: a parameter or buffer, or several.
+        key: distinguishes values that are computed from the same weights.
+        make: computes the value from the weights alone; called if no valid value is cached.
     """
     weights = (weights,) if isinstance(weights, Tensor) else weights
     if not keeps(*weights):

@@ -1,4 +1,4 @@
-"""Packed tokens straight from pixels."""
+"""The operator ``embed_tokens``: packed tokens from the pixels of kept patches."""
 
 from typing import Any
 
@@ -20,9 +20,10 @@ def embed_tokens(
     cu_seqlens: Tensor,
     total: int,
 ) -> Tensor:
-    """Packed tokens straight from pixels: the patch embedding of the kept patches only.
+    """Embed only the kept patches of each image and return them packed, behind the prefix tokens of their image.
 
-    The patch embedding is a convolution whose stride is its kernel, hence linear in the pixels of one patch.
+    The patch embedding is a convolution whose stride equals its kernel size. Each patch is therefore computed from its
+    own pixels only, and dropped patches need no computation.
 
     Args:
         images: floating ``(segments, channels, height, width)``, any strides. Pixels beyond the last whole patch
@@ -31,12 +32,20 @@ def embed_tokens(
         bias: ``(dim,)`` or None.
         prefix: ``(num_prefix_tokens, dim)``, positions already added; may have no rows.
         pos_embed: ``(patches, dim)`` or None.
-        indices: int32 ``(segments, n)``: kept patches in any order, then -1; ``n`` at least the greatest count.
-        cu_seqlens: int32 ``(segments + 1,)``, of prefix tokens and kept patches; a segment without patches is empty.
+        indices: int32 ``(segments, n)``: kept patches in any order, then -1. ``n`` is at least the largest count.
+        cu_seqlens: int32 ``(segments + 1,)``, counting prefix tokens and kept patches. A segment without kept patches
+            has no rows at all.
         total: rows of all segments.
 
     Returns:
         ``(total, dim)``.
+
+    Example:
+        >>> images, weight, prefix = torch.randn(2, 3, 4, 4), torch.randn(8, 3, 2, 2), torch.randn(1, 8)
+        >>> indices = torch.tensor([[0, 3, -1, -1], [1, 2, 3, -1]]).int()  # 2 and 3 of the 4 patches
+        >>> cu_seqlens = torch.tensor([0, 3, 7]).int()
+        >>> ops.embed_tokens(images, weight, None, prefix, None, indices, cu_seqlens, total=7).shape
+        torch.Size([7, 8])
     """
     arguments = (images, weight, bias, prefix, pos_embed, indices, cu_seqlens, total)
     return (_reference if wants_gradient(*arguments[:5]) else _op)(*arguments)
@@ -92,6 +101,6 @@ def _flops(
     total: int,
     out_val: Tensor | None = None,
 ) -> int:
-    """The projection of the rows that are not prefix tokens."""
+    """Count the projection of all rows that are not prefix tokens."""
     staying = int((cu_seqlens.diff() > 0).sum())
     return 2 * weight.numel() * (total - staying * prefix.shape[0])

@@ -1,4 +1,4 @@
-"""Packed tokens from embedded ones."""
+"""The operator ``gather_tokens``: packed tokens from patches that are already embedded."""
 
 from typing import Any
 
@@ -9,7 +9,9 @@ from tinydrop_kernels.ops.registry import define, kernels, reference, triton, wa
 
 
 def gather_tokens(tokens: Tensor, prefix: Tensor, indices: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
-    """Packed tokens from embedded ones, for stems that are no plain patch embedding.
+    """Copy the kept patch tokens of each image into one packed tensor, behind the prefix tokens of their image.
+
+    It serves models whose stem is not a plain patch embedding; otherwise :func:`embed_tokens` does less work.
 
     Args:
         tokens: patch tokens ``(segments, patches, dim)``, any strides.
@@ -18,13 +20,20 @@ def gather_tokens(tokens: Tensor, prefix: Tensor, indices: Tensor, cu_seqlens: T
 
     Returns:
         ``(total, dim)``.
+
+    Example:
+        >>> tokens, prefix = torch.arange(8.0).view(2, 4, 1), torch.full((2, 1, 1), -1.0)
+        >>> indices = torch.tensor([[1, 3], [0, -1]]).int()
+        >>> cu_seqlens = torch.tensor([0, 3, 5]).int()
+        >>> ops.gather_tokens(tokens, prefix, indices, cu_seqlens, total=5)[:, 0].tolist()
+        [-1.0, 1.0, 3.0, -1.0, 4.0]
     """
     run = _reference if wants_gradient(tokens, prefix) else _op
     return run(tokens, prefix, indices, cu_seqlens, total)
 
 
 def _reference(tokens: Tensor, prefix: Tensor, indices: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
-    """Gather segment by segment, which copies each row once; where autograd records, twice."""
+    """Gather segment by segment. Each row is copied once, or twice while autograd records."""
     lengths, first, prefix = cu_seqlens.diff().tolist(), prefix.shape[1], prefix.to(tokens.dtype)
     kept = [row[: max(length - first, 0)] for row, length in zip(indices, lengths, strict=True)]
     segments = zip(prefix, tokens, kept, strict=True)

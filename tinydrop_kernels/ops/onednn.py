@@ -1,7 +1,7 @@
-"""Linear layers on CPU by the library that is faster there, oneDNN or MKL, where torch takes MKL (docs/decisions.md).
+"""Linear layers on CPU by the faster of two libraries, oneDNN or MKL; torch takes MKL for float32 (docs/decisions.md).
 
-Weights can be packed: laid out as oneDNN reads them, once and not at every call. Then 1 x 1 convolutions are linear
-layers too, and GELU is applied to what a layer gives before it is written.
+Weights can be prepacked: converted once to oneDNN's own layout instead of at every call. A layer with prepacked weights
+can be a 1 x 1 convolution too, and can apply GELU before it writes its output.
 """
 
 import functools
@@ -18,12 +18,12 @@ from tinydrop_kernels.ops.registry import LIBRARY, wants_gradient
 from tinydrop_kernels.torch_internals import has_onednn_linear, onednn_linear, onednn_prepacked
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
-# Of a product of fewer rows, reading the weights takes the time, which oneDNN does faster on every CPU that was tried.
+# Below this many rows a product mostly waits for its weights, and oneDNN was faster on every CPU that was tried.
 MANY_ROWS = 512
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``F.linear``, by oneDNN where it can be."""
+    """Compute ``F.linear``, with oneDNN where it supports the arguments and is faster."""
     if not _takes(x, weight, bias):
         return F.linear(x, weight, bias)
     out: Tensor = torch.ops.tinydrop.cpu_linear(x, weight, bias, "none", False)
@@ -31,20 +31,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def run_linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """``nn.Linear.forward``; packed tokens ``(total, in_features)`` by :func:`linear`, timm's dense ones by torch."""
+    """Run a linear layer: packed tokens ``(total, in_features)`` by :func:`linear`, dense tokens by torch."""
     return linear(x, layer.weight, layer.bias) if x.ndim == 2 else nn.Linear.forward(layer, x)
 
 
 def run_prepacked(layer: nn.Linear | nn.Conv2d, x: Tensor, activation: str = "none") -> Tensor:
-    """The layer's forward with packed weights where it can be, anywhere else as torch has it.
+    """Run a layer with prepacked weights where oneDNN supports the arguments, otherwise as torch does.
 
-    The weights are packed at the first call, and again after they have changed (:mod:`ops.derived`). Many threads may
-    call it.
+    The weights are packed at the first call, and again after they have changed (:mod:`ops.derived`). Several threads
+    may call this function at once.
 
     Args:
-        layer: linear, or a convolution for which :func:`is_pointwise`.
-        x: ``(..., in_features)``, or ``(batch, in_channels, height, width)``; not channels-last it is left to torch.
-        activation: ``"gelu"`` applies the exact one.
+        layer: a linear layer, or a convolution for which :func:`is_pointwise` is true.
+        x: ``(..., in_features)``, or ``(batch, in_channels, height, width)`` for a convolution, which runs in torch
+            unless ``x`` is channels-last.
+        activation: ``"gelu"`` applies the exact (not the tanh) GELU to the output, ``"none"`` nothing.
     """
     convolves = isinstance(layer, nn.Conv2d)
     if not _takes(x, layer.weight, layer.bias) or (
@@ -59,7 +60,7 @@ def run_prepacked(layer: nn.Linear | nn.Conv2d, x: Tensor, activation: str = "no
 
 
 def is_pointwise(layer: nn.Module) -> bool:
-    """Whether the layer is a convolution that is a linear layer of each pixel."""
+    """Return whether the layer is a convolution that applies one linear layer to each pixel."""
     if type(layer) is not nn.Conv2d:
         return False
     size, stride = layer.kernel_size, layer.stride
@@ -71,7 +72,7 @@ def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         x.is_cpu
         and weight.is_cpu
         and x.dtype == weight.dtype in (torch.float32, torch.bfloat16)
-        and type(weight) in (Tensor, nn.Parameter)  # no subclass, which may mean anything by a product
+        and type(weight) in (Tensor, nn.Parameter)  # no subclass, which may redefine products
         and weight.layout == torch.strided
         and x.numel() > 0
         and HAS_ONEDNN
@@ -81,7 +82,10 @@ def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _by_faster_library(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, packs: bool) -> Tensor:
-    """The operator, opaque to Inductor, which would take oneDNN for weights that never change alone, and else MKL."""
+    """Run the operator ``cpu_linear`` with the faster library.
+
+    It is an operator, opaque to Inductor, because Inductor takes MKL unless the weights are frozen.
+    """
     matrix, packs = weight.flatten(1), packs and keeps(weight)
     if not has_onednn_linear(x.dtype):
         out = F.linear(x, matrix, bias)
@@ -96,15 +100,15 @@ def _by_faster_library(x: Tensor, weight: Tensor, bias: Tensor | None, activatio
 
 @functools.cache
 def is_torch_faster() -> bool:
-    """Return whether float32 products of many rows are faster by torch, that is MKL, than by oneDNN; measured once.
+    """Return whether torch (MKL) is faster than oneDNN at float32 products of many rows. Measured once per process.
 
-    It takes 50 ms of a core with AVX512. The choice changes no more than an answer's rounding.
+    The measurement takes 50 ms on a core with AVX512. The choice changes an answer only by rounding.
     """
-    x = weight = torch.ones(768, 768)  # in caches; smaller ones mislead, as either library packs them at each call
+    x = weight = torch.ones(768, 768)  # fits the caches; smaller ones mislead, because packing dominates
     seconds: dict[Any, list[float]] = {F.linear: [], onednn_linear: []}
     for _ in range(3):
         for product, taken in seconds.items():
-            start = time.process_time()  # not the clock's, since a busy machine interrupts one more than the other
+            start = time.process_time()  # not wall time, which other processes on a busy machine distort
             product(x, weight, None)
             taken.append(time.process_time() - start)
     return min(seconds[F.linear]) < min(seconds[onednn_linear])
@@ -125,5 +129,5 @@ torch.library.register_fake(
 
 @register_flop_formula(torch.ops.tinydrop.cpu_linear, get_raw=True)
 def _flops(x: Tensor, *others: Any, out_val: Tensor) -> int:
-    """Count as torch counts its own linear layers."""
+    """Count FLOPs as torch does for its own linear layers."""
     return 2 * x.numel() * out_val.shape[-1]

@@ -1,4 +1,4 @@
-"""The layout of a ragged batch, and the one read back from the device."""
+"""The operator ``pack``: the layout of a ragged batch, and the batch's only read-back from the device."""
 
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
@@ -13,16 +13,16 @@ from tinydrop_kernels.torch_internals import eager
 
 
 class Packing(NamedTuple):
-    """A batch laid out on its device, of which the host knows nothing before :meth:`read`."""
+    """A layout that is still on the device. The host learns it from :meth:`read`."""
 
-    order: Tensor  # int32 (batch,): the images by level, those that exited last
-    cu_seqlens: Tensor  # int32 (batch + 1,): where the segment of each begins, in that order, and the total
-    sizes: Tensor  # int32 (2 * grids + 2,): longest segment, total, images of each grid, rows of each
+    order: Tensor  # int32 (batch,): the images sorted by level, exited images last
+    cu_seqlens: Tensor  # int32 (batch + 1,): first row of each image's segment, in that order, then the total
+    sizes: Tensor  # int32 (2 * grids + 2,): longest segment, total, images of each grid, rows of each grid
     grids: list[Grid]
 
-    @eager  # it ends a graph anyway, and what is read back would be taken for constants
+    @eager  # not compiled, because torch would treat the numbers read back as constants
     def read(self) -> tuple[Packed, list[Part]]:
-        """What :func:`pack` returns. Waits for the device, or for the current stream of a GPU."""
+        """Return the same as :func:`pack`. Waits for the device (on a GPU for the current stream)."""
         max_seqlen, total, *by_level = self.sizes.tolist()
         images, rows = by_level[: len(self.grids)], by_level[len(self.grids) :]
         starts = list(accumulate(images, initial=0))
@@ -37,25 +37,31 @@ class Packing(NamedTuple):
 
 
 def lay_out(counts: Tensor, levels: Tensor, grids: list[Grid], num_prefix_tokens: int) -> Packing:
-    """:func:`pack` without the read-back: on a GPU the host does not wait."""
+    """Lay out a batch like :func:`pack`, but without the read-back, so that the host does not wait for a GPU."""
     order, cu_seqlens, sizes = _op(counts, levels, len(grids), num_prefix_tokens)
     return Packing(order, cu_seqlens, sizes, grids)
 
 
 def pack(counts: Tensor, levels: Tensor, grids: list[Grid], num_prefix_tokens: int) -> tuple[Packed, list[Part]]:
-    """Lay the kept tokens of a batch behind one another, images of one grid beside one another.
+    """Compute where each image's kept tokens go in the packed batch. Images of one grid become neighbours.
 
-    Within a level the images keep their order. Those that exited have no segment. Reads ``2 * len(grids) + 2`` numbers
-    back from the device, in one copy: the only synchronisation of a batch.
+    Images of the same grid keep their order. Images that exit get no segment. ``2 * len(grids) + 2`` numbers are read
+    back from the device in one copy, which is the only synchronisation of a batch.
 
     Args:
         counts: int32 ``(batch,)``, ``batch >= 1``: kept patches, 0 for an image that exits.
-        levels: int32 ``(batch,)``, which grid is an image's own.
-        grids: rows and columns of each.
-        num_prefix_tokens: rows that every image that does not exit brings in front of its patches.
+        levels: int32 ``(batch,)``: position of each image's own grid in ``grids``.
+        grids: rows and columns of each grid.
+        num_prefix_tokens: rows in front of the patches of every image that does not exit.
 
     Returns:
-        The layout, and its parts, one for each grid in use, in the order in which their rows are packed.
+        The layout, and its parts: one for each grid in use, in the order of their rows.
+
+    Example:
+        >>> counts, levels = torch.tensor([3, 0, 2]).int(), torch.tensor([1, 0, 0]).int()
+        >>> packed, parts = ops.pack(counts, levels, [(4, 4), (2, 2)], num_prefix_tokens=1)
+        >>> packed.cu_seqlens.tolist(), [part.images.tolist() for part in parts]  # image 1 exits
+        ([0, 3, 7], [[2], [0]])
     """
     return lay_out(counts, levels, grids, num_prefix_tokens).read()
 
@@ -63,7 +69,7 @@ def pack(counts: Tensor, levels: Tensor, grids: list[Grid], num_prefix_tokens: i
 def pack_alike(
     images: int, patches: int, grid: Grid, num_prefix_tokens: int, device: torch.device
 ) -> tuple[Tensor, Packed, list[Part]]:
-    """:func:`pack` of images that all keep the first patches of one grid, which needs no read-back.
+    """Lay out images that all keep the first ``patches`` patches of one grid. This needs no read-back.
 
     Returns:
         The indices of those patches, int32 ``(images, patches)``, the layout, and its one part.
@@ -76,11 +82,19 @@ def pack_alike(
 
 
 def patch_positions(indices: Tensor, cu_seqlens: Tensor, total: int, num_prefix_tokens: int) -> Tensor:
-    """Where each packed row's patch is on its image's grid: int32 ``(total,)``, -1 for a prefix token.
+    """Return the patch of each packed row.
 
     Args:
         indices, cu_seqlens, total: as in :func:`ops.embed_tokens`.
         num_prefix_tokens: rows in front of each segment's patches.
+
+    Returns:
+        int32 ``(total,)``: the number of the patch on its image's grid, -1 for a prefix token.
+
+    Example:
+        >>> indices, cu_seqlens = torch.tensor([[0, 3], [2, -1]]).int(), torch.tensor([0, 3, 5]).int()
+        >>> ops.patch_positions(indices, cu_seqlens, total=5, num_prefix_tokens=1).tolist()
+        [-1, 0, 3, -1, 2]
     """
     segments, places = indices.shape
     place = torch.arange(places, dtype=torch.int32, device=indices.device)
@@ -90,12 +104,12 @@ def patch_positions(indices: Tensor, cu_seqlens: Tensor, total: int, num_prefix_
 
 
 def _reference(counts: Tensor, levels: Tensor, num_levels: int, num_prefix_tokens: int) -> tuple[Tensor, ...]:
-    """In plain Python, which for the few numbers of a batch takes less than calling PyTorch a dozen times."""
+    """Compute the layout in plain Python, which for a batch of numbers is faster than a dozen PyTorch calls."""
     seqlens = [count + num_prefix_tokens if count else 0 for count in counts.tolist()]
     place = [own if seqlen else num_levels for own, seqlen in zip(levels.tolist(), seqlens, strict=True)]
     order = sorted(range(len(place)), key=place.__getitem__)
     cu_seqlens = list(accumulate((seqlens[image] for image in order), initial=0))
-    images, rows = [0] * (num_levels + 1), [0] * (num_levels + 1)  # the last of images that exited
+    images, rows = [0] * (num_levels + 1), [0] * (num_levels + 1)  # the last entry counts exited images
     for own, seqlen in zip(place, seqlens, strict=True):
         images[own] += 1
         rows[own] += seqlen

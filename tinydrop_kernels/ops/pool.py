@@ -1,4 +1,4 @@
-"""One row for each segment."""
+"""The operator ``segment_pool``: one row for each segment."""
 
 from itertools import pairwise
 from typing import Any
@@ -18,14 +18,19 @@ def segment_pool(tokens: Tensor, cu_seqlens: Tensor, mode: str, skip: int = 0) -
         tokens: ``(total, dim)``.
         cu_seqlens: int32 ``(segments + 1,)``.
         mode: ``"first"``, ``"mean"`` or ``"max"``.
-        skip: rows at the head of each segment that do not take part.
+        skip: number of rows at the start of each segment to leave out.
 
     Returns:
         ``(segments, dim)``; zeros for a segment with no rows left. Means are accumulated in float32 (float64 for
         float64).
 
     Raises:
-        ValueError: another mode.
+        ValueError: ``mode`` is none of these.
+
+    Example:
+        >>> tokens, cu_seqlens = torch.tensor([[1.0], [3.0], [5.0]]), torch.tensor([0, 2, 3]).int()
+        >>> ops.segment_pool(tokens, cu_seqlens, "mean").tolist()
+        [[2.0], [5.0]]
     """
     if mode not in MODES:
         raise ValueError(f"mode: got {mode!r}, expected one of {', '.join(MODES)}")
@@ -34,11 +39,11 @@ def segment_pool(tokens: Tensor, cu_seqlens: Tensor, mode: str, skip: int = 0) -
 
 
 def _reference(tokens: Tensor, cu_seqlens: Tensor, mode: str, skip: int) -> Tensor:
-    """Pool segment by segment. On CPU this is about as fast as one sum by index, and faster for one segment."""
+    """Pool segment by segment. On CPU this is about as fast as one ``index_add``, and faster for one segment."""
     starts, sizes = cu_seqlens.tolist(), []
     for length in (end - start for start, end in pairwise(starts)):
         sizes += [min(skip, length), max(length - skip, 0)]
-    segments = tokens.split([*sizes, len(tokens) - starts[-1]])[1::2]  # the rows that take part
+    segments = tokens.split([*sizes, len(tokens) - starts[-1]])[1::2]  # without the skipped rows
     if not segments:
         return tokens.new_empty(0, tokens.shape[1])
     if mode == "mean":

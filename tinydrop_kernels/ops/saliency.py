@@ -1,4 +1,4 @@
-"""What makes a cell of the guidance model's feature map salient."""
+"""The saliency of the cells of the guidance model's feature map, in plain PyTorch."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -10,16 +10,16 @@ from tinydrop_kernels.ops.types import Saliency
 
 
 def top_classes(logits: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """The most probable classes and their probabilities over that of the first.
+    """Return the most probable classes and the ratio of their probabilities to that of the first class.
 
-    Ties go to the lower class; of fewer classes all are taken.
+    Among equal logits the lower class comes first.
 
     Args:
         logits: floating ``(batch, num_classes)``.
-        classes: how many classes.
+        classes: number of classes to return. If there are fewer, all are returned.
 
     Returns:
-        indices int64 and shares float32, ``(batch, min(classes, num_classes))``.
+        indices int64 and ratios float32, both ``(batch, min(classes, num_classes))``.
     """
     if classes == 1:
         index = logits.argmax(dim=1, keepdim=True)
@@ -31,13 +31,13 @@ def top_classes(logits: Tensor, classes: int) -> tuple[Tensor, Tensor]:
 
 
 def saliency_map(gradient: Tensor, cells: Tensor, size: Sequence[int], saliency: Saliency) -> Tensor:
-    """``relu(cells . mean gradient)``, combined with the other parts of the saliency (:func:`combine`).
+    """Return ``relu(cells . mean gradient)``, combined with the other parts of the saliency (:func:`combine`).
 
     Args:
-        gradient: floating ``(batch, cells, channels)``, or ``(batch, 1, channels)`` where it is the same in all cells.
+        gradient: floating ``(batch, cells, channels)``, or ``(batch, 1, channels)`` if it is the same in all cells.
         cells: floating ``(batch, cells, channels)``.
         size: rows and columns of the map.
-        saliency: the weights.
+        saliency: the weights of the parts.
 
     Returns:
         float32 ``(batch, rows, columns)``.
@@ -47,23 +47,22 @@ def saliency_map(gradient: Tensor, cells: Tensor, size: Sequence[int], saliency:
     with without:
         cells = cells.float()
         weight = gradient.float() if gradient.shape[1] == 1 else gradient.float().mean(dim=1, keepdim=True)
-        # A row times the cells: on CPU twice as fast as the cells times a column.
+        # Multiply a row by the cells, because on CPU this is twice as fast as the cells times a column.
         cam = torch.bmm(weight, cells.transpose(1, 2)).relu().view(-1, *size)
         norm = torch.linalg.vector_norm(cells, dim=2).view(-1, *size) if saliency.norm else None
         return combine(cam, norm, saliency)
 
 
 def combine(cam: Tensor, norm: Tensor | None, saliency: Saliency) -> Tensor:
-    """``unit(cam) + norm_weight * unit(norm) + center_weight * closeness``, or ``cam`` as it is if both weights are 0.
+    """Return ``unit(cam) + norm_weight * unit(norm) + center_weight * closeness``, or ``cam`` if both weights are 0.
 
-    ``unit`` is each image's ``(x - min) / (max - min)`` over finite cells: 0 where all are equal, NaN where x is.
-    Grad-CAM alone says where a class is; the norm of the features and the closeness to the center, calmer, say where
-    anything is at all (measured: docs/accuracy.md).
+    :func:`unit` scales each image's map to [0, 1]. Grad-CAM shows where a class is. The norm of the features and the
+    closeness to the center are less noisy and show where any object is (measurements: docs/accuracy.md).
 
     Args:
         cam: float32 ``(batch, rows, columns)``, a class activation map.
         norm: float32 of the same shape, the norm of each cell's features; None if its weight is 0.
-        saliency: the weights.
+        saliency: the weights of the parts.
 
     Returns:
         float32 ``(batch, rows, columns)``.
@@ -79,7 +78,13 @@ def combine(cam: Tensor, norm: Tensor | None, saliency: Saliency) -> Tensor:
 
 
 def unit(maps: Tensor) -> Tensor:
-    """Each image's ``(x - min) / (max - min)`` of float32 ``(batch, rows, columns)``, clamped; see :func:`combine`."""
+    """Scale each image's map to [0, 1]: ``(x - min) / (max - min)``, with ``min`` and ``max`` over its finite cells.
+
+    Infinite cells are clamped to that range and NaN stays NaN. A map whose finite cells are all equal becomes 0.
+
+    Args:
+        maps: float32 ``(batch, rows, columns)``.
+    """
     finite = maps.isfinite()
     low = maps.masked_fill(~finite, float("inf")).amin(dim=(1, 2), keepdim=True)
     high = maps.masked_fill(~finite, float("-inf")).amax(dim=(1, 2), keepdim=True)
@@ -88,9 +93,10 @@ def unit(maps: Tensor) -> Tensor:
 
 
 def closeness(rows: int, columns: int, device: torch.device) -> Tensor:
-    """``1 - d / d_max`` of each cell: float32 ``(rows, columns)``.
+    """Return each cell's closeness to the center of the map, ``1 - d / d_max``: float32 ``(rows, columns)``.
 
-    ``d`` is the distance of a cell's middle from the map's, whose sides are 1 long; ``d_max`` is that of a corner.
+    ``d`` is the distance of the cell's middle from the map's middle, if the map's sides have length 1. ``d_max`` is the
+    distance of a corner cell.
     """
     down = (torch.arange(rows, device=device) + 0.5) / rows - 0.5
     right = (torch.arange(columns, device=device) + 0.5) / columns - 0.5

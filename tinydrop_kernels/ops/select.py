@@ -1,4 +1,4 @@
-"""Exit, which grid, how many patches, and which: from the guidance model's output to kept indices."""
+"""The operators that select: from the guidance model's output to exits, grids and kept patches."""
 
 import math
 from collections.abc import Sequence
@@ -26,52 +26,82 @@ def select_tokens(
     law: Law,
     saliency: Saliency = PLAIN_CAM,
 ) -> Selection:
-    """Decide, from the guidance model's output, which images exit, and the grid and the patches of the others.
+    """Decide from the guidance model's output which images exit, and choose the grid and the patches of the others.
 
-    Closed-form Grad-CAM: where the head is linear after average pooling, the gradient of a logit with respect to the
-    last feature map is that class's row of the head, so the activation of a cell is ``relu(features . class_weight)``
-    (Selvaraju et al. 2017, arXiv 1610.02391, section 3.1; the positive factor 1 / cells does not change the ranking).
-    Of several classes the rows are summed, weighted by the classes' probabilities over that of the first.
+    Patches are ranked by Grad-CAM in closed form, without a backward pass. The head must be linear after average
+    pooling. The gradient of a logit with respect to the last feature map is then the class's row of the head, and the
+    activation of a cell is ``relu(features . class_weight)`` (Selvaraju et al. 2017, arXiv 1610.02391, section 3.1). The
+    positive factor 1 / cells is left out, because it does not change the ranking. For several classes the rows are
+    summed, each weighted by the ratio of its class's probability to that of the first class.
 
     Args:
         logits: floating ``(batch, classes)``.
         features: floating ``(batch, cells, channels)``, any strides; ``cells = feature_size[0] * feature_size[1]``.
         class_weight: floating ``(classes, channels)``.
         feature_size: rows and columns of the guidance model's feature map.
-        grid_sizes: rows and columns of the target's patch grid at each level, dense first, then ever smaller ones.
+        grid_sizes: rows and columns of the target's patch grid at each level, in descending size, dense first.
         law: tau, gamma, min_keep and coarsen; see :func:`apply_law`.
-        saliency: what makes a cell salient; see :func:`ops.saliency.combine`.
+        saliency: the parts of the saliency and their weights; see :func:`ops.saliency.combine`.
+
+    Returns:
+        Kept patches, counts, levels, confidence and saliency of each image.
+
+    Example:
+        >>> logits, features = torch.zeros(1, 2), torch.tensor([[[1.0], [4.0], [2.0], [3.0]]])  # four cells
+        >>> class_weight, law = torch.ones(2, 1), ops.Law(tau=0.9, gamma=0.0, min_keep=0.5)
+        >>> ops.select_tokens(logits, features, class_weight, (2, 2), [(2, 2)], law).indices.tolist()
+        [[1, 3, -1, -1]]
     """
     flat = [side for grid in grid_sizes for side in grid]
     return Selection(*_from_features(logits, features, class_weight, feature_size, flat, *law, *saliency))
 
 
 def select_from_saliency(logits: Tensor, saliency: Tensor, grid_sizes: Grids, law: Law) -> Selection:
-    """:func:`select_tokens` from a ready saliency map, ``(batch, rows, columns)`` of any size.
+    """Decide like :func:`select_tokens`, but rank the patches by a given saliency map.
 
     Each image's map is resized bilinearly (``align_corners=False``, no antialiasing) to its own grid. The ``count``
-    patches of highest saliency are kept; ties go to the lower index, and NaN ranks last.
+    patches of highest saliency are kept. Among equal patches the lower index wins, and NaN ranks last.
+
+    Args:
+        logits: floating ``(batch, classes)``, for the confidence.
+        saliency: floating ``(batch, rows, columns)``, of any size and strides.
+        grid_sizes, law: as in :func:`select_tokens`.
+
+    Returns:
+        Kept patches, counts, levels, confidence and saliency of each image.
+
+    Example:
+        >>> logits, saliency = torch.zeros(1, 2), torch.tensor([[[0.1, 0.9], [0.4, 0.2]]])
+        >>> law = ops.Law(tau=0.9, gamma=0.0, min_keep=0.5)
+        >>> ops.select_from_saliency(logits, saliency, [(2, 2)], law).indices.tolist()
+        [[1, 2, -1, -1]]
     """
     return Selection(*_from_saliency(logits, saliency, [side for grid in grid_sizes for side in grid], *law))
 
 
 def apply_law(confidence: Tensor, grid_sizes: Grids, law: Law) -> tuple[Tensor, Tensor]:
-    """Number of patches to keep of each image, 0 where it exits, and the level of its grid.
+    """Return for each image the number of patches to keep and the level of its grid. An image that exits keeps 0.
 
-    ``budget = clamp(1 - (c / tau) ** gamma, min_keep, 1)`` is the fraction of the dense patches to be spent. The grid
-    is the level whose side is nearest to ``budget ** (coarsen / 2)`` of the dense side, of which the fraction
-    ``budget ** (1 - coarsen)`` is kept: ``count = ceil(patches * fraction)``. So ``coarsen=0`` drops alone and
-    ``coarsen=1`` is resolution alone. An image without a confidence (NaN) does not exit and keeps everything.
+    ``budget = clamp(1 - (c / tau) ** gamma, min_keep, 1)`` is the fraction of the dense patches to spend. The chosen
+    level is the one whose side is nearest to ``budget ** (coarsen / 2)`` times the dense side. Of that level's patches,
+    ``ceil(patches * budget ** (1 - coarsen))`` are kept. So ``coarsen=0`` only drops patches, and ``coarsen=1`` only
+    lowers the resolution. An image whose confidence is NaN does not exit and keeps all dense patches.
 
     Source: the budget behaves as TinyDrop's (arXiv 2509.03379, section 3); the formulas are ours.
 
     Args:
         confidence: float32 ``(batch,)`` in [0, 1].
         grid_sizes: as in :func:`select_tokens`.
-        law: ``gamma=0`` spends ``min_keep`` whatever the confidence, ``gamma=inf`` spends everything.
+        law: with ``gamma=0`` the budget is ``min_keep`` at every confidence, with ``gamma=inf`` it is 1.
 
     Returns:
         counts and levels, int32 ``(batch,)``.
+
+    Example:
+        >>> law = ops.Law(tau=0.8, gamma=1.0, min_keep=0.25)
+        >>> counts, levels = ops.apply_law(torch.tensor([0.2, 0.7, 0.9]), [(4, 4)], law)
+        >>> counts.tolist(), levels.tolist()
+        ([12, 4, 0], [0, 0, 0])
     """
     tau, gamma, min_keep, coarsen = law
     sizes = [rows * columns for rows, columns in grid_sizes]
@@ -82,7 +112,7 @@ def apply_law(confidence: Tensor, grid_sizes: Grids, law: Law) -> tuple[Tensor, 
         budget = (1.0 - ratio**gamma).clamp_(min_keep, 1.0)
     budget.masked_fill_(confidence.isnan(), 1.0)
     levels = torch.zeros_like(budget, dtype=torch.int32)
-    if coarsen == 0:  # the general case comes to the same in four times as many steps
+    if coarsen == 0:  # a shortcut with the same result as the general case in a quarter of the steps
         patches: Tensor | int = sizes[0]
         kept = budget * patches
     else:
@@ -131,7 +161,7 @@ def _reference_from_saliency(
     confidence = logits.float().softmax(dim=1).amax(dim=1)
     counts, levels = apply_law(confidence, grids, Law(tau, gamma, min_keep, coarsen))
     in_use = sorted(set(levels.tolist()))
-    if in_use == [0]:  # a policy that only drops: nothing need be gathered or padded
+    if in_use == [0]:  # all images on the dense grid: no gathering or padding needed
         scores = _resized(saliency, grids[0])
         return _most_salient(scores, counts), counts, levels, confidence, scores
     indices, _, _, _, scores = empty_selection(logits, grid_sizes)
@@ -152,8 +182,8 @@ def _resized(maps: Tensor, size: Grid) -> Tensor:
 def _most_salient(scores: Tensor, counts: Tensor) -> Tensor:
     """Return the ``counts`` patches of highest score, in raster order, then -1: int32 ``(images, patches)``.
 
-    A patch is kept if it scores no less than the last one kept. Where too many equal the last one, as at least one does
-    in an image that exits, those of lower index stay. So nothing is sorted, unless counts differ.
+    A patch is kept if its score is at least the ``count``-th highest score. If too many patches have exactly that
+    score, those of lower index are kept. This avoids sorting unless the counts differ.
     """
     sizes = counts.tolist()
     fewest, most = min(sizes), max(1, *sizes)
@@ -171,7 +201,10 @@ def _most_salient(scores: Tensor, counts: Tensor) -> Tensor:
 
 
 def empty_selection(logits: Tensor, grid_sizes: Sequence[int]) -> tuple[Tensor, ...]:
-    """Indices, counts, levels, confidence and saliency, yet to be written; ``grid_sizes`` as the schema has them."""
+    """Return uninitialised indices, counts, levels, confidence and saliency.
+
+    ``grid_sizes`` is flat, as in the operators' schemas: rows, columns, rows, columns and so on.
+    """
     batch, patches = logits.shape[0], grid_sizes[0] * grid_sizes[1]
     return (
         logits.new_empty(batch, patches, dtype=torch.int32),

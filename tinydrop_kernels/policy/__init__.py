@@ -1,4 +1,4 @@
-"""How much each image keeps. The calibrated kind and its file are in :mod:`tinydrop_kernels.policy.calibrated`."""
+"""Policies, which decide how much of each image is kept. Calibrated policies and their files are in ``calibrated``."""
 
 from tinydrop_kernels.policy.drop import DropPolicy
 

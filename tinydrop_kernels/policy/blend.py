@@ -1,4 +1,4 @@
-"""The answers of two models made one, on the scale of log-probabilities."""
+"""Blending of the answers of the target and the guidance model, on the scale of log-probabilities."""
 
 import math
 
@@ -9,14 +9,14 @@ from tinydrop_kernels.policy.drop import DropPolicy
 from tinydrop_kernels.torch_internals import eager
 
 
-@eager  # compiled, every number of images that stay would be a graph of its own
+@eager  # because otherwise torch.compile would compile it again for each number of images that do not exit
 def combined_answers(target: Tensor, guidance: Tensor, policy: DropPolicy) -> Tensor:
     """Return the answers for images that went through the target.
 
     Args:
-        target, guidance: logits ``(images, classes)`` of the same images; of other classes only where they do not mix.
-        policy: of which ``mixes_answers`` says whether the answers are log-probabilities, or the target's logits as
-            they are.
+        target, guidance: logits ``(images, classes)`` of the same images. The numbers of classes may differ if the
+            policy does not mix answers.
+        policy: if it mixes answers, they are log-probabilities, otherwise the target's own logits.
 
     Returns:
         ``(images, classes)`` in the target's dtype.
@@ -29,7 +29,7 @@ def blended(target: Tensor, guidance: Tensor, weight: float) -> Tensor:
 
     Args:
         target, guidance: logits ``(images, classes)`` of the same images.
-        weight: in [0, 1). With 0 the guidance is not looked at.
+        weight: in [0, 1). With 0, ``guidance`` is not used.
 
     Returns:
         ``(images, classes)`` in the target's dtype, computed in float32 at least.
@@ -47,14 +47,15 @@ def log_probabilities(logits: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def in_doubt(answers: Tensor, guidance: Tensor, second_look: tuple[float, float]) -> Tensor:
-    """Return whether an answer from a reduced image does not stand: bool ``(images,)``.
+    """Return whether each answer is too doubtful to stand, bool ``(images,)``.
 
-    It stands if its confidence is above the second bar, or if it is the guidance model's too and above the first.
+    An answer stands if its confidence is above the second threshold. It also stands if its confidence is above the
+    first threshold and both models predict the same class.
 
     Args:
         answers: log-probabilities or logits ``(images, classes)``.
-        guidance: logits ``(images, classes)`` of the same images.
-        second_look: see :class:`DropPolicy`.
+        guidance: the guidance model's logits ``(images, classes)`` for the same images.
+        second_look: the two thresholds, see :class:`DropPolicy`.
     """
     bar_if_agreed, bar = second_look
     confidence, predicted = answers.float().softmax(dim=1).max(dim=1)

@@ -1,4 +1,4 @@
-"""A policy, and what is known about it: for which model, from which images, with which certainty. To and from JSON."""
+"""Calibrated policies: a drop policy, the models and images it was calibrated with, and its certificate, as JSON."""
 
 import json
 import math
@@ -13,27 +13,39 @@ from tinydrop_kernels.policy.drop import DropPolicy
 from tinydrop_kernels.policy.fingerprint import Fingerprint
 
 FORMAT = "tinydrop policy 2"
-FIRST_FORMAT = "tinydrop policy 1"  # it said "model" for the target, and "centre"
+FIRST_FORMAT = "tinydrop policy 1"  # with "model" in place of "target", and "centre" in place of "center"
 
 
 class PolicyFileError(ValueError):
-    """The file is no policy file, or one for another model or guidance."""
+    """Raised if a file is not a policy file, or was made for another model or guidance model.
+
+    Example:
+        >>> try:
+        ...     tdk.patch(model, guidance, "no_such_file.json")
+        ... except tdk.PolicyFileError as error:
+        ...     print(error)
+        policy: 'no_such_file.json' cannot be read: No such file or directory
+    """
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """What is known of a policy's loss, ``str`` of which says it in words."""
+    """The result of testing a policy's loss of accuracy. ``str`` of it says the result in words.
 
-    accuracy_drop: float  # the stated one
-    confidence: float
-    labelled: bool  # the loss is accuracy; otherwise the share of answers unlike the dense model's, which bounds it
-    passed: bool
-    ordered: int  # images that put the candidates into an order
-    tested: int  # images that tested them
-    candidates: int  # of them were tested, in that order until one failed
-    lost: int  # of the images that tested the policy: the dense model is right and the policy is not, or they differ
-    gained: int  # the policy is right and the dense model is not
-    least_drop: float  # the smallest that so many images could certify
+    The loss is measured in accuracy if the images have labels. Otherwise it is the share of answers that differ from
+    the dense model's, which is an upper bound of the loss of accuracy.
+    """
+
+    accuracy_drop: float  # upper bound of the loss that the user asked for
+    confidence: float  # confidence level of the certificate
+    labelled: bool  # the images had labels
+    passed: bool  # the loss was certified to be at most accuracy_drop
+    ordered: int  # number of images that ranked the candidates
+    tested: int  # number of images that the candidates were tested on
+    candidates: int  # number of candidates that were tested, in the order of their rank until one failed
+    lost: int  # tested images where only the dense model is right; without labels, where the two answers differ
+    gained: int  # tested images where only the policy is right
+    least_drop: float  # smallest drop that this number of images can certify
 
     def __str__(self) -> str:
         images, sure = self.ordered + self.tested, f"{self.confidence:.0%} confidence"
@@ -44,52 +56,60 @@ class Certificate:
             if self.least_drop > self.accuracy_drop:
                 reason = f"{could}, and this would need about {needed}"
             elif not self.candidates:
-                reason = "no policy that is cheaper than the dense model seemed to keep that"
+                reason = "every policy that is cheaper than the dense model seemed to lose more"
             else:
                 reason = f"the first candidate failed the test on {self.tested} images ({could})"
             return f"Not certified that any policy loses at most {drop} at {sure}: {reason}."
         if self.labelled:
             claim = f"On images like these this policy loses at most {drop} of accuracy"
-            seen = f"it lost {self.lost} that the dense model has right, and gained {self.gained} that it has wrong"
+            seen = f"{self.lost} are right only with the dense model, and {self.gained} only with this policy"
         else:
             claim = f"On images like these this policy changes at most {drop}, and loses no more accuracy than that"
-            seen = f"it answered {self.lost} unlike the dense model"
+            seen = f"{self.lost} were answered unlike the dense model"
         return (
-            f"Certified: {claim}, at {sure}. Of the {self.tested} images that tested it, {seen}; {self.ordered} other "
-            f"images had put the candidates into an order, of which {self.candidates} were tested. ({could[0].upper()}"
+            f"Certified: {claim}, at {sure}. Of the {self.tested} images that it was tested on, {seen}. {self.ordered} "
+            f"other images ranked the candidates, and {self.candidates} were tested in that order. ({could[0].upper()}"
             f"{could[1:]}.)"
         )
 
 
 @dataclass(frozen=True)
 class UncertifiedPolicy:
-    """What a plain grid search would take, of whose loss on other images nothing is known."""
+    """The best policy of a plain grid search. Nothing is known about its loss on other images."""
 
     policy: DropPolicy
     input_size: tuple[int, int]
     cost: float
-    loss: float  # on the images that chose it
+    loss: float  # on the images that it was chosen with
 
     def __str__(self) -> str:
         return (
-            f"Best without a certificate: {1 - self.cost:.1%} saved and {100 * self.loss:+.2f} points lost on the very "
-            "images that chose it; on others expect more"
+            f"Best without a certificate: {1 - self.cost:.1%} saved and {100 * self.loss:+.2f} points lost on the "
+            "images that it was chosen with; expect a larger loss on other images"
         )
 
 
 @dataclass(frozen=True)
 class CalibratedPolicy:
-    """A policy with its certificate, as :func:`tinydrop_kernels.calibrate` makes it and ``patch`` takes it."""
+    """A policy with its certificate. :func:`tinydrop_kernels.calibrate` returns it, and ``patch`` takes it.
+
+    Example:
+        >>> batches = [(images, torch.tensor([0, 1]))]
+        >>> calibrated = tdk.calibrate(model, guidance, batches, accuracy_drop=0.02)  # doctest: +SKIP
+        >>> print(calibrated)  # doctest: +SKIP
+        >>> calibrated.save("policy.json")  # doctest: +SKIP
+        >>> model = tdk.patch(model, guidance, "policy.json")  # doctest: +SKIP
+    """
 
     policy: DropPolicy
-    input_size: tuple[int, int]  # of the guidance model
-    cost: float  # over the dense model's, on the images that calibrated it
-    cost_by: str  # "flops" or "time"
+    input_size: tuple[int, int]  # height and width of the guidance model's images
+    cost: float  # cost of the policy over the dense model's, on the images it was calibrated with
+    cost_by: str  # unit of the cost, "flops" or "time"
     certificate: Certificate
     uncertified: UncertifiedPolicy | None
     target: Fingerprint
     guidance: Fingerprint
-    images: dict[str, Any]  # their number, and hashes of their contents and names
+    images: dict[str, Any]  # number of the images, and hashes of their contents and names
     versions: dict[str, str]
     date: str
 
@@ -101,16 +121,16 @@ class CalibratedPolicy:
         ]
         if not self.certificate.passed:
             lines = [
-                "The dense model: leave it unpatched, for patched with this file it pays for the guidance as well."
+                "The dense model. Leave it unpatched, because with this file it pays for the guidance model as well."
             ]
         lines.append(str(self.certificate))
         return "\n".join([*lines, *([str(self.uncertified)] if self.uncertified else [])])
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the policy file.
+        """Write the policy to a JSON file.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         values = asdict(self) | {"target": self.target._asdict(), "guidance": self.guidance._asdict()}
         values["policy"] = _plain(self.policy)
@@ -124,7 +144,7 @@ class CalibratedPolicy:
         """Read a policy file.
 
         Raises:
-            PolicyFileError: it cannot be read, or is none.
+            PolicyFileError: the file cannot be read, or is not a policy file.
         """
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -132,7 +152,7 @@ class CalibratedPolicy:
             if version == FIRST_FORMAT:
                 _rename(values)
             elif version != FORMAT:
-                raise ValueError(f"expected one of the format {FORMAT!r}")
+                raise ValueError(f"expected the format {FORMAT!r}")
             del values["in_words"]
             rough = values.pop("uncertified")
             return cls(
@@ -155,14 +175,14 @@ class CalibratedPolicy:
             raise PolicyFileError(f"policy: {str(path)!r} is no policy file: {error}") from None
 
     def check(self, target: Fingerprint, guidance: Fingerprint) -> None:
-        """Refuse another model, another guidance model, or other classes than those it was calibrated with.
+        """Check that two models are those that the policy was calibrated with. Warn if only a dtype differs.
 
         Args:
-            target: the target's.
-            guidance: the guidance model's.
+            target: fingerprint of the target.
+            guidance: fingerprint of the guidance model.
 
         Raises:
-            PolicyFileError: one of them is another.
+            PolicyFileError: a model has other weights or another number of classes.
         """
         for argument, found, known in (("target", target, self.target), ("guidance", guidance, self.guidance)):
             if found.classes != known.classes:
@@ -189,7 +209,7 @@ def _points(share: float) -> str:
 
 def _plain(policy: DropPolicy) -> dict[str, Any]:
     values = asdict(policy) | {"saliency": policy.saliency._asdict()}
-    return values | ({"gamma": "inf"} if math.isinf(policy.gamma) else {})  # JSON knows no infinity
+    return values | ({"gamma": "inf"} if math.isinf(policy.gamma) else {})  # because JSON has no infinity
 
 
 def _policy(values: dict[str, Any]) -> DropPolicy:
@@ -197,7 +217,7 @@ def _policy(values: dict[str, Any]) -> DropPolicy:
 
 
 def _rename(values: dict[str, Any]) -> None:
-    """Give the values of a file of the first format the names of today."""
+    """Rename the values of a file in the first format to the current names."""
     values["target"] = values.pop("model")
     for holder in (values, values["uncertified"]):
         if holder:

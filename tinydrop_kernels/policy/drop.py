@@ -1,4 +1,4 @@
-"""How sure the guidance model must be for an image to exit, and how much of the others the target sees."""
+"""Drop policies: how sure the guidance model must be for an image to exit, and how many patches other images keep."""
 
 import math
 from dataclasses import dataclass
@@ -8,41 +8,47 @@ from typing import Any
 from tinydrop_kernels.ops import Law, Saliency
 
 CALM = Saliency(classes=5, norm=1.0, center=1.0)
-UNMIXED: dict[str, Any] = {"tau": None, "blend": 0.0, "second_look": None}  # arguments that mix no answers
+UNMIXED: dict[str, Any] = {"tau": None, "blend": 0.0, "second_look": None}  # the arguments of a policy without mixing
 
 
 @dataclass(frozen=True)
 class DropPolicy:
-    """From the guidance model's confidence ``c`` to early exit, grid, number of patches and answer.
+    """A rule that takes the guidance model's confidence ``c`` to exit, grid, number of patches and answer of an image.
 
-    An image exits when ``c > tau``. Of the others ``budget = 1 - (c / tau) ** gamma`` of the dense patches are spent,
-    clamped to ``[min_keep, 1]``: the surer the guidance, the fewer. A coarser grid takes the share ``coarsen`` of that
-    cut and dropping the rest (:func:`ops.apply_law`).
+    An image exits if ``c > tau``. Any other image gets ``budget = 1 - (c / tau) ** gamma``, a fraction of the dense
+    patches that is clamped to ``[min_keep, 1]``. The surer the guidance model is, the smaller the budget. Patches are
+    saved by resizing the image to a coarser grid, by dropping patches, or by both (:func:`ops.apply_law`).
 
-    The defaults are for a target that nobody calibrated: resolution alone, never below two fifths of the patches, a
-    blend and a second look (docs/accuracy.md tells how they were chosen).
+    The defaults are meant for a target without calibration. They use coarser grids alone, keep at least 40 % of the
+    patches, blend answers and take a second look. docs/accuracy.md says how they were chosen.
 
-    With a policy that can exit, blend or look twice, every row of an answer is log-probabilities: the softmax and the
-    argmax of logits, on one scale. With any other policy the answer is the target's own logits, untouched. A head of
-    sigmoids needs one of the latter (``patch(multi_label=True)``).
+    A policy mixes answers if it can exit, blend or take a second look. Then every answer is log-probabilities, with
+    softmax and argmax as for logits. Otherwise every answer is the target's own logits. A policy that mixes answers
+    needs a guidance model with the target's classes, and does not suit a head of sigmoids.
 
     Args:
-        tau: exit threshold in (0, 1], or None for no early exit (the budget is taken with tau = 1 then). Exits, a blend
-            and a second look need a guidance model of the target's classes.
-        gamma: curvature, >= 0. Low spends little, high much; ``math.inf`` spends everything, which together with tau is
-            a plain cascade of the two models.
-        min_keep: least fraction of the dense patches spent, in (0, 1].
-        coarsen: the share of the cut that a coarser grid takes, in [0, 1]. 0 drops alone, as the paper does; 1 is
-            resolution alone.
-        blend: weight in [0, 1) of the guidance model's probabilities in the answer for an image that does not exit.
-        second_look: ``(t1, t2)`` in [0, 1], or None. An answer from a reduced image stands if its confidence is above
-            t2, or if it is the guidance model's own and above t1; the other images go through the target dense.
-        saliency: what makes a patch salient.
+        tau: exit threshold in (0, 1]. None turns exits off; the budget is then computed with ``tau = 1``.
+        gamma: exponent of the budget, >= 0. A lower value keeps fewer patches. ``math.inf`` keeps all patches of images
+            that do not exit, which makes a plain cascade of the two models.
+        min_keep: lower bound of the budget, in (0, 1].
+        coarsen: how much of the saving comes from a coarser grid, in [0, 1]. 0 only drops patches, as in the paper.
+            1 only makes grids coarser.
+        blend: weight of the guidance model's probabilities in the answer for an image that does not exit, in [0, 1).
+        second_look: thresholds ``(t1, t2)`` in [0, 1], or None for no second look. An image that kept fewer than all
+            patches goes through the target again, dense, unless the confidence of its answer is above t2. If the answer
+            agrees with the guidance model's, above t1 is enough.
+        saliency: how the patches to keep are ranked.
 
     Raises:
-        TypeError, ValueError: a value of another type or out of its range.
+        TypeError, ValueError: an argument has another type or is out of its range.
 
-    Source: TinyDrop, arXiv 2509.03379, section 3, whose summary gives the behaviour of exit and budget; formulas ours.
+    Example:
+        >>> policy = tdk.DropPolicy(tau=0.8, min_keep=0.25)
+        >>> model = tdk.patch(model, guidance, policy)
+        >>> model.tinydrop.policy is policy
+        True
+
+    Source: TinyDrop, arXiv 2509.03379, section 3, for how exit and budget behave. The formulas are ours.
     """
 
     tau: float | None = 0.9
@@ -87,11 +93,16 @@ class DropPolicy:
     def fixed(
         cls, keep_ratio: float, tau: float | None = None, coarsen: float = 0.0, blend: float = 0.0
     ) -> "DropPolicy":
-        """Spend the same fraction of the patches on every image that does not exit: the law at ``gamma = 0``.
+        """Return a policy that keeps the same fraction of the patches of every image that does not exit.
 
         Args:
             keep_ratio: fraction of the dense patches, in (0, 1].
-            tau, coarsen, blend: as in :class:`DropPolicy`; by default nothing exits, and patches are dropped alone.
+            tau, coarsen, blend: as in :class:`DropPolicy`. By default no image exits, and patches are only dropped.
+
+        Example:
+            >>> policy = tdk.DropPolicy.fixed(0.25)
+            >>> policy.min_keep, policy.tau, policy.mixes_answers
+            (0.25, None, False)
         """
         if not _is_number(keep_ratio) or not 0 < keep_ratio <= 1:
             raise ValueError(f"keep_ratio: got {keep_ratio!r}, expected a number in (0, 1]")
@@ -99,17 +110,29 @@ class DropPolicy:
 
     @classmethod
     def cascade(cls, tau: float) -> "DropPolicy":
-        """Early exit alone, with a dense target: the rival that every reduction has to beat."""
+        """Return a policy with exits alone, where every other image goes through the target dense.
+
+        Compare other policies with this baseline, to see whether dropping patches saves more than exits do.
+
+        Args:
+            tau: exit threshold in (0, 1].
+
+        Example:
+            >>> model = tdk.patch(model, guidance, tdk.DropPolicy.cascade(tau=1.0))
+            >>> answers = model(images)
+            >>> model.tinydrop.last.counts.tolist()
+            [196, 196]
+        """
         return cls(tau, gamma=math.inf, blend=0.0, second_look=None)
 
     @property
     def law(self) -> Law:
-        """As the operators take it."""
+        """The part of the policy that the operators take."""
         return Law(self.tau, self.gamma, self.min_keep, self.coarsen)
 
     @property
     def mixes_answers(self) -> bool:
-        """True of a policy that can exit, blend or look twice: both models must know the same classes then."""
+        """True if the policy can exit, blend or take a second look. Both models must then have the same classes."""
         return self.tau is not None or self.blend > 0 or self.second_look is not None
 
 

@@ -1,4 +1,4 @@
-"""Which model it is: what a policy file names, and is held against."""
+"""Fingerprints that identify a model, so that a policy file can be checked against the models it is used with."""
 
 import hashlib
 from typing import NamedTuple
@@ -10,30 +10,30 @@ from tinydrop_kernels.ops.types import TimmModule
 
 
 class Fingerprint(NamedTuple):
-    """Which model it was."""
+    """The identity of a model."""
 
-    name: str
+    name: str  # timm's name with its tag, or the name of the class
     classes: int
-    weights: str  # fingerprint
+    weights: str  # 16 hexadecimal digits of a hash of the weights
     dtype: str
 
 
 def fingerprint_of(model: TimmModule, classes: int) -> Fingerprint:
-    """Return name, classes, weights and dtype of a timm model.
+    """Return the fingerprint of a timm model.
 
-    The fingerprint is of the weights rounded to bfloat16: a model and its copy in bfloat16 are one model.
+    Weights are rounded to bfloat16 before they are hashed, so a model and its copy in bfloat16 have the same hash.
 
     Args:
-        model: the model.
-        classes: how many it answers, since its ``num_classes`` may be stale.
+        model: a timm model.
+        classes: the number of its classes, because its ``num_classes`` may be stale.
 
     Raises:
-        ValueError: the model is on the meta device, and has no weights.
+        ValueError: the model is on the meta device, and so has no weights.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if tensor.is_meta:
-            raise ValueError("model: it is on the meta device and has no weights that could be told from others")
+            raise ValueError("model: it is on the meta device and has no weights to take a fingerprint of")
         if tensor.is_floating_point():
             tensor = tensor.bfloat16().view(torch.int16)
         digest.update(f"{name} {tuple(tensor.shape)}".encode())

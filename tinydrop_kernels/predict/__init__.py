@@ -1,4 +1,4 @@
-"""From image files, bytes and arrays to rows."""
+"""Classification of image files, bytes and arrays with a patched model, one row per image."""
 
 from tinydrop_kernels.predict.prediction import Prediction
 from tinydrop_kernels.predict.predictor import Predictor

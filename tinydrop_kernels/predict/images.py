@@ -1,4 +1,4 @@
-"""Images from files, bytes and arrays, as timm's models want them."""
+"""Loading of images from files, bytes and arrays, and their preprocessing for timm models."""
 
 import io
 import os
@@ -15,17 +15,17 @@ from tinydrop_kernels.normalization import normalization_of
 from tinydrop_kernels.ops.types import TimmModule
 
 ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
-MODES = {1: "L", 3: "RGB"}  # by number of channels
+MODES = {1: "L", 3: "RGB"}  # Pillow's mode for each number of channels
 
 
 def load_image(source: ImageSource, channels: int = 3) -> Image.Image:
-    """An upright 8-bit image, whatever it came as.
+    """Return an upright 8-bit image from a path, bytes, a PIL image or an array.
 
-    * The orientation in a photograph's EXIF data is honoured.
-    * 16-bit pixels are scaled to 8 bits (65535 becomes 255), not cut off.
-    * Floating-point pixels are scaled from [0, 1]. Others are refused: nothing tells their range, and stretching each
-      image to its own extremes would change what the model sees of it.
-    * Transparency is dropped, as torchvision's loaders do, and of an animation the first frame is taken.
+    * The image is rotated as its EXIF orientation says.
+    * 16-bit pixels are scaled to 8 bits, so that 65535 becomes 255.
+    * Floating-point pixels are scaled from [0, 1] to [0, 255]. Values outside [0, 1] are refused, because their range
+      is unknown. Stretching each image to its own range would change the model's input.
+    * Transparency is dropped, as in torchvision's loaders. Of an animation, the first frame is taken.
 
     Args:
         source: a path, an encoded file's bytes, a PIL image, or an array ``(height, width)``, ``(height, width, 1)`` or
@@ -33,9 +33,17 @@ def load_image(source: ImageSource, channels: int = 3) -> Image.Image:
         channels: 3 for colour, 1 for grey.
 
     Raises:
-        TypeError: the source is none of these.
-        ValueError: an array of another shape or dtype, or pixels out of range.
-        OSError: the file is not there, or no image that Pillow reads.
+        TypeError: the source has another type.
+        ValueError: an array has another shape or dtype, or pixels are out of range.
+        OSError: the file does not exist, or Pillow cannot read it as an image.
+
+    Example:
+        >>> import numpy as np
+        >>> image = tdk.predict.images.load_image(np.zeros((48, 64, 3), dtype=np.uint8))
+        >>> image.size, image.mode  # Pillow's size is (width, height)
+        ((64, 48), 'RGB')
+        >>> tdk.predict.images.load_image("photo.jpg").mode  # doctest: +SKIP
+        'RGB'
     """
     if isinstance(source, np.ndarray):
         return _from_array(source).convert(MODES[channels])
@@ -53,7 +61,7 @@ def load_image(source: ImageSource, channels: int = 3) -> Image.Image:
 
 def _converted(image: Image.Image, channels: int) -> Image.Image:
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":  # convert() would cut these off at 255
+    if image.mode.startswith("I") or image.mode == "F":  # convert() alone would clip these modes at 255
         image = Image.fromarray(_as_uint8(np.asarray(image)))
     return image.convert(MODES[channels])
 
@@ -67,7 +75,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
 
 
 def _as_uint8(pixels: np.ndarray) -> np.ndarray:
-    """Pixels of any range as uint8 of the same shape."""
+    """Return pixels of another dtype scaled to uint8, in the same shape."""
     if not pixels.size:
         raise ValueError("image: got no pixels")
     if pixels.dtype == np.uint8:
@@ -79,19 +87,25 @@ def _as_uint8(pixels: np.ndarray) -> np.ndarray:
     else:
         raise ValueError(f"image: got pixels of {pixels.dtype}, expected uint8, uint16 or floating-point")
     low, high = pixels.min(), pixels.max()
-    if not (low >= 0 and high <= highest):  # NaN too
+    if not (low >= 0 and high <= highest):  # written so that NaN is refused too
         raise ValueError(f"image: got {pixels.dtype} pixels from {low:g} to {high:g}, expected 0 to {highest}")
     return (pixels.astype(np.float32) * (255 / highest)).round().astype(np.uint8)
 
 
 def image_transform(model: TimmModule) -> Callable[[Image.Image], Tensor]:
-    """Return timm's own preprocessing of a model, at the size and with the normalization that the model has now.
+    """Return timm's own preprocessing for a model, at the model's current input size and normalisation.
 
     Returns:
-        From a PIL image to float32 ``(channels, height, width)``.
+        A function from a PIL image to a float32 tensor ``(channels, height, width)``.
 
     Raises:
         ValueError: the model takes neither one channel nor three.
+
+    Example:
+        >>> from PIL import Image
+        >>> transform = tdk.predict.images.image_transform(model)
+        >>> transform(Image.new("RGB", (640, 480))).shape
+        torch.Size([3, 224, 224])
     """
     config = resolve_model_data_config(model)
     channels = getattr(model, "in_chans", config["input_size"][0])
@@ -105,13 +119,21 @@ def image_transform(model: TimmModule) -> Callable[[Image.Image], Tensor]:
 
 
 def image_files(paths: Iterable[Path], on_skip: Callable[[Path, str], None]) -> list[Path]:
-    """The files named, and in the folders named those with an ending that Pillow opens, sorted.
+    """Return the given files, and all image files in the given folders.
+
+    The files of each folder are sorted.
 
     Args:
-        paths: files, whatever their ending, and folders, which are searched with all their subfolders. Links to folders
-            are followed.
-        on_skip: called with the path and the reason for what should have been looked at and was not: folders that
-            cannot be read, links back to a folder seen before, and names of images that are no files.
+        paths: files and folders. Files are returned as they are. Folders are searched, with their subfolders, for file
+            name endings that Pillow can open. Links to folders are followed.
+        on_skip: called with a path and the reason for each path that is skipped. These are unreadable folders, links
+            back to a folder that was searched before, and image names that are not regular files.
+
+    Example:
+        >>> from pathlib import Path
+        >>> paths = tdk.predict.images.image_files([Path("photos")], on_skip=print)  # doctest: +SKIP
+        >>> [path.name for path in paths]  # doctest: +SKIP
+        ['bee.jpg', 'wasp.png']
     """
     Image.init()
     endings = {ending for ending, name in Image.EXTENSION.items() if name in Image.OPEN}

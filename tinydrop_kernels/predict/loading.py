@@ -1,4 +1,4 @@
-"""From files, bytes and arrays to batches of tensors. Images that cannot be read are set aside and reported."""
+"""Loading of files, bytes and arrays as batches of tensors. Unreadable images are skipped and reported."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
@@ -19,7 +19,7 @@ class LoadedBatch(NamedTuple):
     """The readable images of a batch, at least one."""
 
     images: Tensor  # float32 (batch, channels, height, width), normalised for the model
-    indices: list[int]  # places among the inputs
+    indices: list[int]  # positions among the inputs
     names: list[str]
 
 
@@ -28,11 +28,11 @@ class ImageLoader:
 
     Args:
         model: a timm model; its own preprocessing is used.
-        batch_size: inputs of a batch; it has fewer images if some of them cannot be read.
-        workers: processes that load images; 0 loads them in this one.
+        batch_size: inputs per batch. A batch has fewer images if some of its inputs cannot be read.
+        workers: processes that load images. With 0, images are loaded in the calling process.
         on_unreadable: called with the name and the reason for each image that cannot be read.
-        progress: show a progress bar, if standard error is a terminal.
-        pin_memory: put batches into pinned memory, from which a GPU copies them in the background.
+        progress: show a progress bar if standard error is a terminal.
+        pin_memory: put batches into pinned memory, so that a GPU can copy them in the background.
 
     Raises:
         ValueError: the model takes neither one channel nor three.
@@ -52,16 +52,16 @@ class ImageLoader:
         self._images = _Images(image_transform(model), getattr(model, "in_chans", 3))
 
     def __call__(self, inputs: Iterable[ImageSource], workers: int | None = None) -> Iterator[LoadedBatch]:
-        """Load the inputs in order; they are taken as they are needed.
+        """Load the inputs in order and yield batches. Inputs may be a stream, because they are consumed lazily.
 
         Args:
-            inputs: see :func:`images.load_image`.
-            workers: in place of the loader's own number.
+            inputs: images in the forms that :func:`images.load_image` takes.
+            workers: number of processes, in place of the loader's own.
         """
         loader = DataLoader(
             self._images,
             batch_size=self.batch_size,
-            sampler=enumerate(inputs),  # the inputs themselves and not their numbers, so that they may be a stream
+            sampler=enumerate(inputs),  # yields inputs in place of indices, because a stream has no indices
             num_workers=self.workers if workers is None else workers,
             collate_fn=list,
             pin_memory=self.pin_memory,
@@ -80,7 +80,7 @@ class ImageLoader:
 
 
 class _Images(Dataset[Any]):
-    """Loads the input that comes with its number. In place of an image that cannot be read stands the reason."""
+    """A data set that is indexed by (number, input) pairs. An unreadable image is replaced by the reason."""
 
     def __init__(self, transform: Callable[[Image.Image], Tensor], channels: int):
         self.transform = transform
@@ -97,18 +97,18 @@ class _Images(Dataset[Any]):
 
 
 def folder_labels(data: Path, files: Sequence[Path], class_names: Sequence[str]) -> list[int] | None:
-    """Return the class of each file, from the folder it is in.
+    """Return the class of each file, taken from the name of its folder.
 
-    Folders are matched with classes by name. If no name is known, they are matched in order, provided that there are
-    as many folders as classes.
+    If every folder has the name of a class, folders are matched by name. Otherwise the sorted folders are matched with
+    the classes in order, provided that there are as many folders as classes.
 
     Args:
-        data: the folder of the class folders.
-        files: files in them.
+        data: the folder that contains the class folders.
+        files: files in the class folders.
         class_names: names of the model's classes, in their order.
 
     Returns:
-        Indices of classes; None if the folders do not fit the classes.
+        Class indices; None if the folders do not match the classes.
     """
     folders = [file.relative_to(data).parts[0] if file.parent != data else "" for file in files]
     names = sorted(set(folders) - {""})

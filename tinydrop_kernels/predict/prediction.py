@@ -1,4 +1,4 @@
-"""What a patched model said of an image, and what it looked at to say so."""
+"""One row per image: the patched model's answer, and the patches that were used for it."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -11,41 +11,76 @@ from tinydrop_kernels.report import Call
 
 
 class Candidate(NamedTuple):
-    """A class that the image may be of."""
+    """A class that the image may belong to.
 
-    label: int  # its number
+    Attributes:
+        label: class index.
+        name: class name.
+        probability: the class's softmax probability, or its sigmoid score if the model is multi-label.
+    """
+
+    label: int
     name: str
-    probability: float  # of a softmax over the answer; of a multi-label model the class's own sigmoid
+    probability: float
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The answer of a patched model for one image, and what it looked at.
+    """A patched model's answer for one image, and the patches that were used for it.
 
-    ``top`` is the model's answer as probabilities, never logits: the guidance model's where ``exited``, else the
-    target's, blended where the policy blends. A patched model answers log-probabilities or, where its policy mixes
-    nothing, the target's logits; in the row both are on one scale.
+    ``top`` holds probabilities, never logits. If the image exited, they are the guidance model's. Otherwise they are
+    the target's, blended with the guidance model's if the policy has a blend.
+
+    Attributes:
+        index: position among the inputs.
+        name: the path, or ``"#index"`` for an image without a path.
+        exited: True if the guidance model alone answered.
+        confidence: the guidance model's confidence.
+        kept: number of patches that went through the target, 0 if the image exited.
+        patches: number of patches of the dense image.
+        grid: rows and columns of the patch grid that the target used.
+        second_look: True if the image also went through the dense target.
+        top: the most probable classes, most probable first.
+        guidance: the guidance model's top class; None if its classes are not the target's.
+        dense: the dense model's top class; None if the dense model was not run.
+
+    Example:
+        >>> row = tdk.Predictor(tdk.patch(model, guidance), top=3).classify(images).rows[0]
+        >>> row.name, row.patches, len(row.top)
+        ('#0', 196, 3)
+        >>> row.exited, row.kept > 0  # random weights are never confident
+        (False, True)
     """
 
-    index: int  # place among the inputs
-    name: str  # the path; "#index" for an image that came without one
-    exited: bool  # answered by the guidance model alone
-    confidence: float  # the guidance model's
-    kept: int  # patches that went through the target; 0 if the image exited
-    patches: int  # of the dense image
-    grid: tuple[int, int]  # rows and columns of which the patches were kept
-    second_look: bool  # went through the dense model after all
-    top: tuple[Candidate, ...]  # most probable first
-    guidance: Candidate | None = None  # the guidance model's first; None if its classes are not the target's
-    dense: Candidate | None = None  # the dense model's first, if it was asked
+    index: int
+    name: str
+    exited: bool
+    confidence: float
+    kept: int
+    patches: int
+    grid: tuple[int, int]
+    second_look: bool
+    top: tuple[Candidate, ...]
+    guidance: Candidate | None = None
+    dense: Candidate | None = None
 
     @property
     def disagreed(self) -> bool:
-        """Whether the first class is not the guidance model's, or not the dense model's if that was asked."""
+        """True if the top class differs from the guidance model's or the dense model's, as far as these are known."""
         return any(other is not None and other.label != self.top[0].label for other in (self.guidance, self.dense))
 
     def as_dict(self) -> dict[str, Any]:
-        """The row as plain values, valid JSON: fractions rounded to four digits, null for what is not finite."""
+        """Return the row as plain values for JSON.
+
+        Probabilities and confidences are rounded to four digits, and are None if they are not finite.
+
+        Example:
+            >>> row = tdk.Predictor(tdk.patch(model, guidance)).classify(images).rows[0].as_dict()
+            >>> row["path"], row["exit"], row["of"]
+            ('#0', False, 196)
+            >>> sorted(row["top"][0])
+            ['class', 'name', 'probability']
+        """
         row = {
             "path": self.name,
             "exit": self.exited,
@@ -61,9 +96,9 @@ class Prediction:
 
 
 class PredictedBatch(NamedTuple):
-    """A batch that went through: what went in, what happened to it, and a row for each of its images."""
+    """A classified batch: the images, the record of the model's call, and one row per image."""
 
-    images: Tensor  # (batch, channels, height, width), as the model took them
+    images: Tensor  # (batch, channels, height, width), on the model's device and in its dtype
     call: Call
     rows: list[Prediction]
 
@@ -76,7 +111,7 @@ def predictions(
     guidance: Sequence[Candidate | None],
     dense: Sequence[Candidate | None],
 ) -> Iterator[Prediction]:
-    """The rows of a batch; every list has an entry for each of its images."""
+    """Yield the rows of a batch. Each list has one entry per image."""
     columns = (call.exited.tolist(), call.confidence.tolist(), call.counts.tolist(), call.second_look.tolist())
     for i, (exited, confidence, kept, second_look) in enumerate(zip(*columns, strict=True)):
         yield Prediction(

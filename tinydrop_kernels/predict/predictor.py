@@ -1,4 +1,4 @@
-"""Images in, rows out: what the command line, the demo, benchmarks and data pipelines share."""
+"""The predictor, which turns images into rows for the command line, the demo, benchmarks and data pipelines."""
 
 import os
 import time
@@ -24,33 +24,45 @@ from tinydrop_kernels.report import Report
 
 
 class Predictor:
-    """Classifies images with a patched model and keeps account.
+    """Classifies images with a patched model and sums up the costs.
 
-    Probabilities are of a softmax over the model's answer; of one patched with ``multi_label=True`` they are the scores
-    of its sigmoids, each class by itself.
+    Probabilities come from a softmax over the model's answer. For a model patched with ``multi_label=True`` they are
+    the sigmoid scores of the classes.
 
-    The first batch goes through twice, because the first call of a process sets things up; that call is not timed.
+    The first batch runs at least twice, because the first calls in a process compile and allocate. These warm-up calls
+    are not timed.
 
     Args:
-        model: a patched timm classifier in eval mode. Its device and dtype are used.
-        batch_size: images that go through the model together.
-        workers: processes that load images; 0 loads them in this one.
-        top: classes in each row.
-        compare_dense: run the model without dropping on the same batches, too.
-        progress: show a progress bar, where standard error is a terminal.
-        on_unreadable: called with name and reason of each image that cannot be read; by default a warning is issued.
+        model: a patched timm classifier in eval mode. Images are moved to its device and dtype.
+        batch_size: images per batch.
+        workers: processes that load images. With 0, images are loaded in the calling process.
+        top: number of classes in each row.
+        compare_dense: also run the dense model on the same batches.
+        progress: show a progress bar if standard error is a terminal.
+        on_unreadable: called with the name and the reason for each image that cannot be read. The default issues a
+            warning.
 
     Attributes:
-        report: sum of the reports of all batches, with the time that the patched model took and, if it was asked, the
-            dense one, both without the loading of images unless they overlap; None before the first.
-        overlaps: whether a batch was loaded and guided beside the target's work on another (:mod:`pipeline`), as on a
-            GPU where nothing is timed by itself; then the time is that of all together.
-        agreeing: images of which both models had the same first class.
+        report: sum of the reports of all batches; None before the first batch. It includes the time of the patched
+            model and, with ``compare_dense``, of the dense model. Loading is not included unless ``overlaps`` is True.
+        overlaps: True if loading, guidance and target work on different batches at the same time (:mod:`pipeline`).
+            :meth:`predict` does so on a GPU, unless ``compare_dense`` or the timing of stages is on.
+        agreeing: number of images with the same top class from the patched and the dense model.
         unreadable: name and reason of each image that could not be read.
 
     Raises:
-        ValueError: the model is not patched, has no classes, or takes neither one channel nor three; or a number is out
+        ValueError: the model is not patched, has no classes, or takes neither one channel nor three, or a number is out
             of range.
+
+    Example:
+        >>> predictor = tdk.Predictor(tdk.patch(model, guidance), batch_size=2)
+        >>> rows = predictor.classify(images).rows
+        >>> len(rows), predictor.report.images
+        (2, 2)
+        >>> for row in tdk.Predictor(model, workers=4).predict(["bee.jpg", "wasp.png"]):  # doctest: +SKIP
+        ...     print(row.name, row.top[0].name)
+        bee.jpg bee
+        wasp.png wasp
     """
 
     def __init__(
@@ -85,30 +97,50 @@ class Predictor:
         self._loader = ImageLoader(model, batch_size, workers, self._set_aside, progress, is_on_gpu)
 
     def predict(self, inputs: Iterable[ImageSource]) -> Iterator[Prediction]:
-        """A row for each readable image, in order, as the batches are done. Inputs are taken as they are needed.
+        """Yield a row for each readable image, in order, as soon as its batch is done.
+
+        Inputs are consumed lazily, so they may be a stream.
 
         Args:
-            inputs: paths, bytes, PIL images or arrays, mixed as one likes (:func:`images.load_image` says which).
+            inputs: any mix of the forms that :func:`images.load_image` takes: paths, bytes, PIL images and arrays.
 
         Raises:
-            TypeError: the inputs are one image, where many are expected.
+            TypeError: ``inputs`` is a single image instead of an iterable of images.
             RuntimeError: the model is in training mode.
+
+        Example:
+            >>> from PIL import Image
+            >>> predictor = tdk.Predictor(tdk.patch(model, guidance), top=2)
+            >>> rows = list(predictor.predict([Image.new("RGB", (64, 48)), Image.new("L", (32, 32))]))
+            >>> [(row.name, len(row.top)) for row in rows]
+            [('#0', 2), ('#1', 2)]
         """
         return (row for seen in self.batches(inputs) for row in seen.rows)
 
     def batches(self, inputs: Iterable[ImageSource]) -> Iterator[PredictedBatch]:
-        """The same batch by batch, with the images as they went in and what happened to them."""
+        """Yield the results of :meth:`predict` batch by batch, together with the images and the model's call."""
         _refuse_one_image(inputs)
         return self._classified(self._loader(inputs))
 
     def predict_batch(self, images: Sequence[ImageSource] | np.ndarray) -> list[Prediction | None]:
-        """One entry for each image, in order; None for what cannot be read. Images are loaded in this process.
+        """Return one entry per image, in order; None if an image cannot be read.
 
-        This is for data pipelines that hand over batches and want their columns to stay aligned, such as Ray Data's
-        ``map_batches``.
+        Use this method in data pipelines that need one result per input, such as Ray Data's ``map_batches``. Images are
+        loaded in the calling process.
 
         Args:
-            images: as for :meth:`predict`, such as an array ``(batch, height, width, 3)``, which may be read-only.
+            images: images as for :meth:`predict`, or an array ``(batch, height, width, 3)``, which may be read-only.
+
+        Raises:
+            TypeError: ``images`` is a single image.
+            RuntimeError: the model is in training mode.
+
+        Example:
+            >>> import numpy as np
+            >>> predictor = tdk.Predictor(tdk.patch(model, guidance), on_unreadable=lambda name, reason: None)
+            >>> rows = predictor.predict_batch([np.zeros((48, 64, 3), dtype=np.uint8), b"not an image"])
+            >>> rows[0].name, rows[1]
+            ('#0', None)
         """
         _refuse_one_image(images)
         rows = {row.index: row for seen in self._classified(self._loader(images, workers=0)) for row in seen.rows}
@@ -119,15 +151,23 @@ class Predictor:
         self.on_unreadable(name, reason)
 
     def classify(self, images: Tensor, names: Sequence[str] | None = None) -> PredictedBatch:
-        """A batch ``(batch, channels, height, width)`` that is normalised for the model already.
+        """Classify a batch of tensors that are already normalised for the model.
 
         Args:
-            images: floating; cast to the model's dtype and moved to its device.
-            names: of the images; by default "#0", "#1" and so on.
+            images: floating ``(batch, channels, height, width)``. They are moved to the model's device and dtype.
+            names: names of the images. The default is "#0", "#1" and so on.
 
         Raises:
-            ValueError: not as many names as images.
+            ValueError: the numbers of names and images differ.
             RuntimeError: the model is in training mode.
+
+        Example:
+            >>> predictor = tdk.Predictor(tdk.patch(model, guidance))
+            >>> batch = predictor.classify(images, names=["bee", "wasp"])
+            >>> [row.name for row in batch.rows]
+            ['bee', 'wasp']
+            >>> batch.call.exited.tolist()  # random weights are never confident
+            [False, False]
         """
         names = [f"#{i}" for i in range(len(images))] if names is None else list(names)
         if len(names) != len(images):
@@ -146,7 +186,7 @@ class Predictor:
                 begun.append((batch, time.perf_counter()))
                 yield batch.images
 
-        # What is timed must have the device to itself.
+        # No overlap while something is timed, because concurrent work on the device would distort the times.
         pipeline = Pipeline(self.model, overlap=False if self.compare_dense or tinydrop.timed else overlap)
         self.overlaps = pipeline.overlaps
         last_end = 0.0
@@ -171,7 +211,7 @@ class Predictor:
     def _seen(self, batch: LoadedBatch, answered: BatchResult, seconds: float) -> PredictedBatch:
         images, logits, call = answered
         tinydrop = self.model.tinydrop
-        if len(self.names) != logits.shape[1]:  # the head was replaced meanwhile
+        if len(self.names) != logits.shape[1]:  # the head has been replaced since the last batch
             self.names = class_names(self.model, logits.shape[1])
         report = replace(tinydrop.report(call), wall_seconds=seconds)
         dense: Sequence[Candidate | None] = [None] * len(images)

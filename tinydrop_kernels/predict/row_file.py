@@ -1,4 +1,4 @@
-"""Where rows of text go: to standard output, or to a file that is never left half written."""
+"""Output of text rows to standard output or to a file. The file is never left half written."""
 
 import os
 import shutil
@@ -15,31 +15,31 @@ class RowFileError(RuntimeError):
 
 
 class RowFile:
-    """A context that takes lines and puts them in place at its end.
+    """A context manager that writes lines to a file, and replaces an existing file only on success.
 
-    They are written to a file beside the one that was asked for, which replaces it when the context ends without an
-    error. After an error, or without a line, an earlier file of that name is as it was. Devices and pipes are written
-    to as the lines come.
+    Lines go to a temporary file beside the requested one. The temporary file replaces it when the context ends without
+    an error. After an error, or without any line, an existing file stays unchanged. Devices and pipes are written to
+    directly.
 
     Args:
-        path: the file, or None for standard output, clear of a progress bar.
+        path: the file, or None for standard output. Output does not break a progress bar.
 
     Attributes:
-        written: the number of lines so far.
+        written: number of lines so far.
 
     Raises:
-        RowFileError: the file cannot be opened or written, upon entering, :meth:`write` or leaving.
+        RowFileError: the file cannot be opened or written. It is raised on entering, by :meth:`write` or on leaving.
     """
 
     def __init__(self, path: Path | None):
         self.path = path
         self.written = 0
-        self._target = Path() if path is None else path.resolve()  # a link is to stay one
+        self._target = Path() if path is None else path.resolve()  # so that a symbolic link stays a link
         self._part: Path | None = None
         self._file: TextIO | None = None
 
     def write(self, line: str) -> None:
-        """Take a line, without its end."""
+        """Write a line. ``line`` has no newline at its end."""
         if self._file is None:
             tqdm.write(line, file=sys.stdout)
         else:
@@ -67,9 +67,9 @@ class RowFile:
             return
         part = self._part
         try:
-            self._file.close()  # what was buffered is written here, which may fail as well
+            self._file.close()  # flushes the buffer, so it can fail as a write can
             if part and self.written and kind is None:
-                part = None  # from here on it is worth keeping, whatever happens
+                part = None  # complete: keep the file even if moving it fails, so that the rows are not lost
                 self._put_in_place()
         except OSError as failure:
             if kind is None:
@@ -84,7 +84,7 @@ class RowFile:
             shutil.copymode(self._target, self._part)
         try:
             self._part.replace(self._target)
-        except OSError as error:  # such as a file that is a mount of its own
+        except OSError as error:  # for example, the target is a mount point and cannot be replaced
             raise RowFileError(f"{self._failure(error)}; the rows are in {str(self._part)!r}") from None
 
     def _failure(self, error: OSError) -> RowFileError:

@@ -1,4 +1,4 @@
-"""Pictures of what a patched model kept, and a page to browse them."""
+"""Pictures of the patches that a patched model kept, and an HTML page to browse them."""
 
 from tinydrop_kernels.visualize.pictures import as_pictures, kept_patches, saliency
 

@@ -1,4 +1,4 @@
-"""A folder of pictures of what a patched model looked at, and a page of all of them."""
+"""A folder of pictures of the kept patches, and an HTML page that shows all of them."""
 
 import base64
 import io
@@ -15,18 +15,18 @@ from tinydrop_kernels.visualize.pictures import as_pictures, on_own_grid, salien
 
 PAGE = "index.html"
 LARGEST = 256  # pixels of the longer side of a picture on the page
-LONGEST = 120  # bytes of an image's name in that of its PNG file
+LONGEST = 120  # bytes of an image's name that its PNG file name keeps, because file systems limit names to 255 bytes
 
 
 class Gallery:
-    """Collects what batches of a predictor looked at.
+    """Writes the pictures of a predictor's batches, and then a page of all of them.
 
     Args:
-        folder: where the files go; it exists.
-        predictor: its model is who looked, and its report is what the page begins with.
+        folder: an existing folder for the files.
+        predictor: the predictor that classified the batches. Its report opens the page.
 
     Attributes:
-        cards: one for each image so far.
+        cards: one card per image so far.
     """
 
     def __init__(self, folder: Path, predictor: Predictor):
@@ -35,7 +35,7 @@ class Gallery:
         self.cards: list[Card] = []
 
     def add(self, seen: PredictedBatch) -> None:
-        """Draw a batch, and write a PNG file for each image: input, saliency and what the target saw, side by side.
+        """Write a PNG file per image of a batch: the input, the saliency and the kept patches, side by side.
 
         Raises:
             OSError: a file cannot be written.
@@ -47,20 +47,20 @@ class Gallery:
             self.cards.append(Card(row, file, tuple(map(_as_uri, pictures))))
 
     def write(self) -> Path:
-        """Write the page, and say where it is.
+        """Write the page and return its path.
 
         Raises:
-            RowFileError: it cannot be written.
+            RowFileError: the page cannot be written.
         """
         path, predictor = self.folder / PAGE, self.predictor
-        assert predictor.report is not None  # or there would be no card
+        assert predictor.report is not None  # callers write only after a batch was added
         with RowFile(path) as file:
             file.write(render(predictor.model, predictor.report, self.cards))
         return path
 
 
 def _as_file_name(name: str) -> str:
-    """The last part of a path without its ending, in letters that no system minds."""
+    """Return a path's last part without its ending, limited to characters that all file systems accept."""
     stem = Path(name).stem if not name.startswith("#") else "image"
     return re.sub(r"[^\w.-]+", "_", stem).encode()[:LONGEST].decode(errors="ignore")
 

@@ -1,4 +1,4 @@
-"""One HTML page of what a patched model looked at: no other file, no network."""
+"""An HTML page of the kept patches, which needs no other file and no network."""
 
 import html
 import math
@@ -12,40 +12,40 @@ from tinydrop_kernels.ops.types import TimmModule
 from tinydrop_kernels.predict.prediction import Candidate, Prediction
 from tinydrop_kernels.report import Report
 
-FEW = 0.5  # of the dense patches
+FEW = 0.5  # an image is in the filter "few" if at most this fraction of its dense patches was kept
 NOT_ASKED = '<tr class="silent"><th scope="row">target</th><td colspan="2">not asked</td></tr>'
 
 
 class Card(NamedTuple):
-    """What the page shows of an image."""
+    """The page's entry for one image."""
 
     row: Prediction
-    file: str  # of its own, beside the page
-    pictures: tuple[str, ...]  # addresses of the input, of the saliency and of what the target saw
+    file: str  # name of the image's PNG file, which is in the page's folder
+    pictures: tuple[str, ...]  # URIs of the input, the saliency and the kept patches
 
 
-FILTERS: dict[str, tuple[str, Callable[[Prediction], bool]]] = {  # name in the address: what it is called, and of whom
+FILTERS: dict[str, tuple[str, Callable[[Prediction], bool]]] = {  # name in the URL: label on the page, condition
     "exited": ("exited", lambda row: row.exited),
     "second-look": ("got a second look", lambda row: row.second_look),
     "few": (f"kept few (at most {FEW:.0%})", lambda row: not row.exited and row.kept <= FEW * row.patches),
-    "disagreed": ("are disagreed on", lambda row: row.disagreed),
+    "disagreed": ("models disagree on", lambda row: row.disagreed),
 }
 
 
 def render(model: TimmModule, report: Report, cards: Sequence[Card]) -> str:
-    """The page as text.
+    """Return the page as HTML text.
 
     Args:
         model: the patched model.
-        report: of all the images, which the page begins with.
-        cards: one for each image, in order.
+        report: the report on all images, which opens the page.
+        cards: one card per image, in order.
     """
     tinydrop = model.tinydrop
     models = f"{_architecture(model)}, guided by {_architecture(tinydrop.guidance.model)}"
-    blend = f"The target’s answers are blended with {tinydrop.policy.blend:.0%} of the guidance model’s."
+    blend = f"A target’s answer contains {tinydrop.policy.blend:.0%} of the guidance model’s probabilities."
     template = Template(files("tinydrop_kernels.visualize").joinpath("page.html").read_text(encoding="utf-8"))
     return template.substitute(
-        title=_text(f"What was looked at: {models}"),
+        title=_text(f"What the model saw: {models}"),
         models=_text(models),
         facts="".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in _facts(report).items()),
         notes=_notes(report),
@@ -57,13 +57,13 @@ def render(model: TimmModule, report: Report, cards: Sequence[Card]) -> str:
 
 
 def _facts(report: Report) -> dict[str, str]:
-    kept = f"{report.mean_keep:.1%} <small>of those that stayed</small>" if report.patches else "none stayed"
+    kept = f"{report.mean_keep:.1%} <small>for images that did not exit</small>" if report.patches else "all exited"
     facts = {
         "images": f"{report.images}",
         "exits": f"{report.exits} <small>{report.exits / report.images:.1%}</small>",
         "second looks": f"{report.second_looks} <small>{report.second_looks / report.images:.1%}</small>",
         "patches kept": kept,
-        "FLOPs saved": f"{report.flops_saved:.1%} <small>guidance counted</small>",
+        "FLOPs saved": f"{report.flops_saved:.1%} <small>guidance included</small>",
     }
     if report.speed_up:
         facts["speed"] = f"{report.speed_up:.2f} × <small>of dense</small>"
@@ -124,7 +124,7 @@ def _answer(who: str, candidate: Candidate, row: Prediction) -> str:
 
 
 def _only_sure(row: Prediction) -> str:
-    """A guidance model of other classes has no more than its confidence to say."""
+    """Return the guidance model's row without a class, because its classes are not the target's."""
     return f'<tr><th scope="row">guidance</th><td class="name silent">other classes</td>{_sure(row.confidence)}</tr>'
 
 
@@ -140,5 +140,5 @@ def _architecture(model: TimmModule) -> str:
 
 
 def _text(text: str) -> str:
-    """Escaped, and without what UTF-8 cannot hold, such as file names in another encoding."""
+    """Return the text escaped for HTML. Characters that UTF-8 cannot encode become question marks."""
     return html.escape(text.encode(errors="replace").decode())

@@ -1,4 +1,4 @@
-"""Pictures of what a patched model saw: the patches it kept, where its guidance looked, and pages of both."""
+"""Pictures of the kept patches and of the saliency that selected them."""
 
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -22,11 +22,18 @@ CAPTION_HEIGHT, GAP = 18, 8
 
 
 def as_pictures(model: TimmModule, images: Tensor) -> list[Image.Image]:
-    """Images as they went into the model, turned back into pictures: resized, cropped, upright, and in 8 bits.
+    """Return a batch of normalised images as 8-bit pictures.
+
+    The pictures show the model's input: they are resized and cropped as it was.
 
     Args:
-        model: the timm model, whose normalization is undone.
+        model: the timm model whose normalisation is undone.
         images: floating ``(batch, channels, height, width)``.
+
+    Example:
+        >>> pictures = tdk.visualize.as_pictures(model, images)
+        >>> len(pictures), pictures[0].size, pictures[0].mode
+        (2, (224, 224), 'RGB')
     """
     channels = images.shape[1]
     mean, std = (torch.tensor(own, device=images.device)[:, None, None] for own in normalization_of(model, channels))
@@ -35,13 +42,23 @@ def as_pictures(model: TimmModule, images: Tensor) -> list[Image.Image]:
 
 
 def kept_patches(image: Picture, call: Call, index: int) -> Image.Image:
-    """What the target saw of an image: dropped patches are dark, an image that exited is framed.
+    """Return a picture of the patches that went through the target. Dropped patches are dark.
+
+    An image that exited gets an orange frame, because the target did not see it.
 
     Args:
-        image: the image as the model saw it, which is to say resized and cropped (:func:`as_pictures`): PIL or uint8
-            ``(height, width)`` or ``(height, width, 3)``. It may be larger or smaller than the model's input.
-        call: what happened to the batch, ``model.tinydrop.last``.
-        index: the image's place in the batch.
+        image: the image, resized and cropped as for the model (:func:`as_pictures` returns this). It is a PIL image or
+            a uint8 array ``(height, width)`` or ``(height, width, 3)``, of any size.
+        call: the record of the model's call on the batch, ``model.tinydrop.last``.
+        index: the image's position in the batch.
+
+    Example:
+        >>> tdk.patch(model, guidance)(images).shape
+        torch.Size([2, 10])
+        >>> picture = tdk.visualize.as_pictures(model, images)[0]
+        >>> tdk.visualize.kept_patches(picture, model.tinydrop.last, 0).size
+        (224, 224)
+        >>> tdk.visualize.kept_patches(picture, model.tinydrop.last, 0).save("kept.png")  # doctest: +SKIP
     """
     picture = _rgb(image)
     if call.exited[index]:
@@ -57,9 +74,15 @@ def kept_patches(image: Picture, call: Call, index: int) -> Image.Image:
 
 
 def saliency(image: Picture, call: Call, index: int) -> Image.Image:
-    """Where the guidance looked: the image in grey, the redder the more salient.
+    """Return the image in grey with its saliency in red. A redder place is more salient.
 
-    Takes the arguments of :func:`kept_patches`.
+    The arguments are those of :func:`kept_patches`.
+
+    Example:
+        >>> answers = tdk.patch(model, guidance)(images)
+        >>> picture = tdk.visualize.as_pictures(model, images)[1]
+        >>> tdk.visualize.saliency(picture, model.tinydrop.last, 1).size
+        (224, 224)
     """
     picture = _rgb(image)
     values = torch.nan_to_num(call.saliency[index].float(), posinf=0, neginf=0).cpu().numpy()
@@ -72,10 +95,9 @@ def saliency(image: Picture, call: Call, index: int) -> Image.Image:
 
 
 def on_own_grid(image: Picture, call: Call, index: int) -> Image.Image:
-    """What the target saw, as coarsely as it saw it: the image at its own grid's resolution, dropped patches dark, and
-    lines between the patches.
+    """Return a picture like that of :func:`kept_patches`, at the resolution of the image's own grid.
 
-    Takes the arguments of :func:`kept_patches`.
+    Lines separate the patches. The arguments are those of :func:`kept_patches`.
     """
     picture = _rgb(image)
     if call.exited[index]:
@@ -97,7 +119,7 @@ def on_own_grid(image: Picture, call: Call, index: int) -> Image.Image:
 
 
 def side_by_side(pictures: Sequence[Image.Image]) -> Image.Image:
-    """One picture of several of the same size."""
+    """Return one picture that shows several pictures of the same size in a row."""
     width, height = pictures[0].size
     page = Image.new("RGB", (len(pictures) * (width + GAP) - GAP, height), "white")
     for i, picture in enumerate(pictures):
@@ -110,5 +132,5 @@ def _frame(picture: Image.Image) -> int:
 
 
 def _rgb(image: Picture) -> Image.Image:
-    """A copy in colour."""
+    """Return a copy in RGB."""
     return (Image.fromarray(image) if isinstance(image, np.ndarray) else image.copy()).convert("RGB")

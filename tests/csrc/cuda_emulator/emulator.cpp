@@ -1,8 +1,8 @@
-// Every thread of a block is a fiber, which runs until it meets its warp or its block. A warp-wide operation is carried
-// out once all 32 lanes have arrived at it, with the fragment layouts of the PTX ISA ("Matrix Fragments for
+// Every thread of a block is a fiber, which runs until it has to wait for its warp or its block. A warp-wide operation
+// runs once all 32 lanes have arrived at it, with the fragment layouts of the PTX ISA ("Matrix Fragments for
 // mma.m16n8k16").
-// Shared memory is watched in units of 16 bytes: a copy must not land where another thread may still read, and what
-// another thread copied must not be read before a barrier. Nor may the 8 rows of a matrix share banks.
+// Accesses to shared memory are checked in units of 16 bytes. A copy must not land where another thread may still read.
+// A thread must not read another thread's copy before a barrier. The 8 rows of a matrix must not share banks.
 #include "emulator.h"
 
 #include <csetjmp>
@@ -16,7 +16,7 @@ namespace emulator {
 namespace {
 
 constexpr size_t kStackBytes = 128 * 1024;
-constexpr int kUnit = 16;  // bytes of a row that ldmatrix reads and of a copy
+constexpr int kUnit = 16;  // bytes of a copy, and of a row that ldmatrix reads
 constexpr int kGuardBytes = 1024;
 constexpr unsigned char kPoison = 0xff;  // NaN in float16, bfloat16 and float32
 
@@ -24,7 +24,7 @@ enum class Wait { kNothing, kMeet, kShuffle, kLoad, kLoadTransposed, kMultiply, 
 
 struct Copy {
   uint32_t shared;
-  const void* global;  // null: zeros
+  const void* global;  // null copies zeros
 };
 
 struct Thread {
@@ -32,7 +32,7 @@ struct Thread {
   jmp_buf resume_point;
   bool started;
   Wait wait;
-  // operands of what it waits for
+  // operands of the operation that it waits for
   float* sum;
   const uint32_t* a;
   uint32_t b[2];
@@ -40,12 +40,12 @@ struct Thread {
   uint32_t row;
   int mask;
   std::vector<Copy> open;                // copies of the group not yet committed
-  std::deque<std::vector<Copy>> groups;  // committed, not yet landed
+  std::deque<std::vector<Copy>> groups;  // committed groups that have not landed yet
 };
 
 struct Unit {
-  int writer = -1, write_phase = -1;    // thread whose copy landed here, and the barriers passed by then
-  int reader = -1, read_phase = -1;     // the last to read; -2 if several did in that phase
+  int writer = -1, write_phase = -1;    // thread whose copy landed here, and the number of barriers passed by then
+  int reader = -1, read_phase = -1;     // last thread that read, and its phase; -2 if several read in that phase
 };
 
 struct Block {
@@ -57,7 +57,7 @@ struct Block {
   int64_t shared_bytes;
   Schedule schedule;
   const std::function<void()>* kernel;
-  int phase;  // barriers passed
+  int phase;  // number of barriers passed
   int current;
   jmp_buf scheduler;
   std::string error;
@@ -130,7 +130,7 @@ float decoded(uint16_t bits, bool bfloat16) {
 
 void do_load(Thread* lanes, bool transposed) {
   uint16_t elements[4][8][8];
-  unsigned banks[4] = {};  // groups of four that the rows of a matrix lie in, a bit each
+  unsigned banks[4] = {};  // for each matrix, a bit for each group of four banks that its rows lie in
   for (int lane = 0; lane < kWarpSize; ++lane) {
     const uint32_t address = lanes[lane].row;
     if (!inside(address)) return;
@@ -188,7 +188,7 @@ void do_shuffle(Thread* lanes) {
   for (int lane = 0; lane < kWarpSize; ++lane) *lanes[lane].sum = values[lane ^ lanes[lane].mask];
 }
 
-// Runs a warp until all of its threads are at a barrier or at their end.
+// Runs a warp until all of its threads wait at a barrier or have ended.
 void run_warp(int warp) {
   Thread* lanes = &block.threads[warp * kWarpSize];
   while (block.error.empty()) {

@@ -1,4 +1,4 @@
-// Runs CUDA kernels on the host, one block at a time, every thread a fiber; see emulator.cpp.
+// An emulator that runs CUDA kernels on the host, one block at a time, with a fiber for each thread (see emulator.cpp).
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 
 #define __launch_bounds__(...)
 
-// What CUDA gives every thread; set whenever a fiber is resumed.
+// CUDA's built-in variables of a thread. They are set whenever a fiber is resumed.
 inline uint3 threadIdx, blockIdx;
 inline dim3 blockDim;
 using std::max;
@@ -23,17 +23,17 @@ namespace emulator {
 constexpr int kWarpSize = 32;
 constexpr int64_t kMaxSharedBytes = 227 * 1024;
 
-// What may differ from run to run on a GPU, taken to two extremes.
+// Two extreme orders of events. On a GPU the order may differ from run to run.
 enum class Schedule {
   kLate,   // warps in ascending order, each as far as it can go; copies land only when they are waited for
   kEarly,  // warps in descending order; copies land as soon as they are issued
 };
 
-// Runs `kernel` as a grid of `blocks` x `threads`. Shared memory holds NaN at first. Returns what went wrong, or "".
+// Runs `kernel` as a grid of `blocks` x `threads`. Shared memory holds NaN at first. Returns the first error, or "".
 std::string launch(int64_t blocks, int threads, int64_t shared_bytes, Schedule schedule, unsigned char* shared_memory,
                    const std::function<void()>& kernel);
 
-// Called by threads. All 32 of a warp meet at each warp-wide operation, all of the block at a barrier.
+// Operations that threads call. A warp-wide operation waits for all 32 threads of the warp, a barrier for the block's.
 void barrier();
 void meet();
 float shuffle_xor(float value, int mask);

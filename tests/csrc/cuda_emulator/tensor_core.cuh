@@ -1,4 +1,4 @@
-// Stands in for csrc/tensor_core.cuh: the same functions, carried out by the emulator.
+// A replacement of csrc/tensor_core.cuh with the same functions, which call the emulator.
 #pragma once
 
 #include <type_traits>

@@ -1,4 +1,4 @@
-// csrc/varlen_attention.cuh, compiled for the host and run by the emulator, for ctypes to call.
+// A function for ctypes that runs the kernel of csrc/varlen_attention.cuh, compiled for the host, in the emulator.
 #include <varlen_attention.cuh>
 
 #include "emulator.h"
@@ -7,7 +7,7 @@ namespace tinydrop {
 alignas(128) unsigned char shared_memory[emulator::kMaxSharedBytes + 1024];
 }
 
-// Returns what went wrong, or an empty string. `plan` receives the launch's plan.
+// Returns the first error, or an empty string. Writes the launch's plan to `arguments->plan`.
 extern "C" const char* emulate_varlen_attention(tinydrop::AttentionArguments* arguments, int bfloat16, int64_t batch,
                                                 int64_t max_seqlen_q, int64_t max_seqlen_k,
                                                 int64_t shared_bytes_per_multiprocessor, int early) {

@@ -1,4 +1,4 @@
-"""The Triton kernels, a module each with ``launch``: same arguments and result as the reference.
+"""The Triton kernels. Each operator's module has a ``launch`` with the arguments and the result of the reference.
 
-Imported at an operator's first launch, so that Triton is not needed where none runs.
+A module is imported at its operator's first launch, so that Triton is not needed where no kernel runs.
 """

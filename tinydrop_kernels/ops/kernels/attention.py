@@ -1,4 +1,4 @@
-"""How attention is launched: the tile, the strides and the compiled kernel, found once for the layers of a forward."""
+"""The launch of the attention kernel. Tile, strides and compiled kernel are found once for all layers of a forward."""
 
 import functools
 import math
@@ -11,7 +11,7 @@ from tinydrop_kernels.ops.kernels.attention_kernel import varlen_attention_kerne
 from tinydrop_kernels.ops.kernels.attention_tiles import tile_for
 from tinydrop_kernels.ops.kernels.launcher import Launcher, LaunchPlan, aligned
 
-MAX_STRIDE = 2**24  # so that the offsets within a tile are 32-bit integers
+MAX_STRIDE = 2**24  # keeps the offsets within a tile in 32 bits
 
 
 @functools.lru_cache(maxsize=64)
@@ -31,12 +31,15 @@ def plan_launch(
     grid_size: tuple[int, int],
     skip_keys: int,
 ) -> LaunchPlan | None:
-    """Return how such arguments are launched; None if their rows or heads lie too far apart.
+    """Return the launch plan for arguments of this kind.
 
     Args:
-        shape: query's.
+        shape: query's shape.
         segments: at least 1.
-        table: of a bias's table, its dtype and strides.
+        table: dtype and strides of a bias's table, or None without a bias.
+
+    Returns:
+        The plan. None if the last stride is not 1, or if rows or heads are more than ``MAX_STRIDE`` elements apart.
     """
     strides = (*query_stride[:2], *key_stride[:2], *value_stride[:2])
     if not query_stride[2] == key_stride[2] == value_stride[2] == 1 or max(strides) > MAX_STRIDE:
@@ -51,19 +54,19 @@ def plan_launch(
     block_dim = max(16, triton.next_power_of_2(head_dim))
     constants = (head_dim, unit, tile.BLOCK_QUERY, tile.BLOCK_KEY, block_dim, is_resident)
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    if tile.maxnreg is not None:  # not every GPU's compiler knows of it
+    if tile.maxnreg is not None:  # set only if needed, because not every GPU's compiler accepts it
         options["maxnreg"] = tile.maxnreg
     numbers = (
         (head_dim**-0.5 if scale is None else scale) * math.log2(math.e),
         heads,
         query_blocks,
         *(stride // unit for stride in strides),
-        *((table[1][0], table[1][1] if heads > 1 else 0) if table else (0, 0)),  # that of one column may be any number
+        *((table[1][0], table[1][1] if heads > 1 else 0) if table else (0, 0)),  # one head may have any stride
         *grid_size,
         min(skip_keys, max_seqlen_k),
         *constants,
     )
-    grid = (segments * query_blocks * heads, 1, 1)  # for each segment each block of queries for each head
+    grid = (segments * query_blocks * heads, 1, 1)  # one program per segment, block of queries and head
     same = (dtype, table and table[0], constants, tile)
     return LaunchPlan(Launcher(varlen_attention_kernel, device, same, options), numbers, grid)
 
@@ -82,7 +85,7 @@ def launch(
     grid_size: tuple[int, int],
     skip_keys: int,
 ) -> Tensor:
-    """See :func:`ops.varlen_attention`."""
+    """Run :func:`ops.varlen_attention`. Arguments without a launch plan are copied to be contiguous first."""
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     segments = cu_seqlens_q.shape[0] - 1
     if segments == 0 or max_seqlen_q == 0 or out.numel() == 0:

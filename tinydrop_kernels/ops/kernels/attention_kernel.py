@@ -1,4 +1,4 @@
-"""Attention within short segments: FlashAttention's arithmetic (arXiv 2205.14135) on tiles that fit 1 to 260 tokens."""
+"""The attention kernel: FlashAttention's arithmetic (arXiv 2205.14135) on tiles for segments of 1 to 260 tokens."""
 
 import math
 
@@ -6,13 +6,14 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(math.log2(math.e))
-# Below every score, but finite: where there are no keys, or a bias hides them all, every weight is 0.
+# Below every score, but finite. With -inf, a query without visible keys would compute -inf - -inf = NaN; with this
+# number its weights are 0.
 LOWEST = tl.constexpr(-3e38)
 
 
 @triton.jit
 def load_tile(pointer, rows, row_stride, head_dim: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr):
-    """Rows of one head, of shape [BLOCK_ROWS, BLOCK_DIM]; zeros from row ``rows`` and column ``head_dim`` on."""
+    """Load rows of one head, of shape [BLOCK_ROWS, BLOCK_DIM]; zeros from row ``rows`` and column ``head_dim`` on."""
     row = tl.arange(0, BLOCK_ROWS)
     column = tl.arange(0, BLOCK_DIM)
     pointers = pointer + (row[:, None] * row_stride + column[None, :])
@@ -21,7 +22,7 @@ def load_tile(pointer, rows, row_stride, head_dim: tl.constexpr, BLOCK_ROWS: tl.
 
 @triton.jit
 def table_code(position, grid_columns):
-    """A patch's share of its index into the relative position table: codes subtract as coordinates do."""
+    """Encode a patch as one number, so that differences of codes index the relative position table."""
     return position + position // grid_columns * (grid_columns - 1)
 
 
@@ -40,7 +41,7 @@ def scores_of(
     grid_columns,
     BLOCK_KEY: tl.constexpr,
 ):
-    """Products of queries and keys, -inf where there is no key; with a bias, final scores in units of log 2.
+    """Compute the products of queries and keys, -inf where there is no key. With a bias: final scores, in base 2.
 
     Args:
         query: of shape [BLOCK_QUERY, BLOCK_DIM].
@@ -67,30 +68,30 @@ def scores_of(
         distance = tl.where(to_class, tl.where(from_class, distances + 2, distances + 1), distance)
         bias = tl.load(bias_pointer + distance * distance_stride, mask=is_key[None, :], other=0.0)
         scores = tl.fma(scores, score_scale, bias.to(tl.float32) * LOG2_E)
-    if first + BLOCK_KEY > key_end:  # a segment's last block alone
+    if first + BLOCK_KEY > key_end:  # only in a segment's last block
         scores = tl.where(is_key[None, :], scores, -float("inf"))
     return scores
 
 
 @triton.jit
 def highest_of(scores, score_scale, IS_FINAL: tl.constexpr):
-    """The greatest score of each query, in units of log 2, of shape [BLOCK_QUERY]."""
+    """Return the highest score of each query, in base 2, of shape [BLOCK_QUERY]."""
     highest = tl.max(scores, axis=1)
     return highest if IS_FINAL else highest * score_scale
 
 
 @triton.jit
 def weights_of(scores, highest, score_scale, IS_FINAL: tl.constexpr):
-    """Each key's weight over that of the highest, of shape [BLOCK_QUERY, BLOCK_KEY].
+    """Return each key's weight relative to the weight of the highest score, of shape [BLOCK_QUERY, BLOCK_KEY].
 
-    What rounding ``highest`` has changed is the same for all keys, and the final division takes it out again.
+    A rounding error of ``highest`` scales all weights of a query equally, so the final division cancels it.
     """
     if IS_FINAL:
         return tl.exp2(scores - highest[:, None])
     return tl.exp2(tl.fma(scores, score_scale, -highest[:, None]))
 
 
-# Nothing is compiled for a number that is no constant, nor for where the small tensors lie.
+# Do not specialise on these numbers, nor on the alignment of the small tensors; otherwise batches would recompile.
 INTEGERS = ["heads", "query_blocks", "query_row_units", "query_head_units", "key_row_units", "key_head_units"]
 INTEGERS += ["value_row_units", "value_head_units", "distance_stride", "bias_head_stride", "grid_rows", "grid_columns"]
 ANYWHERE = ["cu_seqlens_q_pointer", "cu_seqlens_k_pointer", "bias_pointer", "positions_pointer"]
@@ -127,7 +128,7 @@ def varlen_attention_kernel(
     BLOCK_DIM: tl.constexpr,
     RESIDENT: tl.constexpr,
 ):
-    """Attend one head of one block of a segment's queries to all of its keys.
+    """Attend from one block of a segment's queries to all of its keys, for one head.
 
     Args:
         query_pointer: of shape [total_q, heads, head_dim].
@@ -141,17 +142,17 @@ def varlen_attention_kernel(
         query_blocks: blocks of BLOCK_QUERY rows in the longest segment.
         query_row_units to value_head_units: strides of query, key and value, in units of STRIDE_UNIT elements.
         distance_stride, bias_head_stride: of the table, in elements.
-        grid_rows, grid_columns: the patch grid that the table is of.
-        skip_keys: keys at the head of each segment that take no part.
+        grid_rows, grid_columns: the patch grid that the table belongs to.
+        skip_keys: number of keys at the start of each segment to leave out.
         head_dim: elements of a head.
-        STRIDE_UNIT: elements in which the row and head strides are counted. Triton learns of a stride at most that 16
-            divides it; heads of 72 and 88 would be loaded two bytes at a time.
-        BLOCK_QUERY, BLOCK_KEY: a tile of scores.
+        STRIDE_UNIT: elements per unit of the row and head strides. Of a stride itself Triton can only learn that 16
+            divides it. Without the unit, heads of 72 and 88 elements would be loaded two bytes at a time.
+        BLOCK_QUERY, BLOCK_KEY: size of a tile of scores.
         BLOCK_DIM: at least head_dim.
-        RESIDENT: whether BLOCK_KEY holds the longest segment: one tile of scores then, and no running softmax.
+        RESIDENT: whether BLOCK_KEY holds the longest segment. If so, one tile of scores and no running softmax.
     """
-    # This program processes BLOCK_QUERY queries of one head of one segment. Heads come first, because they lie beside
-    # one another in memory; then the segment's other queries, which find its keys in the L2 cache.
+    # This program processes BLOCK_QUERY queries of one head of one segment. Neighbouring programs have different heads,
+    # because heads are adjacent in memory. Next come the segment's other queries, which find its keys in the L2 cache.
     program = tl.program_id(0)
     head = (program % heads).to(tl.int64)
     segment = program // heads // query_blocks
@@ -224,7 +225,7 @@ def varlen_attention_kernel(
             total = total * shrink + tl.sum(weights, axis=1)
             summed = tl.dot(weights.to(value.dtype), value, summed * shrink[:, None], input_precision="ieee")
             highest = raised
-            # Rather than a product for each block, in 64 bits.
+            # Advance the pointers, because this is cheaper than a 64-bit product for each block.
             key_pointer += BLOCK_KEY * key_row_stride
             value_pointer += BLOCK_KEY * value_row_stride
 

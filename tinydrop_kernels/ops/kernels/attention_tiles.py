@@ -1,22 +1,23 @@
-"""Which tile attention's programs have, by how long the segments are."""
+"""The choice of the attention kernel's tile by the lengths of the segments."""
 
 from typing import NamedTuple
 
 
 class Tile(NamedTuple):
-    """What one program holds, and how it is compiled."""
+    """The tile of one program and its compiler options."""
 
     BLOCK_QUERY: int
-    BLOCK_KEY: int  # the whole segment is one block of keys where it fits
+    BLOCK_KEY: int  # holds all keys of the segment if they fit
     num_warps: int
     num_stages: int = 2
-    maxnreg: int | None = None  # set where the assembler, left alone, takes fewer registers and spills
+    maxnreg: int | None = None  # set where the assembler would otherwise take fewer registers and spill
 
 
-# Longest segment of keys: the tile, for (head_dim > 64?, bias?) in half precision and (head_dim > 64?) in float32. A
-# tile of the segment's own size while its scores fit the registers, up to 128 keys; then a loop over blocks of keys,
-# which also ends early for the short segments of a ragged batch. Chosen from what compiles without spills for sm_80,
-# sm_90 and sm_100 (bench/results/static.md). On a GPU nothing has been measured yet; bench/tune_attention.py does.
+# Each table maps the longest segment of keys to a tile. The tables are keyed by (head_dim > 64?, bias?) in half
+# precision and by (head_dim > 64?) in float32. Up to 128 keys the tile holds the whole segment, because its scores fit
+# the registers. Beyond that the kernel loops over blocks of keys, and the loop ends early for short segments.
+# All tiles compile without spills for sm_80, sm_90 and sm_100 (bench/results/static.md). None has been timed on a GPU
+# yet; bench/tune_attention.py does that.
 LONG = 1 << 30
 HEAVY = {  # a wide head or a bias takes more registers
     16: Tile(16, 16, 2),
@@ -41,23 +42,23 @@ FLOAT32_TILES = {
     False: {16: Tile(16, 16, 2), LONG: Tile(32, 32, 8, maxnreg=128)},
     True: {16: Tile(16, 16, 4), LONG: Tile(16, 32, 8, 1, maxnreg=128)},
 }
-LARGEST_BY_MEAN = 64  # larger tiles are for segments that all fill them
+LARGEST_BY_MEAN = 64  # the mean length chooses no larger tile, because most segments would not fill it
 
 
 def tile_for(
     max_seqlen_q: int, max_seqlen_k: int, mean_seqlen_k: int, head_dim: int, is_float32: bool, has_bias: bool
 ) -> Tile:
-    """The tile of such segments. Few queries, as a pool's latent ones are, share a tile of 16 rows.
+    """Return the tile for segments of these lengths.
 
-    In a ragged batch most segments are shorter than the longest: they get a tile of their own size, in which the few
-    long ones take several turns.
+    In a ragged batch most segments are shorter than the longest. The tile then fits the usual length, and the few long
+    segments take several turns. At most 16 queries, such as a pool's latent queries, get a tile of 16 rows.
     """
     is_wide = head_dim > 64
     tiles = FLOAT32_TILES[is_wide] if is_float32 else HALF_TILES[is_wide, has_bias]
     longest = min(size for size in tiles if size >= max_seqlen_k)
-    # A quarter more than the mean holds most of a batch; an eighth of the longest keeps its turns few.
+    # A tile of 1.25 times the mean holds most segments. At least an eighth of the longest limits its number of turns.
     usual = min(size for size in tiles if size >= max(1.25 * mean_seqlen_k, max_seqlen_k / 8))
-    by_mean = usual <= LARGEST_BY_MEAN and not (is_wide and has_bias)  # whose loop over 64 keys would spill
+    by_mean = usual <= LARGEST_BY_MEAN and not (is_wide and has_bias)  # a loop over 64 keys would spill
     tile = tiles[min(usual, longest) if by_mean else longest]
     if max_seqlen_q <= 16 < tile.BLOCK_QUERY:
         return Tile(16, 64, 8, maxnreg=128) if is_wide else Tile(16, min(tile.BLOCK_KEY, 64), 4)

@@ -1,4 +1,4 @@
-"""Packed tokens straight from pixels: a matrix product whose left operand is gathered from the images."""
+"""The kernel of ``embed_tokens``: a matrix product whose left operand is gathered from the images."""
 
 import functools
 
@@ -22,7 +22,10 @@ def pixel_offsets(
     PATCH_WIDTH: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ):
-    """Where pixel ``k`` of a patch lies behind its first: [channel, row, column], or [row, column, channel]."""
+    """Return the offset of pixel ``k`` of a patch from the patch's first pixel.
+
+    Pixels are numbered in the order [channel, row, column], or [row, column, channel] if CHANNELS_LAST.
+    """
     if CHANNELS_LAST:  # a row of a patch is one run of pixels and channels
         line: tl.constexpr = PATCH_WIDTH * CHANNELS
         return (k // line).to(tl.int64) * row_stride + k % line
@@ -31,8 +34,8 @@ def pixel_offsets(
     return channel * channel_stride + row * row_stride + (k % PATCH_WIDTH) * column_stride
 
 
-# What changes from batch to batch is not specialised, so that it never compiles again. The geometry of the images
-# stays: as constants, its strides tell the compiler how wide it may load (a row of 518 pixels is no multiple of 16).
+# Do not specialise on what changes from batch to batch; otherwise the kernel would recompile. The images' geometry is
+# constant, because its strides tell the compiler how wide it may load (518 pixels in a row are no multiple of 16).
 @triton.jit(
     do_not_specialize=["total", "segments", "first_step", "indices_stride"],
     do_not_specialize_on_alignment=["indices_pointer", "cu_seqlens_pointer"],
@@ -78,15 +81,15 @@ def embed_tokens_kernel(
         out_pointer: output, of shape [total, dim].
         total: packed rows.
         num_prefix_tokens, dim: sizes of the above.
-        grid_columns: patches beside one another in an image.
-        image_stride, channel_stride, row_stride, column_stride: of the images, in elements.
-        CHANNELS, PATCH_HEIGHT, PATCH_WIDTH: a patch.
+        grid_columns: patches in a row of an image.
+        image_stride, channel_stride, row_stride, column_stride: strides of the images, in elements.
+        CHANNELS, PATCH_HEIGHT, PATCH_WIDTH: size of a patch.
         CHANNELS_LAST: whether the channels of a pixel are neighbours.
-        INPUT_PRECISION: of float32 products: "tf32" or "ieee".
+        INPUT_PRECISION: precision of float32 products, "tf32" or "ieee".
         BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_PIXELS: the tile of the product.
     """
-    # This program processes BLOCK_ROWS packed rows and BLOCK_COLUMNS columns. Neighbours share the rows, so that the
-    # pixels come from memory once and then from the L2 cache, where the weight stays anyway.
+    # This program processes BLOCK_ROWS packed rows and BLOCK_COLUMNS columns. Neighbouring programs share the rows, so
+    # that pixels are read from memory once and then from the L2 cache. The weight stays in that cache anyway.
     num_pixels: tl.constexpr = CHANNELS * PATCH_HEIGHT * PATCH_WIDTH
     column_tiles: tl.constexpr = (dim + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
     row = tl.program_id(0) // column_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -133,20 +136,20 @@ def embed_tokens_kernel(
 
 
 def fills_a_gpu(total: int, dim: int) -> bool:
-    """Whether so many rows are a tile of 128 x 128 for each of about 132 multiprocessors."""
+    """Return whether the result has a tile of 128 x 128 for each of 132 multiprocessors (those of an H100)."""
     return -(-total // 128) * -(-dim // 128) >= 132
 
 
 def tile_sizes(dtype: torch.dtype, dim: int, is_large: bool) -> dict[str, int]:
-    """Tiles, warps and stages for :func:`embed_tokens_kernel`.
+    """Return tiles, warps and stages for :func:`embed_tokens_kernel`.
 
-    Tiles of 128 x 128 halve the traffic of 64 x 64; three stages of them are 96 KiB, which GPUs with 99 KiB for a
-    program have too. A batch that does not fill a GPU with them, or a width that they do not divide, takes smaller
-    ones. float32 has no tensor cores of its precision: smaller tiles in smaller steps.
+    Tiles of 128 x 128 need half the memory traffic of 64 x 64. Three stages of them take 96 KiB, which fits GPUs with
+    99 KiB for a program too. Tiles are smaller if the batch does not fill a GPU with large ones, or if they do not
+    divide the width. float32 takes smaller tiles in smaller steps, because no tensor cores have its precision.
     """
     if dtype.itemsize > 2:
-        # Spills nowhere, with Triton 3.6 and 3.9. Left to itself, the assembler takes 80 registers, to fit three
-        # programs on a multiprocessor, and spills; two programs may have 128.
+        # With maxnreg=128 nothing spills (Triton 3.6 and 3.9), and two programs fit on a multiprocessor. Otherwise the
+        # assembler takes 80 registers to fit three programs, and spills.
         tiles = {"BLOCK_ROWS": 64, "BLOCK_COLUMNS": 64, "BLOCK_PIXELS": 16}
         return tiles | {"num_warps": 8, "num_stages": 3, "maxnreg": 128}
     if not is_large:
@@ -167,12 +170,12 @@ def plan_launch(
     is_large: bool,
     precision: str,
 ) -> LaunchPlan:
-    """Return how images of one geometry are launched.
+    """Return the launch plan for images of one geometry.
 
     Args:
-        dtype: of the images.
-        dtypes: of weight, bias, prefix, pos_embed, indices and cu_seqlens; True where there is none.
-        is_large: whether the batch :func:`fills_a_gpu`.
+        dtype: dtype of the images.
+        dtypes: dtypes of weight, bias, prefix, pos_embed, indices and cu_seqlens; True in place of a missing tensor.
+        is_large: the result of :func:`fills_a_gpu` for the batch.
     """
     dim, channels, patch_height, patch_width = weight_shape
     tiles = tile_sizes(dtype, dim, is_large)
@@ -186,7 +189,7 @@ def plan_launch(
 
 
 def channels_last(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    """Whether the channels of a pixel are neighbours, and so are the pixels of a row."""
+    """Return whether the channels of a pixel are neighbours, and so are the pixels of a row."""
     return shape[1] > 1 and stride[1] == 1 and stride[3] == shape[1]
 
 
@@ -200,7 +203,7 @@ def launch(
     cu_seqlens: Tensor,
     total: int,
 ) -> Tensor:
-    """See :func:`ops.embed_tokens`."""
+    """Run :func:`ops.embed_tokens`."""
     dim = weight.shape[0]
     out = images.new_empty(total, dim)
     if total == 0:
@@ -223,7 +226,7 @@ def launch(
         fills_a_gpu(total, dim),
         "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
     )
-    # The product runs over a patch's pixels in the order in which they lie in memory; the weight has to follow.
+    # Put the weight in the images' memory order, because the product reads a patch's pixels in that order.
     order = torch.channels_last if channels_last(images.shape, images.stride()) else torch.contiguous_format
     weight = weight.contiguous(memory_format=order)
     bias = None if bias is None else bias.contiguous()
@@ -231,11 +234,11 @@ def launch(
     prefix, cu_seqlens = prefix.contiguous(), cu_seqlens.contiguous()
     indices = indices if indices.stride(1) == 1 else indices.contiguous()
     segments = indices.shape[0]
-    # Launches a 1D grid: exactly the tiles of the packed rows and their columns, whatever images they come from.
+    # Launch a 1D grid over the tiles of the packed rows and their columns. A tile may span several images.
     rows, columns = plan.tile
     programs = -(-total // rows) * -(-dim // columns)
     tensors = (images, weight, bias, prefix, pos_embed, indices, cu_seqlens, out)
-    stride = indices.stride(0) if segments > 1 else 0  # that of a single row may be any number
+    stride = indices.stride(0) if segments > 1 else 0  # torch may give a single row any stride
     numbers = (total, segments, search_step(segments), stride)
     are_aligned = aligned(images, weight, bias, prefix, pos_embed)
     plan.launcher((programs, 1, 1), (*tensors, *numbers, *plan.numbers), are_aligned)

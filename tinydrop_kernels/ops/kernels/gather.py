@@ -1,4 +1,4 @@
-"""Packed tokens from embedded ones."""
+"""The kernel of ``gather_tokens``."""
 
 import torch
 import triton
@@ -39,9 +39,9 @@ def gather_tokens_kernel(
         indices_pointer, cu_seqlens_pointer, segments, first_step, indices_stride: as in :func:`locate_rows`.
         out_pointer: output, of shape [total, dim].
         total: packed rows.
-        token_segment_stride to prefix_column_stride: in elements.
+        token_segment_stride to prefix_column_stride: strides of the tokens and of the prefix, in elements.
         dim, num_prefix_tokens: sizes of the above.
-        BLOCK_ROWS, BLOCK_COLUMNS: a tile of packed rows.
+        BLOCK_ROWS, BLOCK_COLUMNS: size of a tile of packed rows.
     """
     # This program processes BLOCK_ROWS packed rows and BLOCK_COLUMNS columns.
     column_tiles: tl.constexpr = (dim + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
@@ -68,17 +68,17 @@ def gather_tokens_kernel(
 
 
 def launch(tokens: Tensor, prefix: Tensor, indices: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
-    """See :func:`ops.gather_tokens`."""
+    """Run :func:`ops.gather_tokens`."""
     segments, _, dim = tokens.shape
     out = tokens.new_empty(total, dim)
     if total == 0:
         return out
     indices = indices if indices.stride(1) == 1 else indices.contiguous()
-    # 4096 elements a program, 32 a thread: rows of 512 bytes or more where the dim has them.
+    # A program copies 4096 elements, 32 per thread. Its rows are at least 512 bytes if the dim allows.
     block_columns = min(256, triton.next_power_of_2(dim))
     block_rows = 4096 // block_columns
     with torch.cuda.device_of(tokens):
-        # Launches a 1D grid over the tiles of the packed rows.
+        # Launch a 1D grid over the tiles of the packed rows.
         gather_tokens_kernel[(triton.cdiv(total, block_rows) * triton.cdiv(dim, block_columns),)](
             tokens,
             prefix,

@@ -1,4 +1,4 @@
-"""Where each image's segment begins in the packed batch, images of one level beside one another."""
+"""The kernel of ``pack``: the first row of each image's segment, with images of one level as neighbours."""
 
 import functools
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from tinydrop_kernels.ops.kernels.launcher import Launcher
 
 
-# The batch changes from call to call and must not compile anew.
+# Do not specialise, because the batch changes from call to call; otherwise the kernel would recompile.
 @triton.jit(
     do_not_specialize=["batch", "num_levels", "num_prefix_tokens"],
     do_not_specialize_on_alignment=["counts_pointer", "levels_pointer"],
@@ -26,25 +26,26 @@ def pack_kernel(
     num_prefix_tokens,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """Sort the images of a batch by level and lay their kept tokens behind one another.
+    """Sort the images of a batch by level and compute where their segments begin.
 
     Args:
         counts_pointer: kept patches, 0 for an image that exits; of shape [batch].
-        levels_pointer: which grid is an image's own, of shape [batch].
-        order_pointer: the images by level, those that exited last; of shape [batch].
-        cu_seqlens_pointer: where each segment begins, in that order, and the total at the end; of shape [batch + 1].
-        sizes_pointer: longest segment, total, images of each level, rows of each; of shape [2 + 2 * num_levels].
+        levels_pointer: level of each image's own grid, of shape [batch].
+        order_pointer: output, the images sorted by level, exited images last; of shape [batch].
+        cu_seqlens_pointer: output, first row of each segment in that order, then the total; of shape [batch + 1].
+        sizes_pointer: output: longest segment, total, images of each level, rows of each level; of shape
+            [2 + 2 * num_levels].
         batch: number of images.
         num_levels: number of grids.
         num_prefix_tokens: rows of every segment in front of its patches.
-        BLOCK_SIZE: images of a tile.
+        BLOCK_SIZE: images in a tile.
     """
-    # This program processes the whole batch, in tiles: a sum from the first image on has no use for a second program.
+    # One program processes the whole batch in tiles, because each prefix sum needs the one before.
     longest = tl.zeros((BLOCK_SIZE,), tl.int32)
     total = 0
     placed = 0
     level = 0
-    while level <= num_levels:  # the last is of images that exited
+    while level <= num_levels:  # the last level holds exited images
         level_images = placed
         level_rows = total
         for start in range(0, batch, BLOCK_SIZE):
@@ -55,7 +56,7 @@ def pack_kernel(
             own_level = tl.where((counts == 0) & live, num_levels, own_level)
             is_here = (own_level == level).to(tl.int32)
             seqlens = tl.where(counts > 0, counts + num_prefix_tokens, 0) * is_here
-            # Exclusive sums, so that masked lanes need no care.
+            # Exclusive sums, because these are right for masked lanes as well.
             place = placed + tl.cumsum(is_here, axis=0) - is_here
             first_row = total + tl.cumsum(seqlens, axis=0) - seqlens
             tl.store(order_pointer + place, images, mask=is_here != 0)
@@ -74,17 +75,17 @@ def pack_kernel(
 
 @functools.cache
 def launcher_on(device: torch.device, dtypes: tuple[torch.dtype, torch.dtype]) -> Launcher:
-    """One binary for the dtypes of counts and levels."""
-    return Launcher(pack_kernel, device, dtypes, {"maxnreg": 128})  # left alone, the assembler takes 48 and spills
+    """Return the launcher for these dtypes of counts and levels."""
+    return Launcher(pack_kernel, device, dtypes, {"maxnreg": 128})  # otherwise the assembler takes 48 and spills
 
 
 def launch(counts: Tensor, levels: Tensor, num_levels: int, num_prefix_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`ops.pack`: order, cu_seqlens and sizes."""
+    """Return order, cu_seqlens and sizes, from which :func:`ops.pack` makes its result."""
     batch = counts.shape[0]
     order, cu_seqlens = counts.new_empty(batch), counts.new_empty(batch + 1)
     sizes = counts.new_empty(2 + 2 * num_levels)
     tensors = (counts.contiguous(), levels.contiguous(), order, cu_seqlens, sizes)
-    # Launches a single program; one tile holds every usual batch.
+    # Launch a single program. One tile of 512 images holds every usual batch.
     launcher_on(counts.device, (counts.dtype, levels.dtype))(
         (1, 1, 1), (*tensors, batch, num_levels, num_prefix_tokens, 512)
     )

@@ -1,4 +1,4 @@
-"""One row for each segment."""
+"""The kernel of ``segment_pool``."""
 
 import torch
 import triton
@@ -27,11 +27,11 @@ def segment_pool_kernel(
         tokens_pointer: of shape [total, dim].
         cu_seqlens_pointer: first row of each segment, of shape [segments + 1].
         out_pointer: output, of shape [segments, dim].
-        skip: rows at the head of each segment that take no part.
-        token_row_stride, token_column_stride: in elements.
+        skip: number of rows at the start of each segment to leave out.
+        token_row_stride, token_column_stride: strides of the tokens, in elements.
         dim: columns of the tokens.
         MODE: "first", "mean" or "max".
-        BLOCK_ROWS, BLOCK_COLUMNS: a tile of tokens.
+        BLOCK_ROWS, BLOCK_COLUMNS: size of a tile of tokens.
     """
     # This program processes BLOCK_COLUMNS columns of one segment.
     segment = tl.program_id(0).to(tl.int64)
@@ -54,7 +54,7 @@ def segment_pool_kernel(
                 pointers = column_pointers[None, :] + rows[:, None].to(tl.int64) * token_row_stride
                 mask = (rows < end)[:, None] & in_width[None, :]
                 tile = tl.load(pointers, mask=mask, other=start).to(tl.float32)
-                if MODE == "max":  # NaN propagates, as in torch.amax; a plain maximum drops it
+                if MODE == "max":  # propagate NaN as torch.amax does; a plain maximum drops it
                     reduced = tl.where((tile > reduced) | (tile != tile), tile, reduced)
                 else:
                     reduced += tile
@@ -68,14 +68,14 @@ def segment_pool_kernel(
 
 
 def launch(tokens: Tensor, cu_seqlens: Tensor, mode: str, skip: int) -> Tensor:
-    """See :func:`ops.segment_pool`."""
+    """Run :func:`ops.segment_pool`."""
     segments, dim = cu_seqlens.shape[0] - 1, tokens.shape[1]
     out = tokens.new_empty(segments, dim)
     if segments == 0:
         return out
     with torch.cuda.device_of(tokens):
-        # Launches a 2D grid where each program operates over 64 columns of one segment: enough programs for a GPU from
-        # a batch of about a dozen images on, and rows of 128 bytes at least.
+        # Launch a 2D grid in which each program reduces 64 columns of one segment. This gives enough programs for a GPU
+        # from about a dozen images on, and reads rows of at least 128 bytes.
         segment_pool_kernel[(segments, triton.cdiv(dim, 64))](
             tokens,
             cu_seqlens.contiguous(),

@@ -1,4 +1,4 @@
-"""What makes a cell of the guidance model's feature map salient: Grad-CAM of its classes, and the other parts."""
+"""Device functions for the saliency of the guidance model's feature map: Grad-CAM and the other parts."""
 
 import triton
 import triton.language as tl
@@ -20,13 +20,13 @@ def mix_classes(
     BLOCK_SIZE_CLASS: tl.constexpr,
     BLOCK_SIZE_MIXED: tl.constexpr,
 ):
-    """Sum the rows of the most probable classes, weighted by their probabilities over that of the first.
+    """Sum the head's rows of the most probable classes, each weighted by its probability over that of the first class.
 
     Args:
-        logits_pointer: of one image, of shape [num_classes].
-        weight_pointer: of shape [num_classes, num_channels].
+        logits_pointer: logits of one image, of shape [num_classes].
+        weight_pointer: the head's weight, of shape [num_classes, num_channels].
         mixed_pointer: output, contiguous, of shape [num_channels].
-        CLASSES: how many of them, at most num_classes.
+        CLASSES: number of classes to sum, at most num_classes.
         BLOCK_SIZE_MIXED: at least num_channels.
     """
     channels = tl.arange(0, BLOCK_SIZE_MIXED)
@@ -35,7 +35,7 @@ def mix_classes(
     last = float("inf")
     last_class = -1
     for turn in range(CLASSES):
-        # The greatest of what comes after the last one: less, or as great and of a higher index.
+        # Find the next class: the greatest logit that is less than the last one, or equal but of a higher index.
         greatest = tl.full((BLOCK_SIZE_CLASS,), -float("inf"), tl.float32)
         greatest_class = tl.full((BLOCK_SIZE_CLASS,), 2147483647, tl.int32)
         for start in range(0, num_classes, BLOCK_SIZE_CLASS):
@@ -75,15 +75,15 @@ def weigh_features(
     """Write relu(features . weight) of one image, and the norms of its features if HAS_NORM.
 
     Args:
-        features_pointer: of shape [num_features, num_channels].
-        weight_pointer: of shape [num_channels].
+        features_pointer: the image's features, of shape [num_features, num_channels].
+        weight_pointer: weight of each channel, of shape [num_channels].
         cam_pointer, norm_pointer: outputs, contiguous, of shape [num_features].
     """
     for first in range(0, num_features, BLOCK_SIZE_FEATURE):
         places = first + tl.arange(0, BLOCK_SIZE_FEATURE)
         products = tl.zeros((BLOCK_SIZE_FEATURE, BLOCK_SIZE_CHANNEL), tl.float32)
         squares = tl.zeros((BLOCK_SIZE_FEATURE, BLOCK_SIZE_CHANNEL), tl.float32)
-        # The strides are specialised: Triton sees which of them is 1 and lays the tile's threads along that axis.
+        # The strides are specialised, so that Triton sees which one is 1 and puts the tile's threads along that axis.
         for channel_start in range(0, num_channels, BLOCK_SIZE_CHANNEL):
             channels = channel_start + tl.arange(0, BLOCK_SIZE_CHANNEL)
             mask = (places < num_features)[:, None] & (channels < num_channels)[None, :]
@@ -94,7 +94,7 @@ def weigh_features(
             if HAS_NORM:
                 squares += features * features
         cam = tl.sum(products, axis=1)
-        # A maximum loses NaN.
+        # Use where instead of maximum, because maximum drops NaN.
         tl.store(cam_pointer + places, tl.where(cam < 0.0, 0.0, cam), mask=places < num_features)
         if HAS_NORM:
             tl.store(norm_pointer + places, tl.sqrt(tl.sum(squares, axis=1)), mask=places < num_features)
@@ -102,7 +102,7 @@ def weigh_features(
 
 @triton.jit
 def unit(value, low, high):
-    """``(value - low) / (high - low)``, clamped; 0 where all are equal, NaN where value is."""
+    """Return ``(value - low) / (high - low)``, clamped; 0 if low equals high, NaN where value is NaN."""
     share = tl.div_rn(tl.minimum(tl.maximum(value, low), high) - low, high - low)
     share = tl.where(high > low, share, 0.0)
     return tl.where(value != value, value, share)
@@ -119,12 +119,12 @@ def combine_parts(
     HAS_NORM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """ops.saliency.combine for one image: cam, of shape [rows, columns], becomes the sum of the parts."""
+    """Run :func:`ops.saliency.combine` for one image: cam, of shape [rows, columns], becomes the sum of the parts."""
     low, high = finite_range(cam_pointer, columns, 1, rows, columns, BLOCK_SIZE)
     norm_low, norm_high = low, high
     if HAS_NORM:
         norm_low, norm_high = finite_range(norm_pointer, columns, 1, rows, columns, BLOCK_SIZE)
-    tl.debug_barrier()  # the ranges are known before any thread overwrites a cell
+    tl.debug_barrier()  # no thread may overwrite a cell before the ranges are known
     down_corner = 0.5 / rows - 0.5
     right_corner = 0.5 / columns - 0.5
     corner = tl.sqrt(down_corner * down_corner + right_corner * right_corner)

@@ -1,11 +1,11 @@
-"""What the kernels over packed tokens share: which patch a token is."""
+"""The search for a packed row's segment and patch, shared by the kernels over packed tokens."""
 
 import triton
 import triton.language as tl
 
 
 def search_step(segments: int) -> int:
-    """The first step of the binary search in :func:`locate_rows`: the largest power of two below ``segments``, or 0."""
+    """Return the first step of the search in :func:`locate_rows`: the largest power of two below ``segments``, or 0."""
     return 1 << (segments - 1).bit_length() >> 1
 
 
@@ -24,21 +24,22 @@ def locate_rows(
 
     Args:
         rows: packed rows, of shape [BLOCK_ROWS].
-        live: whether each is a row at all, of shape [BLOCK_ROWS].
+        live: whether each row exists, of shape [BLOCK_ROWS].
         indices_pointer: kept patches of each segment, then -1, of shape [segments, n].
         cu_seqlens_pointer: first row of each segment, of shape [segments + 1].
-        segments: how many there are.
-        first_step: :func:`search_step` of their number.
-        indices_stride: elements from one segment's patches to the next one's.
+        segments: number of segments.
+        first_step: result of :func:`search_step` for segments.
+        indices_stride: elements from one segment's patches to the patches of the next.
         num_prefix_tokens: rows of every segment in front of its patches.
 
     Returns:
-        segment: int64, so that offsets into a large batch do not overflow, of shape [BLOCK_ROWS].
-        place: row within the segment less the prefix tokens, negative in the prefix, of shape [BLOCK_ROWS].
-        patch: the patch there, or -1 in the prefix and where not live, of shape [BLOCK_ROWS].
+        segment: int64, so that offsets into a large batch do not overflow; of shape [BLOCK_ROWS].
+        place: row within the segment minus the number of prefix tokens, negative in the prefix; of shape [BLOCK_ROWS].
+        patch: the row's patch, -1 in the prefix and where not live; of shape [BLOCK_ROWS].
     """
-    # The last segment that begins at or before the row. Empty segments begin where the next one does, so the last is
-    # never one of them. Every row searches alike, which makes the first steps broadcast loads that hit the L1 cache.
+    # Find the last segment that begins at or before the row. This is never an empty segment, because an empty segment
+    # begins where the next one begins. All rows probe the same places first, so the first loads are broadcasts that hit
+    # the L1 cache.
     segment = tl.zeros_like(rows)
     step = first_step
     while step > 0:

@@ -1,6 +1,6 @@
-"""What the selecting kernels share: confidence, the law, the resize and the ranking of one image.
+"""Device functions that both selecting kernels use: confidence, the law, the resize and the ranking of one image.
 
-One program decides for one image from end to end, so that a batch is one launch and nothing is read back in between.
+One program makes all decisions for one image, so that a batch takes one launch and no read-back in between.
 """
 
 import functools
@@ -14,11 +14,11 @@ from tinydrop_kernels.ops import types
 
 ROUNDING_SLACK = tl.constexpr(types.ROUNDING_SLACK)
 
-# A batch rarely fills the GPU, so a program has a multiprocessor to itself and only its own warps hide latency: two for
-# each of the four schedulers. Tiles of 16 elements a thread take at most 118 registers; twice as many took up to 252,
-# and 16 warps spilled (ptxas, sm_80 to sm_100).
+# A batch rarely fills the GPU, so a program usually has a multiprocessor to itself and only its own warps hide latency.
+# Eight warps are two for each of the four schedulers. Tiles of 16 elements a thread take at most 118 registers; 32
+# elements took up to 252, and 16 warps spilled (ptxas, sm_80 to sm_100).
 NUM_WARPS = 8
-# Left to itself, the assembler spills a register or two on sm_100 for an occupancy that is of no use here.
+# Without this limit the assembler spills one or two registers on sm_100, for an occupancy that is of no use here.
 MAX_REGISTERS = 255
 OPTIONS = {"num_warps": NUM_WARPS, "maxnreg": MAX_REGISTERS}
 TILE_SIZE = NUM_WARPS * 32 * 16
@@ -26,9 +26,9 @@ TILE_SIZE = NUM_WARPS * 32 * 16
 
 @triton.jit
 def predict(logits_pointer, class_stride, num_classes, BLOCK_SIZE_CLASS: tl.constexpr):
-    """Max softmax and argmax of one image's logits, of shape [num_classes].
+    """Return max softmax and argmax of one image's logits, of shape [num_classes].
 
-    Like torch.argmax, takes the lower index among equals and NaN for the greatest.
+    Like torch.argmax, prefers the lower index among equal logits and treats NaN as the greatest.
     """
     greatest = tl.full((BLOCK_SIZE_CLASS,), -float("inf"), tl.float32)
     greatest_class = tl.zeros((BLOCK_SIZE_CLASS,), tl.int32)
@@ -42,22 +42,23 @@ def predict(logits_pointer, class_stride, num_classes, BLOCK_SIZE_CLASS: tl.cons
     peak = tl.max(greatest, axis=0)
     predicted = tl.min(tl.where(greatest == peak, greatest_class, num_classes), axis=0)
 
-    # A second pass over a row that is now cached: one pass would subtract infinities where a tile holds nothing finite.
+    # Sum in a second pass over the row, which is cached now, because a single pass would subtract infinities in a tile
+    # without finite logits.
     total = tl.zeros((BLOCK_SIZE_CLASS,), tl.float32)
     for start in range(0, num_classes, BLOCK_SIZE_CLASS):
         classes = start + tl.arange(0, BLOCK_SIZE_CLASS)
         logits = tl.load(logits_pointer + classes * class_stride, mask=classes < num_classes, other=-float("inf"))
         total += tl.exp(logits.to(tl.float32) - peak)
-    # The peak itself adds exactly 1, so that the quotient, rounded to nearest, is never above 1.
+    # The peak adds exactly 1 to the sum, so the quotient, rounded to nearest, is never above 1.
     return tl.div_rn(1.0, tl.sum(total, axis=0)), predicted
 
 
 @triton.jit
 def apply_law(confidence, grids_pointer, tau, gamma, min_keep, coarsen, NUM_LEVELS: tl.constexpr):
-    """Number of patches to keep, 0 for an exit, and the grid: ops.apply_law for one image.
+    """Evaluate :func:`ops.apply_law` for one image.
 
     Returns:
-        count, level, and the rows and columns of the grid at that level.
+        Number of patches to keep (0 for an exit), level, and rows and columns of the grid at that level.
     """
     ratio = confidence / tau
     power = tl.exp2(gamma * tl.log2(ratio))
@@ -90,14 +91,14 @@ def apply_law(confidence, grids_pointer, tau, gamma, min_keep, coarsen, NUM_LEVE
 
 @triton.jit
 def bilinear_neighbours(place, size, map_size):
-    """The two cells of the map between which a place of the resized axis lies, and how far it is from the first.
+    """Return the two cells of the map between which a place of the resized axis lies, and its distance from the first.
 
-    The rule of F.interpolate(align_corners=False), down to its not looking at a neighbour where the sizes are equal,
-    which matters if that one is NaN.
+    The rule is that of F.interpolate(align_corners=False). If the sizes are equal, no neighbour is read, which matters
+    if the neighbour is NaN.
     """
-    # Rounded to nearest: Triton's own division can be an ulp off, which makes 1 of equal sizes less than 1.
+    # Round to nearest, because Triton's own division can be an ulp off and make the scale of equal sizes less than 1.
     scale = tl.div_rn(map_size.to(tl.float32), size.to(tl.float32))
-    # Fused, as PyTorch's compilers fuse it: the rounding decides whether a zero next to a salient cell stays a tie.
+    # Fuse as PyTorch's compilers do, because the rounding decides whether a zero next to a salient cell stays a tie.
     source = tl.maximum(tl.fma(place.to(tl.float32) + 0.5, scale, -0.5), 0.0)
     low = tl.minimum(source.to(tl.int32), map_size - 1)
     high = tl.where(map_size == size, low, tl.minimum(low + 1, map_size - 1))
@@ -106,7 +107,10 @@ def bilinear_neighbours(place, size, map_size):
 
 @triton.jit
 def finite_range(map_pointer, row_stride, column_stride, rows, columns, BLOCK_SIZE: tl.constexpr):
-    """The least and the greatest finite cell of one image's map, of shape [rows, columns]; inf and -inf if none is."""
+    """Return the least and the greatest finite cell of one image's map, of shape [rows, columns].
+
+    The result is inf and -inf if no cell is finite.
+    """
     low = tl.full((BLOCK_SIZE,), float("inf"), tl.float32)
     high = tl.full((BLOCK_SIZE,), -float("inf"), tl.float32)
     for start in range(0, rows * columns, BLOCK_SIZE):
@@ -142,7 +146,7 @@ def select_patches(
     NUM_LEVELS: tl.constexpr,
     BLOCK_SIZE_PATCH: tl.constexpr,
 ):
-    """Resize one image's map, of shape [map_rows, map_columns], and write everything that select_tokens returns.
+    """Resize one image's map, of shape [map_rows, map_columns], rank its patches, and write all of the selection.
 
     The other arguments are those of :func:`select_from_saliency_kernel`.
     """
@@ -168,13 +172,13 @@ def select_patches(
     saliency = (1.0 - row_share) * above + row_share * below
     tl.store(saliency_pointer + patches, tl.where(mask, saliency, 0.0), mask=patches < patches_stride)
 
-    # Integers in the order of the scores: NaN as -inf, both zeros equal, negative numbers reversed; padding below all.
+    # Map the scores to integers of the same order. NaN ranks as -inf, both zeros are equal, and padding ranks last.
     scores = tl.where(saliency != saliency, -float("inf"), tl.where(saliency == 0.0, 0.0, saliency))
     bits = scores.to(tl.int32, bitcast=True)
     keys = tl.where(mask, bits ^ ((bits >> 31) & 0x7FFFFFFF), -0x80000000)
-    # The count-th greatest key, two bits at a time: the greatest number that at least `count` keys reach. Those that
-    # reach each of three thresholds are counted in one sum, since its barriers are what a round takes; in 32 bits,
-    # where three counts fit, a warp's sum is one instruction.
+    # Find the count-th greatest key, which is the greatest number that at least `count` keys reach, two bits per round.
+    # A round counts the keys that reach three thresholds in a single sum, because a sum's barriers take most of the
+    # time. Three counts of up to 512 patches fit 32 bits, in which a warp's sum is one instruction.
     WIDTH: tl.constexpr = 10 if BLOCK_SIZE_PATCH <= 512 else 21
     PACKED: tl.constexpr = tl.int32 if BLOCK_SIZE_PATCH <= 512 else tl.int64
     threshold = tl.full((), -0x80000000, tl.int32)
@@ -200,7 +204,7 @@ def select_patches(
 
 
 def block_sizes(num_classes: int, num_patches: int) -> dict[str, int]:
-    """A tile of classes, and one of all patches."""
+    """Return the sizes of a tile of classes and of a tile that holds all patches."""
     return {
         "BLOCK_SIZE_CLASS": min(triton.next_power_of_2(num_classes), 2048),
         "BLOCK_SIZE_PATCH": triton.next_power_of_2(num_patches),
@@ -209,6 +213,6 @@ def block_sizes(num_classes: int, num_patches: int) -> dict[str, int]:
 
 @functools.cache
 def grids_on(device: torch.device, grid_sizes: tuple[int, ...]) -> Tensor:
-    """The list of grids, copied to the device once."""
+    """Return the list of grids on the device. It is copied once."""
     with torch.inference_mode(False):
         return torch.tensor(grid_sizes, dtype=torch.int32, device=device)

@@ -1,4 +1,4 @@
-"""Exit, which grid, how many patches, and which, from a saliency map."""
+"""The kernel of ``select_from_saliency``."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from tinydrop_kernels.ops.kernels.launcher import FUSED
 from tinydrop_kernels.ops.kernels.select_common import OPTIONS, block_sizes, grids_on, predict, select_patches
 
 
-# Integers that equal 1 or divide by 16 in one model and not in the next need no kernel of their own.
+# Do not specialise on these integers; otherwise the kernel would recompile when one equals 1 or is divisible by 16.
 @triton.jit(do_not_specialize=["num_classes", "map_rows", "map_columns", "patches_stride"])
 def select_from_saliency_kernel(
     logits_pointer,
@@ -43,19 +43,20 @@ def select_from_saliency_kernel(
 
     Args:
         logits_pointer: of shape [batch, num_classes].
-        map_pointer: saliency as it was given, of shape [batch, map_rows, map_columns].
+        map_pointer: the given saliency, of shape [batch, map_rows, map_columns].
         grids_pointer: rows and columns of the patch grid at each level, dense first; int32, of shape [NUM_LEVELS, 2].
         indices_pointer: kept patches in raster order, then -1; contiguous, of shape [batch, patches_stride].
         counts_pointer: number of kept patches, 0 for an exit; of shape [batch].
-        levels_pointer: which grid is the image's own, of shape [batch].
+        levels_pointer: level of the image's own grid, of shape [batch].
         confidence_pointer: max softmax, of shape [batch].
         saliency_pointer: the resized map, then 0; contiguous, of shape [batch, patches_stride].
-        logits_batch_stride, logits_class_stride, map_batch_stride, map_row_stride, map_column_stride: in elements.
+        logits_batch_stride, logits_class_stride: strides of the logits, in elements.
+        map_batch_stride, map_row_stride, map_column_stride: strides of the map, in elements.
         num_classes, map_rows, map_columns: sizes of the above.
         patches_stride: patches of the dense grid.
-        tau, gamma, min_keep, coarsen: the law, tau a number.
+        tau, gamma, min_keep, coarsen: the law, with tau = 1 in place of None.
         NUM_LEVELS: number of grids.
-        BLOCK_SIZE_CLASS: classes of a tile.
+        BLOCK_SIZE_CLASS: classes in a tile.
         BLOCK_SIZE_PATCH: at least the patches of the dense grid.
     """
     # This program processes one image.
@@ -97,7 +98,7 @@ def launch(
     min_keep: float,
     coarsen: float,
 ) -> tuple[Tensor, ...]:
-    """See :func:`ops.select_from_saliency`; writes into and returns ``selection``."""
+    """Run :func:`ops.select_from_saliency`, write the result into ``selection`` and return it."""
     if len(logits) == 0:
         return selection
     num_patches = grid_sizes[0] * grid_sizes[1]

@@ -1,4 +1,4 @@
-"""From the guidance model's output to kept patches in one launch: closed-form Grad-CAM in front of the selection."""
+"""The kernel of ``select_tokens``: closed-form Grad-CAM and the selection in one launch."""
 
 import functools
 import itertools
@@ -71,17 +71,17 @@ def select_tokens_kernel(
             [batch, 2 * feature_rows * feature_columns + num_channels].
         grids_pointer, indices_pointer, counts_pointer, levels_pointer, confidence_pointer, saliency_pointer: as in
             :func:`select_from_saliency_kernel`.
-        logits_batch_stride to weight_channel_stride: in elements.
+        logits_batch_stride to weight_channel_stride: strides of logits, features and class_weight, in elements.
         num_classes, num_channels, feature_rows, feature_columns: sizes of the above.
         patches_stride: patches of the dense grid.
-        tau, gamma, min_keep, coarsen: the law, tau a number.
-        norm_weight, center_weight: of the parts of the saliency beside Grad-CAM.
-        CLASSES: Grad-CAM is of so many of the most probable classes.
+        tau, gamma, min_keep, coarsen: the law, with tau = 1 in place of None.
+        norm_weight, center_weight: weights of the saliency's other parts.
+        CLASSES: number of most probable classes whose Grad-CAM is summed.
         HAS_NORM: whether norm_weight is not 0.
-        IS_COMBINED: whether one of the weights is not 0.
+        IS_COMBINED: whether norm_weight or center_weight is not 0.
         NUM_LEVELS: number of grids.
-        BLOCK_SIZE_CLASS: classes of a tile.
-        BLOCK_SIZE_FEATURE, BLOCK_SIZE_CHANNEL: a tile of features.
+        BLOCK_SIZE_CLASS: classes in a tile.
+        BLOCK_SIZE_FEATURE, BLOCK_SIZE_CHANNEL: size of a tile of features.
         BLOCK_SIZE_MIXED: at least num_channels.
         BLOCK_SIZE_PATCH: at least the patches of the dense grid.
     """
@@ -122,7 +122,7 @@ def select_tokens_kernel(
             BLOCK_SIZE_CLASS,
             BLOCK_SIZE_MIXED,
         )
-        tl.debug_barrier()  # the features are weighed by what other threads stored
+        tl.debug_barrier()  # weigh_features reads weights that other threads stored
         weigh_features(
             features_pointer + image * features_batch_stride,
             mixed_pointer,
@@ -192,7 +192,7 @@ def plan_launch(
     norm: float,
     center: float,
 ) -> LaunchPlan:
-    """Dtypes and strides are of logits, features and class_weight."""
+    """Return the launch plan; ``dtypes`` and ``strides`` are those of logits, features and class_weight."""
     _, num_features, num_channels = feature_shape
     num_patches = grid_sizes[0] * grid_sizes[1]
     sizes = block_sizes(num_classes, num_patches)
@@ -232,7 +232,7 @@ def launch(
     norm: float,
     center: float,
 ) -> tuple[Tensor, ...]:
-    """See :func:`ops.select_tokens`; writes into and returns ``selection``."""
+    """Run :func:`ops.select_tokens`, write the result into ``selection`` and return it."""
     if logits.shape[0] == 0:
         return selection
     plan = plan_launch(
