@@ -41,6 +41,7 @@ def test_weights_are_small():
     assert sum(f.stat().st_size for f in (DEMO / "weights").rglob("*") if f.is_file()) <= 10 * 2**20
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_saliency_earns_its_keep():
     """With the embedded models, salient patches are worth far more than as many random patches.
@@ -76,6 +77,7 @@ def test_saliency_earns_its_keep():
     assert guided > blind + 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stock", [False, True])
 def test_demo_ends_in_a_table_a_picture_and_a_page(monkeypatch, capsys, tmp_path, stock):
     """The demo runs with and without the model hub. Small untrained models stand in for the hub's."""

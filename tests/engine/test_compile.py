@@ -17,6 +17,8 @@ from zoo import make
 import tinydrop_kernels as tdk
 from tinydrop_kernels.torch_internals import for_any_batch, for_any_size
 
+pytestmark = pytest.mark.slow
+
 DROP_HALF = tdk.DropPolicy.fixed(0.5)
 LAW = tdk.DropPolicy(tau=0.6, gamma=1.0, min_keep=0.1, coarsen=0.5, second_look=None)
 ALL_STAY = tdk.DropPolicy(tau=None, gamma=1.0, min_keep=0.1, coarsen=0.5, second_look=None)

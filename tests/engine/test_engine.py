@@ -5,7 +5,7 @@ import threading
 import pytest
 import timm
 import torch
-from helpers import spread_confidence, tiny_guidance, tiny_vit, varied_images
+from helpers import mostly_slow, spread_confidence, tiny_guidance, tiny_vit, varied_images
 
 import tinydrop_kernels as tdk
 from tinydrop_kernels.engine import steps
@@ -83,7 +83,10 @@ def test_the_order_of_the_batch_is_kept(model):
         torch.testing.assert_close(alone, together[b : b + 1], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["test_byobnet", "tinynet_e", "mobilenetv3_small_050", "efficientvit_b0", "test_vit"])
+@pytest.mark.parametrize(
+    "name",
+    mostly_slow(["test_byobnet", "tinynet_e", "mobilenetv3_small_050", "efficientvit_b0", "test_vit"], "test_vit"),
+)
 def test_many_threads(name):
     """In 200 calls from 8 threads, each answer and ``last`` is that of a single thread, for each kind of guidance."""
     size = (160, 160) if name == "test_vit" else (64, 64)

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import timm
 import torch
-from helpers import tiny_guidance, with_random_weights
+from helpers import mostly_slow, tiny_guidance, with_random_weights
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils.flop_counter import FlopCounterMode
@@ -89,7 +89,7 @@ def replace(model, name):
 
 
 @pytest.mark.parametrize("change", [hook, pre_hook, own_forward, replace])
-@pytest.mark.parametrize("key", MODELS)
+@pytest.mark.parametrize("key", mostly_slow(MODELS, "ViT", "BEiT", "Swin"))
 @torch.inference_mode()
 @pytest.mark.filterwarnings("ignore:hooks on")
 def test_every_module(key, change):
@@ -119,7 +119,7 @@ def test_every_module(key, change):
 
 
 @pytest.mark.parametrize("change", [hook, replace])
-@pytest.mark.parametrize("key", ["ViT", "BEiT", "SwinV2"])
+@pytest.mark.parametrize("key", mostly_slow(["ViT", "BEiT", "SwinV2"], "ViT"))
 @torch.inference_mode()
 @pytest.mark.filterwarnings("ignore:hooks on")
 def test_every_module_before_patching(key, change):

@@ -100,6 +100,7 @@ def test_no_other_convolution():
     assert not onednn.is_pointwise(Scaled(4, 4, 1))
 
 
+@pytest.mark.slow
 @needs_onednn
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor has no C++ compiler here")
 def test_compiled_it_packs_too_and_sees_changed_weights():
@@ -230,6 +231,7 @@ ELSEWHERE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ELSEWHERE)
 def test_another_torch(kind):
     """Models are patched even if torch's private operators are missing, fail, or have their FLOPs counted by torch."""

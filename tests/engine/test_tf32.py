@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from helpers import tiny_guidance, tiny_vit, with_random_weights
+from helpers import mostly_slow, tiny_guidance, tiny_vit, with_random_weights
 from tensor_float32 import RoundingProducts, rounded
 from torch.nn.modules.batchnorm import _BatchNorm
 from zoo import make, tiny_swin
@@ -55,7 +55,9 @@ def test_models_are_patched(rounding, key):
     assert rounding.rounded > 0
 
 
-@pytest.mark.parametrize("name", ["test_byobnet", "efficientformer_l1", "deit_tiny_patch16_224"])
+@pytest.mark.parametrize(
+    "name", mostly_slow(["test_byobnet", "efficientformer_l1", "deit_tiny_patch16_224"], "test_byobnet")
+)
 def test_guidance_is_probed_and_folded(rounding, name):
     """A guidance model made where products are rounded equals, bit by bit, one made elsewhere."""
     model = with_random_weights(timm.create_model(name, num_classes=5))
@@ -71,6 +73,7 @@ def test_guidance_is_probed_and_folded(rounding, name):
         assert place == other_place and torch.equal(tensor, other)
 
 
+@pytest.mark.slow
 def test_where_a_gpu_is_tested_tolerances_are_wide_enough():
     """One case of each comparison passes with rounded convolutions (``rounding_where_a_gpu_would`` in conftest.py)."""
     cases = (
@@ -142,6 +145,7 @@ for step in (
 """
 
 
+@pytest.mark.slow
 def test_settings_are_what_they_were():
     """Settings are restored, also after an exception, and later settings have the same effects as usual."""
     lines = []

@@ -177,6 +177,7 @@ def test_scripting_is_refused(patched, images):
     assert patched(images).shape == (4, 5)
 
 
+@pytest.mark.slow
 def test_one_graph_is_refused(patched, images):
     compiled = torch.compile(patched, fullgraph=True, backend="eager")
     with pytest.raises(Exception, match="compile without fullgraph=True, or unpatch the model"):

@@ -195,6 +195,7 @@ def test_a_part_that_timm_has_renamed_is_named(part):
     assert "tinydrop" not in vars(vit)
 
 
+@pytest.mark.slow
 def test_a_class_that_timm_has_renamed_costs_its_family_alone():
     script = """
 import sys, timm

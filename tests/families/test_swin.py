@@ -274,6 +274,7 @@ def test_a_model_whose_coarser_grids_timm_would_pad_keeps_its_own():
     assert set(model.tinydrop.last.grid_sizes) == {(4, 8)}
 
 
+@pytest.mark.slow
 def test_torch_compile():
     """Check that compiled and eager answers agree, and that new batches cause no recompilation after the first few."""
     model = tiny_swin(img_size=32, window_size=4, depths=(2, 1))

@@ -10,6 +10,8 @@ import timm
 from timm_names import SUPPORTED, names, outcome
 from torch.utils._device import _device_constructors
 
+pytestmark = pytest.mark.slow
+
 PAGE = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
 REFUSED = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", PAGE, re.M))
 LISTED = set(re.findall(r"`([a-z]\w+)`", PAGE))

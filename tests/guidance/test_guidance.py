@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from helpers import tiny_guidance, tiny_vit, with_random_weights
+from helpers import mostly_slow, tiny_guidance, tiny_vit, with_random_weights
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
@@ -124,7 +124,10 @@ def make_unsure(model: nn.Module, images: Tensor) -> None:
 
 @pytest.mark.parametrize(
     ("name", "inference_mode"),
-    [(name, True) for name in HEADS] + [("convnext_atto", False), ("deit_tiny_patch16_224", False)],
+    mostly_slow(
+        [(name, True) for name in HEADS] + [("convnext_atto", False), ("deit_tiny_patch16_224", False)],
+        *((name, True) for name in ("convnext_atto", "deit_tiny_patch16_224", "mobilevit_xxs", "resnet18")),
+    ),
 )
 def test_agrees_with_autograd(name, inference_mode):
     if not timm.is_model(name):
