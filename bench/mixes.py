@@ -31,7 +31,7 @@ def spread(images: int, distinct: int) -> Tensor:
 
 
 class SpreadConfidences:
-    """Replaces the answers of a patched model's guidance model by :func:`spread` confidences. It still runs in full.
+    """A replacement of the guidance model's answers by :func:`spread` confidences. The guidance model still runs.
 
     The answer stays in one tensor, which :meth:`turn_to` changes between calls, so that a CUDA graph can replay it.
     """

@@ -12,7 +12,7 @@ from tinydrop_kernels.policy.blend import combined_answers, log_probabilities
 
 
 class PaddedDropping:
-    """Runs timm's own blocks on the patches that a patched model would keep, with a key mask for the padding.
+    """A callable that runs timm's own blocks on the patches that a patched model keeps, with a mask for the padding.
 
     Args:
         model: a timm ``VisionTransformer``, not patched.

@@ -65,7 +65,7 @@ def merged_by_layer(patches: int, depth: int, total: int) -> list[int]:
 
 
 class TokenMerging:
-    """Calls a timm ``VisionTransformer`` with token merging, without changing the model.
+    """A callable that runs a timm ``VisionTransformer`` with token merging. The model is not changed.
 
     Args:
         model: a model with plain blocks, not patched.

@@ -101,7 +101,7 @@ def test_answers_are_told():
     rows = re.findall(r'<th scope="row">(\w+)</th><td class="name" title="(\w+)">.*?>([\d.]+%)</td>', text)
     assert rows == [("guidance", "bee", "75.0%"), ("target", "ant", "50.0%"), ("dense", "ant", "50.0%")]
     text = rendered(a_row(exited=True, kept=0, top=(bee,)))
-    assert "<b>Exited</b>" in text and '<th scope="row">target</th><td colspan="2">not asked</td>' in text
+    assert "<b>Exited</b>" in text and '<th scope="row">target</th><td colspan="2">not run</td>' in text
     assert "other classes" in rendered(a_row(guidance=None))
     assert "not a number" in rendered(a_row(top=(Candidate(0, "ant", float("nan")),)))
 

@@ -102,7 +102,7 @@ def collect(
 
 
 class _Collector:
-    """Runs the models batch by batch and collects their answers in a table."""
+    """A collector that runs the models batch by batch and builds the table of their answers."""
 
     def __init__(self, model: TimmModule, guidances: Sequence[Guidance], cache: Path | None, random_drop: bool):
         self.model = model

@@ -30,8 +30,8 @@ def select_tokens(
 
     Patches are ranked by Grad-CAM in closed form, without a backward pass. The head must be linear after average
     pooling. The gradient of a logit with respect to the last feature map is then the class's row of the head, and the
-    activation of a cell is ``relu(features . class_weight)`` (Selvaraju et al. 2017, arXiv 1610.02391, section 3.1). The
-    positive factor 1 / cells is left out, because it does not change the ranking. For several classes the rows are
+    activation of a cell is ``relu(features . class_weight)`` (Selvaraju et al. 2017, arXiv 1610.02391, section 3.1).
+    The positive factor 1 / cells is left out, because it does not change the ranking. For several classes the rows are
     summed, each weighted by the ratio of its class's probability to that of the first class.
 
     Args:

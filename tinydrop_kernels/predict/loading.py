@@ -24,7 +24,7 @@ class LoadedBatch(NamedTuple):
 
 
 class ImageLoader:
-    """Loads images for a model, batch by batch.
+    """A loader of images for a model, batch by batch.
 
     Args:
         model: a timm model; its own preprocessing is used.

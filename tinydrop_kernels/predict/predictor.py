@@ -24,7 +24,7 @@ from tinydrop_kernels.report import Report
 
 
 class Predictor:
-    """Classifies images with a patched model and sums up the costs.
+    """A classifier of images with a patched model, which also sums up the costs.
 
     Probabilities come from a softmax over the model's answer. For a model patched with ``multi_label=True`` they are
     the sigmoid scores of the classes.

@@ -19,7 +19,7 @@ LONGEST = 120  # bytes of an image's name that its PNG file name keeps, because 
 
 
 class Gallery:
-    """Writes the pictures of a predictor's batches, and then a page of all of them.
+    """A writer of pictures of a predictor's batches, and of a page with all of them.
 
     Args:
         folder: an existing folder for the files.

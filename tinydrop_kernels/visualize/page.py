@@ -13,7 +13,7 @@ from tinydrop_kernels.predict.prediction import Candidate, Prediction
 from tinydrop_kernels.report import Report
 
 FEW = 0.5  # an image is in the filter "few" if at most this fraction of its dense patches was kept
-NOT_ASKED = '<tr class="silent"><th scope="row">target</th><td colspan="2">not asked</td></tr>'
+NOT_ASKED = '<tr class="silent"><th scope="row">target</th><td colspan="2">not run</td></tr>'
 
 
 class Card(NamedTuple):
@@ -27,7 +27,7 @@ class Card(NamedTuple):
 FILTERS: dict[str, tuple[str, Callable[[Prediction], bool]]] = {  # name in the URL: label on the page, condition
     "exited": ("exited", lambda row: row.exited),
     "second-look": ("got a second look", lambda row: row.second_look),
-    "few": (f"kept few (at most {FEW:.0%})", lambda row: not row.exited and row.kept <= FEW * row.patches),
+    "few": (f"kept at most {FEW:.0%} of the patches", lambda row: not row.exited and row.kept <= FEW * row.patches),
     "disagreed": ("models disagree on", lambda row: row.disagreed),
 }
 
@@ -87,8 +87,8 @@ def _card(card: Card) -> str:
     own = " ".join(name for name, (_, is_so) in FILTERS.items() if is_so(row))
     name = row.name.replace("\\", "/").rsplit("/", 1)[-1]
     seen = "nothing" if row.exited else _seen(row)
-    alternatives = ("the input", "where the guidance model looked", f"what the target saw: {seen}")
-    captions = ("input", "guidance", "target, not asked" if row.exited else "target")
+    alternatives = ("the input", "the saliency from the guidance model", f"what the target saw: {seen}")
+    captions = ("input", "guidance", "target, not run" if row.exited else "target")
     pictures = "".join(
         f'<figure><img src="{address}" alt="{_text(alternative)}"><figcaption>{caption}</figcaption></figure>'
         for address, alternative, caption in zip(card.pictures, alternatives, captions, strict=True)
