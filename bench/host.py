@@ -2,8 +2,8 @@
 
     python bench/host.py [--calls 2000] [--json FILE]
 
-All other code is the code of a GPU run: the dispatcher, the checks, the choice of an implementation and of a tile, and
-Triton's work until it hands the arguments to the driver. Tensors are in CPU memory, and still take the kernels' path.
+All other code is that of a GPU run: the dispatcher, the checks, and the choice of an implementation and of a tile. It
+includes Triton's work until it hands the arguments to the driver. Tensors are in CPU memory, and still take the kernels' path.
 Times are microseconds of process time on one thread. Each is the minimum of several rounds, because other processes can
 only add time.
 """
@@ -152,7 +152,9 @@ def whole_calls() -> dict[str, Callable]:
 @torch.inference_mode()
 def measured(calls: int) -> dict[str, float]:
     """Microseconds of each call."""
-    timed = attention_calls() | front_end_calls() | whole_calls()  # patching computes, so it comes before the idle GPU
+    timed = (
+        attention_calls() | front_end_calls() | whole_calls()
+    )  # before the idle GPU, because patching needs kernels that compute
     driver.set_active(IdleGpu(90))
     torch.set_num_threads(1)
     with mock.patch.object(registry, "_preference", kernels_first):

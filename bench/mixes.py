@@ -40,7 +40,8 @@ class SpreadConfidences:
         self.distinct, self.turn = distinct, 0
         self._answers: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
         guidance = model.tinydrop.guidance
-        guidance.forward = functools.partial(self._answer, guidance.forward)  # a hook would turn graphs off
+        # A replaced forward and not a hook, because hooks turn CUDA graphs off.
+        guidance.forward = functools.partial(self._answer, guidance.forward)
 
     def turn_to(self, turn: int) -> None:
         """Make the guidance model answer for batch number ``turn`` of the round."""

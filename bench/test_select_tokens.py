@@ -20,8 +20,8 @@ def sure_logits(batch):
 def user(logits, features, class_weight, feature_size, grid, kept):
     """Keep a fixed fraction of every image, and return the kept patches, the confidence and the saliency.
 
-    The operator does more: it applies a law that gives each image its own count and grid, handles exits, orders equal
-    scores and NaN, and computes in float32 from half-precision features.
+    The operator does more. It applies a law that gives each image its own count and grid, and handles exits. It orders
+    equal scores and NaN, and computes in float32 from half-precision features.
     """
     confidence, predicted = logits.float().softmax(dim=1).max(dim=1)
     saliency = torch.bmm(features, class_weight[predicted][:, :, None]).relu().float()

@@ -15,15 +15,15 @@ from .cases import GPU, Backend
 REFERENCES = [Backend("reference", "cpu")] + ([Backend("reference", "cuda")] if GPU else [])
 TRITON = Backend("triton", "cuda" if GPU else "cpu")
 # "padded" is the reference's variant without read-back, which is tested on CPU too.
-ATTENTION = [*REFERENCES, Backend("padded", "cpu"), TRITON, Backend("cuda", "cuda"), Backend("torch", "cuda")]
+ATTENTION = [*REFERENCES, Backend("padded", "cpu"), TRITON]
+if GPU:
+    ATTENTION += [Backend("cuda", "cuda"), Backend("torch", "cuda")]
 
 
 def running(backend):
     """Force the backend, or skip the test with the reason why this machine has none."""
     if backend.name == "triton" and importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
-    if backend.device == "cuda" and not GPU:
-        pytest.skip(f"{backend.name} needs a GPU")
     if backend.name == "padded":
         yield backend
         return

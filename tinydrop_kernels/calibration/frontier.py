@@ -150,7 +150,8 @@ def _draw_one(axes: Any, points: list[Point], by: str, table: Table) -> None:
     for way, (colour, line, width) in STYLES.items():
         shown = ways.get(way, [])
         if shown:
-            steps = [*shown, shown[-1]._replace(cost=max(1.0, shown[-1].cost))]  # more cost keeps the score
+            # Extend the line to the cost of dense, because a higher cost never forces a lower score.
+            steps = [*shown, shown[-1]._replace(cost=max(1.0, shown[-1].cost))]
             axes.plot(
                 [x(point.cost) for point in steps],
                 [100 * point.score for point in steps],
