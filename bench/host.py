@@ -3,9 +3,9 @@
     python bench/host.py [--calls 2000] [--json FILE]
 
 All other code is that of a GPU run: the dispatcher, the checks, and the choice of an implementation and of a tile. It
-includes Triton's work until it hands the arguments to the driver. Tensors are in CPU memory, and still take the kernels' path.
-Times are microseconds of process time on one thread. Each is the minimum of several rounds, because other processes can
-only add time.
+includes Triton's work until it hands the arguments to the driver. Tensors are in CPU memory, and still take the path of
+the kernels. Times are microseconds of process time on one thread. Each is the minimum of several rounds, because other
+processes can only add time.
 """
 
 import argparse
@@ -151,10 +151,9 @@ def whole_calls() -> dict[str, Callable]:
 
 @torch.inference_mode()
 def measured(calls: int) -> dict[str, float]:
-    """Microseconds of each call."""
-    timed = (
-        attention_calls() | front_end_calls() | whole_calls()
-    )  # before the idle GPU, because patching needs kernels that compute
+    """Return the microseconds of each call."""
+    # All calls are set up before the idle GPU, because patching needs kernels that compute.
+    timed = attention_calls() | front_end_calls() | whole_calls()
     driver.set_active(IdleGpu(90))
     torch.set_num_threads(1)
     with mock.patch.object(registry, "_preference", kernels_first):
