@@ -37,6 +37,7 @@ def test_keep_everything_is_dense(middle):
     assert (out - dense).abs().max() <= 1e-4 * dense.abs().max()
 
 
+@pytest.mark.slow
 def test_saliency_is_worth_much(middle):
     """About 61 of 64 images are right dense, 55 with the salient quarter of the patches, and 38 with a random one."""
     model, images, labels = middle
@@ -45,6 +46,7 @@ def test_saliency_is_worth_much(middle):
     assert right(model, paper, images, labels) >= 46
 
 
+@pytest.mark.slow
 def test_coarsening_first_beats_dropping_alone(middle):
     """At 40 % of the patches, about 61 of 64 images are right with coarsening and 58 without, and 61 by default."""
     model, images, labels = middle

@@ -109,6 +109,28 @@ SWINS = {
     ),
     "v2, no biases": (SWIN_V2, {"img_size": 128, "window_size": 4, "qkv_bias": False}),
 }
+# Of every family, pool and kind of attention one, for the default run; the others are marked slow.
+QUICK = (
+    "augreg",
+    "deit distilled",
+    "dinov2 registers",
+    "siglip map",
+    "gap",
+    "max",
+    "avg with prefix",
+    "dynamic size and pad",
+    "gated",
+    "norm after",
+    "stem without projection",
+    "beit",
+    "beit, both biases",
+    "eva02",
+    "dinov3",
+    "rope, mixed",
+    "mrope",
+    "fewer key heads",
+    "convolutional stem",
+)
 
 
 def make(key):

@@ -254,6 +254,7 @@ class TestTurns:
         assert ways[0].profile is None and ways[1].profile == [("kernel", 3, 7.0)]
 
 
+@pytest.mark.slow
 class TestCommand:
     def run(self, monkeypatch, *arguments):
         monkeypatch.setattr(sys, "argv", ["end_to_end.py", *map(str, arguments)])

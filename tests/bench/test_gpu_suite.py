@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 SUITE = Path(__file__).parents[2] / "bench" / "gpu.sh"
 
 

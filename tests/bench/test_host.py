@@ -104,6 +104,7 @@ print("right")
 """
 
 
+@pytest.mark.slow
 def test_what_is_launched_is_what_triton_would_launch():
     pytest.importorskip("triton", reason="there is no Triton on this platform to compile with")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(file for folder in ("bench", "demo", "examples") for file in (ROOT / folder).glob("*.py"))
 # All scripts are imported in one process, because starting one takes seconds. The process is not that of the tests,

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 STATIC = Path(__file__).parents[2] / "bench" / "static.py"
 TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 # The folder of each Triton, which is put first on the path. None is the installed Triton.

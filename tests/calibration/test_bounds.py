@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from helpers import mostly_slow
 
 from tinydrop_kernels.calibration.bounds import counts_of, least_drop, p_value, upper_bound
 
@@ -27,7 +28,7 @@ def test_more_losses_speak_less_and_more_gains_more():
 
 
 @pytest.mark.parametrize("share", [0.0, 0.002, 0.01, 0.05, 0.2])
-@pytest.mark.parametrize("images", [60, 300, 900])
+@pytest.mark.parametrize("images", mostly_slow([60, 300, 900], 60))
 def test_it_errs_no_more_often_than_it_says(share, images):
     """At most one in ten of 1,000 random samples of a policy that loses exactly the bound passes."""
     bound, confidence, draws = 0.02, 0.9, 1000

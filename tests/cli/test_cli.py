@@ -138,6 +138,7 @@ def test_guidance_size_and_compile(checkpoints, photos, monkeypatch):
     assert len(set(told)) == 3 and asked == [False, True, False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [None, "ACTIVE"], ids=["by default", "as the user says"])
 def test_waiting_threads_sleep(given):
     """OMP_WAIT_POLICY is PASSIVE unless the user sets it. Tested in another process, because OpenMP reads it once."""

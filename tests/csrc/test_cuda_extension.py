@@ -16,6 +16,8 @@ import torch
 
 from tinydrop_kernels.ops import OPERATORS, cuda_extension, registry, use_backend
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -20,6 +20,8 @@ from ops.attention_oracle import exact
 import tinydrop_kernels as tdk
 from tinydrop_kernels.ops import OPERATORS, registry
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 EMULATOR = Path(__file__).parent / "cuda_emulator"
 SHARED = {"a100": 164 * 1024, "h100": 228 * 1024, "none": 0}  # bytes a multiprocessor; 0: all keys are streamed

@@ -5,7 +5,7 @@ import copy
 import pytest
 import timm
 import torch
-from helpers import tiny_guidance, tiny_vit, with_random_weights
+from helpers import mostly_slow, tiny_guidance, tiny_vit, with_random_weights
 
 import tinydrop_kernels as tdk
 from tinydrop_kernels.ops import derived as derived_module
@@ -74,7 +74,7 @@ class Own(torch.optim.Optimizer):
 
 
 @pytest.mark.parametrize("prepack", [False, True], ids=["plain", "prepacked"])
-@pytest.mark.parametrize("optimizer", [fused, foreach, one_by_one, Own])
+@pytest.mark.parametrize("optimizer", mostly_slow([fused, foreach, one_by_one, Own], fused))
 @pytest.mark.parametrize("key", MODELS)
 def test_training_with_validation_in_between(key, optimizer, prepack):
     model = tdk.patch(make(key), tiny_guidance(), COARSER, prepack=prepack)
@@ -109,7 +109,7 @@ def merge(model, other):
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["never trained", "trained"])
-@pytest.mark.parametrize("change", [load, assign, average, merge])
+@pytest.mark.parametrize("change", mostly_slow([load, assign, average, merge], load, merge))
 @pytest.mark.parametrize("key", MODELS)
 def test_weights_from_elsewhere(key, change, trained):
     """Every change is noticed in a process that has trained. Otherwise writes through ``.data`` need ``refresh``."""

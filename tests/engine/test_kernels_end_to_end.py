@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from counting import DEVICE, READS, SizesFromValues, assert_same_on_the_kernels
-from helpers import tiny_guidance, tiny_vit, varied_images
+from helpers import mostly_slow, tiny_guidance, tiny_vit, varied_images
 from zoo import make
 
 import tinydrop_kernels as tdk
@@ -15,20 +15,27 @@ from tinydrop_kernels import ops
 
 @pytest.mark.parametrize(
     "key",
-    [
+    mostly_slow(
+        [
+            "augreg",
+            "gap and registers",
+            "siglip map",
+            "deit distilled",
+            "aimv2",
+            "max",
+            "not square",
+            "beit, both biases",
+            "eva02",
+            "dinov3",
+            "rope, mixed",
+            "pe core",
+        ],
         "augreg",
-        "gap and registers",
-        "siglip map",
         "deit distilled",
-        "aimv2",
-        "max",
-        "not square",
         "beit, both biases",
         "eva02",
-        "dinov3",
-        "rope, mixed",
-        "pe core",
-    ],
+        "max",
+    ),
 )
 def test_same_answers_as_the_reference(key):
     model, images = make(key)
@@ -40,7 +47,9 @@ def test_same_answers_as_the_reference(key):
     [{}, {"global_pool": "avg", "reg_tokens": 2}, {"global_pool": "map"}],
     ids=["token", "avg", "map with class token"],
 )
-@pytest.mark.parametrize("second_look", [None, (1.0, 1.0)], ids=["once", "second look"])
+@pytest.mark.parametrize(
+    "second_look", [None, pytest.param((1.0, 1.0), marks=pytest.mark.slow)], ids=["once", "second look"]
+)
 def test_one_read_from_the_device_per_batch(monkeypatch, options, second_look):
     """A batch on the kernels reads back once, in ``pack``, and once more if the policy has a second look.
 

@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from helpers import close, masked_features, tiny_guidance, tiny_vit, varied_images
-from zoo import MODELS, make
+from helpers import close, masked_features, mostly_slow, tiny_guidance, tiny_vit, varied_images
+from zoo import MODELS, QUICK, make
 
 import tinydrop_kernels as tdk
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("key", MODELS)
+@pytest.mark.parametrize("key", mostly_slow(MODELS, *QUICK))
 def test_keep_everything_is_dense_timm(key):
     model, images = make(key)
     with torch.inference_mode():

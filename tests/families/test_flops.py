@@ -3,15 +3,15 @@
 import pytest
 import torch
 from counting import counted
-from helpers import tiny_guidance, tiny_vit, varied_images
-from zoo import MODELS, make
+from helpers import mostly_slow, tiny_guidance, tiny_vit, varied_images
+from zoo import MODELS, QUICK, make
 
 import tinydrop_kernels as tdk
 from tinydrop_kernels.families import family_of
 from tinydrop_kernels.families.flops import count_flops
 
 
-@pytest.mark.parametrize("key", MODELS)
+@pytest.mark.parametrize("key", mostly_slow(MODELS, *QUICK))
 @pytest.mark.filterwarnings("ignore:.*keeps its dense grid")
 def test_dense_and_packed(key):
     model, images = make(key)

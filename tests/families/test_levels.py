@@ -8,8 +8,8 @@ import copy
 
 import pytest
 import torch
-from helpers import close, masked_features, spread_confidence, tiny_guidance, tiny_vit, varied_images
-from zoo import MODELS, make
+from helpers import close, masked_features, mostly_slow, spread_confidence, tiny_guidance, tiny_vit, varied_images
+from zoo import MODELS, QUICK, make
 
 import tinydrop_kernels as tdk
 from tinydrop_kernels.families import family_of
@@ -42,7 +42,7 @@ def masked_at_its_grid(model, image, grid, kept):
 
 
 @pytest.mark.parametrize("coarsen", [0.5, 1.0])
-@pytest.mark.parametrize("key", [key for key in MODELS if key not in HYBRIDS])
+@pytest.mark.parametrize("key", mostly_slow([key for key in MODELS if key not in HYBRIDS], *QUICK))
 def test_mixed_levels_are_timm_at_those_sizes(key, coarsen):
     model, images = make(key)
     images = images[:2] if key == "dinov2 at 518" else torch.cat([images, images.flip(0) * 2])

@@ -439,6 +439,7 @@ def test_copies_are_independent_and_pickles_are_whole(cam, images):
     assert len(list(guidance.parameters())) <= len(list(SMALL[cam]().parameters()))
 
 
+@pytest.mark.slow
 @every_kind
 def test_torch_compile(cam, images):
     guidance = small(cam)

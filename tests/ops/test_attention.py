@@ -126,7 +126,7 @@ def test_windows(attention_backend, apart, same):
     check(attention_backend, *qkv, lengths, lengths, None, bias)
 
 
-@pytest.mark.parametrize("head_dim", [8, 16, 72, 88, 128])
+@pytest.mark.parametrize("head_dim", mostly_slow([8, 16, 72, 88, 128], 16, 72))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("biased", [False, True], ids=["plain", "bias"])
 def test_head_dims(attention_backend, head_dim, dtype, biased):
