@@ -189,11 +189,11 @@ class Report:
         return Report(**sums, seconds=seconds)
 
     def __str__(self) -> str:
-        kept = f"{self.mean_keep:.1%}" if self.patches else "none stayed"
+        kept = f"{self.mean_keep:.1%}" if self.patches else "all images exited"
         lines = [
             f"images {self.images}, exits {self.exits}, coarser {self.coarser}, second looks {self.second_looks}, "
-            f"patches kept of those that stayed {kept}",
-            f"GFLOPs {self.flops / 1e9:.2f} (guidance {self.guidance_flops / 1e9:.2f}), "
+            f"patches kept of images that stayed {kept}",
+            f"GFLOPs {self.flops / 1e9:.2f} (guidance {self.guidance_flops / 1e9:.2f}; a multiply-add counts as two), "
             f"dense {self.dense_flops / 1e9:.2f}, exits alone {self.cascade_flops / 1e9:.2f}, "
             f"saved {self.flops_saved:.1%}",
             f"calls {self.calls}, read-backs {self.read_backs}",

@@ -18,7 +18,7 @@ DROPPED_BRIGHTNESS = 0.15
 LINE_OPACITY = 70  # of 255
 FRAME = (230, 120, 20)
 HOT = np.array((255, 60, 0), dtype=np.float32)
-CAPTION_HEIGHT, GAP = 18, 8
+GAP = 8
 
 
 def as_pictures(model: TimmModule, images: Tensor) -> list[Image.Image]:
