@@ -13,10 +13,14 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels then run on CPU; Triton reads this at its import
 
+NO_BFLOAT16 = ""  # why the interpreter cannot be trusted with bfloat16
 if importlib.util.find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1":
     import interpreter_bf16
 
-    interpreter_bf16.mend()
+    try:
+        interpreter_bf16.mend()
+    except RuntimeError as unknown:  # another Triton must not take down the tests that do without bfloat16
+        NO_BFLOAT16 = str(unknown)
 
 DATA = Path(os.environ.get("TINYDROP_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -44,6 +48,12 @@ def untrained(monkeypatch):
     """Forget that earlier tests have trained, because otherwise nothing computed from weights is cached."""
     if importlib.util.find_spec("timm") is not None:
         monkeypatch.setattr("tinydrop_kernels.ops.derived._training", 0)
+
+
+@pytest.fixture(autouse=True)
+def interpreter_knows_bfloat16(request):
+    if NO_BFLOAT16 and "triton" in request.node.name and "bfloat16" in request.node.name:
+        pytest.skip(NO_BFLOAT16)
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from helpers import tiny_guidance, tiny_vit, varied_images
-from recording import Again
+from recording import Again, replay_on_cpu
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tinydrop_kernels as tdk
@@ -24,8 +24,7 @@ MIXED = tdk.DropPolicy(0.6, 1.0, 0.1, 0.5, blend=0.2, second_look=None)
 @pytest.fixture(autouse=True)
 def replaying(monkeypatch):
     if DEVICE == "cpu":
-        monkeypatch.setattr(graphs, "Recorder", Again)
-        monkeypatch.setattr(graphs, "DEVICES", ("cpu", "cuda"))
+        replay_on_cpu(monkeypatch)
 
 
 def patched(policy=MIXED, **options):
@@ -130,8 +129,7 @@ def test_a_replayed_call_takes_few_launches(monkeypatch):
 
             return recording._replace(replay=replay)
 
-    monkeypatch.setattr(graphs, "Recorder", AtOnce)
-    monkeypatch.setattr(graphs, "DEVICES", ("cpu", "cuda"))
+    replay_on_cpu(monkeypatch, AtOnce)
     model, images = patched(tdk.DropPolicy.fixed(0.25, coarsen=0.5), depth=12), images_of(1)
     for _ in range(2):
         model(images)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import spread_confidence, tiny_guidance, tiny_vit, varied_images
-from recording import Again
+from recording import replay_on_cpu
 
 import tinydrop_kernels as tdk
 from tinydrop_kernels.engine import cuda_graphs as graphs
@@ -138,8 +138,7 @@ def test_gradients_are_those_of_log_probabilities(model):
 @torch.inference_mode()
 def test_pipeline_and_graphs_are_on_the_same_scale(model, name, monkeypatch):
     if not torch.cuda.is_available():
-        monkeypatch.setattr(graphs, "Recorder", Again)
-        monkeypatch.setattr(graphs, "DEVICES", ("cpu", "cuda"))
+        replay_on_cpu(monkeypatch)
     model.tinydrop.policy = MIXING[name]
     images = varied_images(8, 64)
     wanted = model(images)
