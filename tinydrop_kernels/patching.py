@@ -98,21 +98,7 @@ def patch(
         >>> model.tinydrop.last.counts.tolist()  # of 196 patches
         [98, 98]
     """
-    if isinstance(getattr(model, "tinydrop", None), TinyDrop):
-        raise ValueError("model: it is patched already; change model.tinydrop.policy, or unpatch it first")
-    if isinstance(model, nn.Module) and hasattr(model, "_orig_mod"):
-        raise UnsupportedModelError("model: it is compiled; patch the model, then compile it")
-    family = family_of(model)
-    with _naming_what_is_missing(model):
-        reason = family.unsupported_reason(model)
-        if reason:
-            raise UnsupportedModelError(f"model: {type(model).__name__} with {reason}")
-        if any(is_own(vars(attention).get("forward")) for attention in family.attentions(model)):
-            raise UnsupportedModelError(
-                "model: its blocks are shared with or copied from a model that is patched already; unpatch that model "
-                "first, or build this one anew"
-            )
-        classes = count_classes(model)
+    family, classes = _supported(model)
     own_mean, own_std = normalization_of(model, model.in_chans)
     normalization = (
         own_mean if mean is None else check_statistic("mean", mean, model.in_chans),
@@ -125,51 +111,17 @@ def patch(
         policy, calibrated = calibrated, None
     if policy is None:
         policy = DropPolicy(**UNMIXED) if classes < 2 or multi_label else DropPolicy()
-    if isinstance(guidance, str):
-        guidance = load_model(guidance, "guidance")
-    elif not isinstance(guidance, nn.Module):
-        raise TypeError(f"guidance: got {type(guidance).__name__}, expected a timm name, a model or a Guidance")
-    elif guidance is model:
-        raise ValueError("guidance: got the model itself, expected another, smaller model")
-    if prepack and any(parameter.is_inference() for parameter in model.parameters()):
-        raise ValueError(
-            "prepack: got a model made in inference mode, where changes of weights cannot be noticed; make it outside"
-        )
-    device = next(model.parameters()).device
-    if graphs and not has_graphs(device.type):
-        raise ValueError(f"graphs: got a model on {device}, expected one on a GPU that has CUDA graphs; move it first")
-    if graphs and not HAS_TRITON:
-        raise ValueError("graphs: Triton is not installed, and without it every layer reads back; install it")
-    with torch.inference_mode(False):  # autograd refuses tensors made in inference mode
-        if not isinstance(guidance, Guidance):
-            guidance = Guidance(guidance, guidance_size)
-        elif guidance_size is not None:
-            raise ValueError("guidance_size: got one beside a Guidance, which has its own; expected None")
-        else:
-            guidance = copy.deepcopy(guidance)
-        if calibrated is not None:
-            calibrated.check(fingerprint_of(model, classes), guidance.fingerprint)
+    _check_ways(model, prepack, graphs)
+    guidance = _own_guidance(model, guidance, guidance_size)
+    if calibrated is not None:
+        calibrated.check(fingerprint_of(model, classes), guidance.fingerprint)
+        with torch.inference_mode(False):
             guidance = guidance.at_size(calibrated.input_size)
-    if guidance.in_chans != model.in_chans:
-        raise ValueError(f"guidance: it sees {guidance.in_chans} channels and the model {model.in_chans}")
     guidance.compiled = guidance.compiled or compile
     recorded = Graphs() if graphs else None
     tinydrop = TinyDrop(model, guidance.eval(), policy, compile, recorded, multi_label, normalization)
     _follow(model, guidance)
-    run = run_prepacked if prepack else run_linear
-    tinydrop.attributes = InstanceAttributes(
-        [
-            (model, "tinydrop", tinydrop),
-            (model, "forward", partial(_forward, model)),
-            (model, "_apply", partial(_apply, model)),
-            (model, "extra_repr", partial(_extra_repr, model)),
-            (model, "_replicate_for_data_parallel", _refuse_data_parallel),
-            (model, "__prepare_scriptable__", _refuse_scripting),
-            (model, "__reduce_ex__", partial(reduced, model)),
-            *((attention, "forward", partial(family.attend, attention)) for attention in family.attentions(model)),
-            *((linear, "forward", partial(run, linear)) for linear in (linears(model) if device.type == "cpu" else [])),
-        ]
-    )
+    tinydrop.attributes = _attributes(model, family, tinydrop, prepack)
     try:
         tinydrop.attributes.set()
         tinydrop.refresh()
@@ -236,6 +188,87 @@ def unpatch(model: TimmModule) -> TimmModule:
         raise ValueError("model: it is not patched")
     tinydrop.attributes.remove_from()
     return model
+
+
+def _supported(model: TimmModule) -> tuple[Family, int]:
+    """Return the family and the number of classes of a model that can be patched.
+
+    Raises:
+        UnsupportedModelError, ValueError: it cannot.
+    """
+    if isinstance(getattr(model, "tinydrop", None), TinyDrop):
+        raise ValueError("model: it is patched already; change model.tinydrop.policy, or unpatch it first")
+    if isinstance(model, nn.Module) and hasattr(model, "_orig_mod"):
+        raise UnsupportedModelError("model: it is compiled; patch the model, then compile it")
+    family = family_of(model)
+    with _naming_what_is_missing(model):
+        reason = family.unsupported_reason(model)
+        if reason:
+            raise UnsupportedModelError(f"model: {type(model).__name__} with {reason}")
+        if any(is_own(vars(attention).get("forward")) for attention in family.attentions(model)):
+            raise UnsupportedModelError(
+                "model: its blocks are shared with or copied from a model that is patched already; unpatch that model "
+                "first, or build this one anew"
+            )
+        return family, count_classes(model)
+
+
+def _check_ways(model: TimmModule, prepack: bool, graphs: bool) -> None:
+    """Raise ValueError if the model cannot be prepacked or recorded as asked."""
+    if prepack and any(parameter.is_inference() for parameter in model.parameters()):
+        raise ValueError(
+            "prepack: got a model made in inference mode, where changes of weights cannot be noticed; make it outside"
+        )
+    device = next(model.parameters()).device
+    if graphs and not has_graphs(device.type):
+        raise ValueError(f"graphs: got a model on {device}, expected one on a GPU that has CUDA graphs; move it first")
+    if graphs and not HAS_TRITON:
+        raise ValueError("graphs: Triton is not installed, and without it every layer reads back; install it")
+
+
+def _own_guidance(
+    model: TimmModule, guidance: str | nn.Module | Guidance, guidance_size: int | tuple[int, int] | None
+) -> Guidance:
+    """Return a guidance model that is this patched model's own.
+
+    Raises:
+        CheckpointError, GuidanceError, TypeError, ValueError: see :func:`patch`.
+    """
+    if isinstance(guidance, str):
+        guidance = load_model(guidance, "guidance")
+    elif not isinstance(guidance, nn.Module):
+        raise TypeError(f"guidance: got {type(guidance).__name__}, expected a timm name, a model or a Guidance")
+    elif guidance is model:
+        raise ValueError("guidance: got the model itself, expected another, smaller model")
+    with torch.inference_mode(False):  # autograd refuses tensors made in inference mode
+        if not isinstance(guidance, Guidance):
+            own = Guidance(guidance, guidance_size)
+        elif guidance_size is not None:
+            raise ValueError("guidance_size: got one beside a Guidance, which has its own; expected None")
+        else:
+            own = copy.deepcopy(guidance)
+    if own.in_chans != model.in_chans:
+        raise ValueError(f"guidance: it sees {own.in_chans} channels and the model {model.in_chans}")
+    return own
+
+
+def _attributes(model: TimmModule, family: Family, tinydrop: TinyDrop, prepack: bool) -> InstanceAttributes:
+    """Return what patching sets on the model and its modules."""
+    attentions, run = family.attentions(model), run_prepacked if prepack else run_linear
+    is_on_cpu = next(model.parameters()).device.type == "cpu"
+    return InstanceAttributes(
+        [
+            (model, "tinydrop", tinydrop),
+            (model, "forward", partial(_forward, model)),
+            (model, "_apply", partial(_apply, model)),
+            (model, "extra_repr", partial(_extra_repr, model)),
+            (model, "_replicate_for_data_parallel", _refuse_data_parallel),
+            (model, "__prepare_scriptable__", _refuse_scripting),
+            (model, "__reduce_ex__", partial(reduced, model)),
+            *((attention, "forward", partial(family.attend, attention)) for attention in attentions),
+            *((linear, "forward", partial(run, linear)) for linear in (linears(model) if is_on_cpu else [])),
+        ]
+    )
 
 
 @contextmanager
