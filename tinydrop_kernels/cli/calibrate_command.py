@@ -22,8 +22,9 @@ from tinydrop_kernels.cli.options import (
     dtype_of,
     tell_skipped,
     usable,
+    with_options,
 )
-from tinydrop_kernels.engine.checks import check_classifier
+from tinydrop_kernels.cli.target import CLASSES_AND_IMAGES, load_target
 from tinydrop_kernels.engine.head import count_classes
 from tinydrop_kernels.guidance.model import DEFAULT_GUIDANCE
 from tinydrop_kernels.policy.calibrated import CalibratedPolicy
@@ -42,6 +43,7 @@ from tinydrop_kernels.predict.loading import ImageLoader, folder_labels
     help="The tiny classifier, given like --target. Repeat the option to compare several.",
 )
 @IMG_SIZE
+@with_options(CLASSES_AND_IMAGES)
 @click.option(
     "--accuracy-drop",
     type=click.FloatRange(0, 100, min_open=True, max_open=True),
@@ -91,6 +93,7 @@ def calibrate(
     target: str,
     guidance: tuple[str, ...],
     img_size: int | None,
+    classes: list[str] | None,
     accuracy_drop: tuple[float, ...],
     confidence: float,
     cost: str,
@@ -103,6 +106,7 @@ def calibrate(
     device: str,
     dtype: str,
     workers: int,
+    **preprocessing: Any,
 ) -> None:
     """Find the cheapest policy with a certified limit on its accuracy loss.
 
@@ -123,12 +127,9 @@ def calibrate(
         target_device = usable(device)
         check_spec(target, "target")
         small = [load_model(spec, "guidance") for spec in guidance]
-        options: dict[str, Any] = {"img_size": img_size} if img_size else {}
-        vit = load_model(target, "target", **options).to(target_device, dtype_of(dtype, device))
-        classes = count_classes(vit)
-        check_classifier(classes)
+        vit = load_target(target, img_size, classes, **preprocessing).to(target_device, dtype_of(dtype, device))
         files = image_files([data], lambda path, reason: tell_skipped(str(path), reason))
-        labels = None if no_labels else folder_labels(data, files, class_names(vit, classes))
+        labels = None if no_labels else folder_labels(data, files, class_names(vit, count_classes(vit)))
         by = (
             "accuracy" if labels else "agreement with the dense model, which bounds the accuracy lost (no labels found)"
         )

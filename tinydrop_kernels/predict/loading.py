@@ -99,8 +99,8 @@ class _Images(Dataset[Any]):
 def folder_labels(data: Path, files: Sequence[Path], class_names: Sequence[str]) -> list[int] | None:
     """Return the class of each file, taken from the name of its folder.
 
-    If every folder has the name of a class, folders are matched by name. Otherwise the sorted folders are matched with
-    the classes in order, provided that there are as many folders as classes.
+    If every folder has the name of a class, folders are matched by name. If no folder has, the sorted folders are
+    matched with the classes in order, provided that there are as many folders as classes.
 
     Args:
         data: the folder that contains the class folders.
@@ -108,15 +108,18 @@ def folder_labels(data: Path, files: Sequence[Path], class_names: Sequence[str])
         class_names: names of the model's classes, in their order.
 
     Returns:
-        Class indices; None if the folders do not match the classes.
+        Class indices; None if the folders do not match the classes, or a folder's name is that of several classes.
     """
     folders = [file.relative_to(data).parts[0] if file.parent != data else "" for file in files]
     names = sorted(set(folders) - {""})
     if "" in folders or not names:
         return None
-    if set(names) <= set(class_names):
+    named = [list(class_names).count(name) for name in names]
+    if max(named) > 1:
+        return None
+    if min(named) == 1:
         numbers = {name: class_names.index(name) for name in names}
-    elif len(names) == len(class_names):
+    elif max(named) == 0 and len(names) == len(class_names):
         numbers = {name: number for number, name in enumerate(names)}
     else:
         return None
