@@ -29,7 +29,6 @@ from tinydrop_kernels.calibration.table import (
     whole_reductions,
 )
 from tinydrop_kernels.engine import TinyDrop, steps
-from tinydrop_kernels.engine.checks import check_labels
 from tinydrop_kernels.engine.stopwatch import timed
 from tinydrop_kernels.families import family_of
 from tinydrop_kernels.families.flops import count_flops
@@ -213,7 +212,12 @@ class _Collector:
             raise ValueError("loader: got batches with labels and batches without, expected one kind")
         if labels is None:
             return
-        self.labels.append(check_labels(labels, images, self.classes).numpy(force=True).astype(np.int32))
+        found = torch.as_tensor(labels).numpy(force=True)
+        if found.shape != (images,) or not np.issubdtype(found.dtype, np.integer):
+            raise ValueError(f"loader: got labels {found.dtype} {found.shape}, expected whole numbers ({images},)")
+        if found.min() < 0 or found.max() >= self.classes:
+            raise ValueError(f"loader: got labels {found.min()} to {found.max()}, expected 0 to {self.classes - 1}")
+        self.labels.append(found.astype(np.int32))
 
     def table(self) -> Table:
         """Return the answers on all batches."""

@@ -1,4 +1,4 @@
-"""Checks of images, labels, policies and patched models that raise an error before any work is done."""
+"""Checks of images, policies and patched models that raise an error before any work is done."""
 
 import torch
 from torch import Tensor
@@ -37,26 +37,6 @@ def check_images(model: TimmModule, images: Tensor) -> None:
     castable = images.is_floating_point() and torch.is_autocast_enabled(images.device.type)
     if images.dtype != weight.dtype and not castable:
         raise TypeError(f"images: got {images.dtype}, expected the model's {weight.dtype}")
-
-
-def check_labels(labels: object, images: int, classes: int) -> Tensor:
-    """Return the labels of a loader's batch as a tensor of whole numbers ``(images,)``.
-
-    Args:
-        labels: a tensor, an array or a sequence.
-        images: number of images of the batch.
-        classes: number of the model's classes.
-
-    Raises:
-        ValueError: the labels are not one whole number from 0 to ``classes - 1`` for each image.
-    """
-    found = torch.as_tensor(labels)
-    if found.shape != (images,) or found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
-        kind = str(found.dtype).removeprefix("torch.")
-        raise ValueError(f"loader: got labels {kind} {tuple(found.shape)}, expected whole numbers ({images},)")
-    if images and not 0 <= found.min() <= found.max() < classes:
-        raise ValueError(f"loader: got labels {found.min()} to {found.max()}, expected 0 to {classes - 1}")
-    return found
 
 
 def check_policy(policy: DropPolicy, target: int, guidance: int, multi_label: bool) -> None:
