@@ -78,7 +78,9 @@ def test_models_take_turns_and_the_warm_up_does_not_count(fake, monkeypatch):
     assert calls == ["patched", "dense"] * 3
     assert (found.patched.images_per_second, found.dense.images_per_second) == (4.0, 1.0)
     assert found.guidance.images_per_second is None
-    assert found.verdict.startswith("Patched is 4.00 times as fast as dense and 12.5 points more accurate (95 % interval")
+    assert found.verdict.startswith(
+        "Patched is 4.00 times as fast as dense and 12.5 points more accurate (95 % interval"
+    )
     assert found.verdict.endswith("on these 8 images.")
 
 
@@ -139,7 +141,8 @@ def test_guidance_of_other_classes_has_no_score():
 @pytest.mark.parametrize(
     ("batch", "error", "message"),
     [
-        (torch.zeros(2, 3, 32, 32), TypeError, "loader: got a batch of Tensor, expected \\(images, labels\\)"),
+        (torch.zeros(2, 3, 32, 32), TypeError, "loader: got images without labels, expected \\(images, labels\\)"),
+        ((torch.zeros(2, 3, 32, 32).byte(), torch.tensor([0, 1])), TypeError, "loader: got images in torch.uint8"),
         ((torch.zeros(2, 3, 32, 32),), TypeError, "loader: got a batch of tuple"),
         ((torch.zeros(2, 3, 32, 32), torch.tensor([0])), ValueError, "loader: got labels int64 \\(1,\\)"),
         ((torch.zeros(2, 3, 32, 32), torch.tensor([0.0, 1.0])), ValueError, "expected whole numbers \\(2,\\)"),

@@ -17,6 +17,7 @@ from tinydrop_kernels.cli.options import (
     IMG_SIZE,
     TARGET,
     WORKERS,
+    check_writable,
     dtype_of,
     tell_skipped,
     usable,
@@ -152,8 +153,8 @@ def calibrate(
 def _check_outputs(out: Path, picture: Path | None) -> None:
     """Raise an error if an output cannot be written, before the models run for hours."""
     for option, path in (("out", out), ("picture", picture)):
-        if path and not os.access(path.resolve().parent, os.W_OK):
-            raise ValueError(f"{option}: {str(path)!r} cannot be written: there is no such folder, or it is read-only")
+        if path:
+            check_writable(option, path)
     if picture and picture.suffix not in (".png", ".svg", ".csv"):
         raise ValueError(f"picture: got {str(picture)!r}, expected a name that ends in .png, .svg or .csv")
     if picture and picture.suffix != ".csv":

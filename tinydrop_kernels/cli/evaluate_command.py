@@ -12,11 +12,10 @@ import torch
 
 from tinydrop_kernels.checkpoints import class_names
 from tinydrop_kernels.cli.commands import INTERRUPTED, found_images, out_of_memory
-from tinydrop_kernels.cli.options import make_patched, model_options, tell_skipped
+from tinydrop_kernels.cli.options import check_writable, make_patched, model_options, tell_skipped
 from tinydrop_kernels.predict.evaluation import Evaluation
 from tinydrop_kernels.predict.evaluation import evaluate as evaluate_model
-from tinydrop_kernels.predict.loading import ImageLoader, folder_labels
-from tinydrop_kernels.predict.row_file import RowFile
+from tinydrop_kernels.predict.loading import FolderBatches, ImageLoader, folder_labels
 
 ENDINGS = (".csv", ".json")
 
@@ -46,29 +45,30 @@ def evaluate(
     try:
         if out and out.suffix not in ENDINGS:
             raise ValueError(f"out: got {str(out)!r}, expected a name that ends in {' or '.join(ENDINGS)}")
+        if out:
+            check_writable("out", out)
         files = found_images((data,))
-        with RowFile(out) as rows:  # before the models are loaded, so that an unwritable file fails at once
-            model = make_patched(context, **options)
-            labels = torch.tensor(labels_of(data, files, class_names(model, model.tinydrop.num_classes)))
-            weight = next(model.parameters())
-            load = ImageLoader(model, batch_size, workers, tell_skipped, progress=True, pin_memory=weight.is_cuda)
-            found = evaluate_model(model, ((images, labels[indices]) for images, indices, _ in load(files)))
-            dtype = str(weight.dtype).removeprefix("torch.")
-            machine = f"{options['device']}, {dtype}, batches of {batch_size}, models only"
-            click.echo(f"images {found.images}, unreadable {len(files) - found.images} ({machine})\n{found}")
-            if found.report.seconds:
-                stages = (f"{stage} {1e3 * spent / found.images:.2f}" for stage, spent in found.report.seconds.items())
-                click.echo(f"ms per image {', '.join(stages)}")
-            for note in found.report.notes:
-                click.echo(f"note: {note}")
-            if out:
-                rows.write(as_text(found, out.suffix))
+        model = make_patched(context, **options)
+        labels = labels_of(data, files, class_names(model, model.tinydrop.num_classes))
+        weight = next(model.parameters())
+        load = ImageLoader(model, batch_size, workers, tell_skipped, progress=True, pin_memory=weight.is_cuda)
+        found = evaluate_model(model, FolderBatches(files, labels, load))
+        dtype = str(weight.dtype).removeprefix("torch.")
+        machine = f"{options['device']}, {dtype}, batches of {batch_size}, models only"
+        click.echo(f"images {found.images}, unreadable {len(files) - found.images} ({machine})\n{found}")
+        if found.report.seconds:
+            stages = (f"{stage} {1e3 * spent / found.images:.2f}" for stage, spent in found.report.seconds.items())
+            click.echo(f"ms per image {', '.join(stages)}")
+        for note in found.report.notes:
+            click.echo(f"note: {note}")
+        if out:
+            out.write_text(as_text(found, out.suffix), encoding="utf-8")
     except KeyboardInterrupt:
         click.echo("interrupted; nothing was measured", err=True)
         context.exit(INTERRUPTED)
     except torch.OutOfMemoryError as error:
         raise out_of_memory(error) from None
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
         raise click.ClickException(str(error)) from None
 
 
@@ -103,9 +103,9 @@ def as_text(evaluation: Evaluation, ending: str) -> str:
     columns = evaluation.as_dict()
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     if ending == ".json":
-        return json.dumps(rows, indent=2)
+        return json.dumps(rows, indent=2) + "\n"
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    return text.getvalue().rstrip("\n")
+    return text.getvalue()

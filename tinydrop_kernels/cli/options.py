@@ -1,5 +1,6 @@
 """The options of all commands that run a model, and the models, policy and predictor built from them."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -286,6 +287,12 @@ def usable(device: str) -> torch.device:
     if found.type == "meta":
         raise ValueError("device: got 'meta', on which nothing is computed")
     return torch.device(device)
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Raise ValueError if a file cannot be written, before the models run for hours."""
+    if not os.access(path.resolve().parent, os.W_OK):
+        raise ValueError(f"{option}: {str(path)!r} cannot be written: there is no such folder, or it is read-only")
 
 
 def tell_skipped(name: str, reason: str) -> None:

@@ -9,7 +9,8 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor
 
-from tinydrop_kernels.engine.checks import check_classifier, check_eval, check_labels, check_patched
+from tinydrop_kernels.batches import labelled_batches
+from tinydrop_kernels.engine.checks import check_classifier, check_eval, check_patched
 from tinydrop_kernels.engine.stopwatch import timed, warm_up_calls
 from tinydrop_kernels.ops.types import TimmModule
 from tinydrop_kernels.policy.fingerprint import name_of
@@ -152,7 +153,7 @@ class Evaluation:
 
 
 @torch.inference_mode()
-def evaluate(model: TimmModule, loader: Iterable[tuple[Tensor, Tensor]]) -> Evaluation:
+def evaluate(model: TimmModule, loader: Iterable[Any]) -> Evaluation:
     """Return the accuracy and the speed of a patched model and of the same model dense, on labelled images.
 
     Both run on each batch in turn. The guidance model's answers are those of the patched model's calls. The first batch
@@ -166,7 +167,7 @@ def evaluate(model: TimmModule, loader: Iterable[tuple[Tensor, Tensor]]) -> Eval
     Raises:
         ValueError: the model is not patched, has no classes or is multi-label, there are no images, or labels are not
             one class for each image.
-        TypeError: a batch is not a pair of images and labels.
+        TypeError: a batch is not a pair of images and labels, or its images are not floating.
         RuntimeError: the model is in training mode.
 
     Example:
@@ -188,14 +189,14 @@ def evaluate(model: TimmModule, loader: Iterable[tuple[Tensor, Tensor]]) -> Eval
         raise ValueError("model: it is multi-label, expected a model with one label per image")
     report, truth, width = None, list[Tensor](), 0
     dense, patched, guidance = list[Tensor](), list[Tensor](), list[Tensor]()
-    for batch in loader:
-        if not (isinstance(batch, list | tuple) and len(batch) == 2 and isinstance(batch[0], Tensor)):
-            raise TypeError(f"loader: got a batch of {type(batch).__name__}, expected (images, labels)")
-        truth.append(check_labels(batch[1], len(batch[0]), classes).cpu())
-        images = batch[0].to(weight.device, weight.dtype)
-        tinydrop.check(images)
+    for images, labels in labelled_batches(loader, classes):
+        if labels is None:
+            raise TypeError("loader: got images without labels, expected (images, labels)")
         if not len(images):
             raise ValueError("loader: got a batch without images")
+        truth.append(torch.from_numpy(labels))
+        images = images.to(weight.device, weight.dtype)
+        tinydrop.check(images)
         if report is None:
             width = images.shape[3]
             for _ in range(warm_up_calls(model)):
@@ -222,7 +223,7 @@ def _evaluation(
         model: the patched model.
         report: sum over all batches, with the times of both models.
         width: width of the images in pixels.
-        labels: int ``(images,)``.
+        labels: int32 ``(images,)``.
         dense, patched, guidance: the five top classes of each image, ``(images, 5)``, fewer if there are fewer classes.
     """
     tinydrop, images, config = model.tinydrop, report.images, resolve_model_data_config(model)
