@@ -1,5 +1,6 @@
 """Models are loaded from every kind of specification. If that fails, there is one clear error at once."""
 
+import json
 import shutil
 
 import pytest
@@ -8,7 +9,13 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
-from tinydrop_kernels.checkpoints import CheckpointError, check_spec, class_names, load_model
+from tinydrop_kernels.checkpoints import (
+    CheckpointError,
+    check_spec,
+    class_names,
+    difference_from_checkpoint,
+    load_model,
+)
 
 
 @pytest.fixture
@@ -35,6 +42,45 @@ def test_checkpoint_file_at_another_size(weights):
     loaded = load_model(f"test_vit={file}", img_size=96)
     model.set_input_size(96)
     assert torch.equal(loaded.pos_embed, model.pos_embed)
+
+
+def test_a_file_for_other_images_is_noticed(weights):
+    """The file has positions for 10 x 10 patches of 16 pixels, as ``test_vit`` at 160 px does."""
+    _, file = weights
+    spec = f"test_vit={file}"
+    assert difference_from_checkpoint(spec, load_model(spec)) is None
+    told = difference_from_checkpoint(spec, load_model(spec, img_size=96))
+    assert told == f"{str(file)!r} is for image size 160 x 160, and the model runs with image size 96 x 96"
+    assert difference_from_checkpoint("test_vit", load_model(spec, img_size=96)) is None  # not a local checkpoint
+
+
+def test_a_file_without_square_positions_says_nothing(weights):
+    """The positions of 7 patches are those of no square, and other weights have none."""
+    model, file = weights
+    for positions in (torch.zeros(1, 8, 64), None):
+        state = {name: tensor for name, tensor in model.state_dict().items() if name != "pos_embed"}
+        save_file(state if positions is None else state | {"pos_embed": positions}, file)
+        assert difference_from_checkpoint(f"test_vit={file}", model) is None
+
+
+@pytest.mark.parametrize(
+    ("config", "differs"),
+    [
+        ({"architecture": "test_vit", "pretrained_cfg": {"mean": [0.1, 0.2, 0.3]}}, True),
+        ({"architecture": "test_vit", "mean": [0.1, 0.2, 0.3]}, True),
+        ({"architecture": "test_vit2", "pretrained_cfg": {"mean": [0.1, 0.2, 0.3]}}, False),
+        ({"architecture": "test_vit", "pretrained_cfg": {"mean": [0.5, 0.5, 0.5]}}, False),
+        ([], False),
+    ],
+)
+def test_a_config_beside_a_file_counts_if_it_is_for_the_architecture(weights, config, differs):
+    model, file = weights
+    (file.parent / "config.json").write_text(json.dumps(config))
+    told = difference_from_checkpoint(f"test_vit.r160_in1k={file}", model)
+    own = model.pretrained_cfg["mean"]
+    assert told == (
+        f"{str(file)!r} is for mean (0.1, 0.2, 0.3), and the model runs with mean {own}" if differs else None
+    )
 
 
 def test_weights_of_another_shape_are_told_in_full(weights):

@@ -19,6 +19,7 @@ PUBLIC |= {
     "families.find_mismatch": families.find_mismatch,
     "checkpoints.load_model": checkpoints.load_model,
     "checkpoints.class_names": checkpoints.class_names,
+    "checkpoints.difference_from_checkpoint": checkpoints.difference_from_checkpoint,
     "predict.images.load_image": images.load_image,
     "predict.images.image_files": images.image_files,
     "report.Call": report.Call,

@@ -25,12 +25,13 @@ if TYPE_CHECKING:
     from tinydrop_kernels.patching import dense, patch, unpatch
     from tinydrop_kernels.policy import DropPolicy
     from tinydrop_kernels.policy.calibrated import CalibratedPolicy, PolicyFileError
-    from tinydrop_kernels.predict import Prediction, Predictor
+    from tinydrop_kernels.predict import Evaluation, Prediction, Predictor, evaluate
 
 __all__ = [
     "CalibratedPolicy",
     "CheckpointError",
     "DropPolicy",
+    "Evaluation",
     "Guidance",
     "GuidanceError",
     "Pipeline",
@@ -44,6 +45,7 @@ __all__ = [
     "calibrate",
     "compare_with_dense",
     "dense",
+    "evaluate",
     "ops",
     "patch",
     "unpatch",
@@ -54,6 +56,7 @@ _HOMES = {
     "CalibratedPolicy": "policy.calibrated",
     "CheckpointError": "checkpoints",
     "DropPolicy": "policy",
+    "Evaluation": "predict",
     "Guidance": "guidance",
     "GuidanceError": "guidance",
     "Pipeline": "engine",
@@ -66,6 +69,7 @@ _HOMES = {
     "calibrate": "calibration",
     "compare_with_dense": "benchmarking",
     "dense": "patching",
+    "evaluate": "predict",
     "patch": "patching",
     "unpatch": "patching",
 }

@@ -1,6 +1,8 @@
 """Loading of timm models from a name, a folder or a checkpoint file, with one error for all failures."""
 
 import difflib
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import timm
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.models import load_state_dict
 
+from tinydrop_kernels.normalization import normalization_of, per_channel
 from tinydrop_kernels.ops.types import TimmModule
 
 HUB_HINT = "; NAME=FILE loads a local checkpoint, and HF_HUB_OFFLINE=1 uses the hub's cache without asking it"
@@ -105,6 +108,72 @@ def _reason(error: Exception) -> str:
     if len(lines) > TOLD_LINES:
         told.append(f"and {len(lines) - TOLD_LINES} more")
     return f"{type(error).__name__}: {' '.join(told)}"
+
+
+def difference_from_checkpoint(spec: str, model: TimmModule) -> str | None:
+    """Return in words how a target's images differ from those that its local checkpoint is for; None if they do not.
+
+    Image size, mean and standard deviation are compared with ``config.json`` beside the weights, if it describes the
+    same architecture. The image size of ``NAME=FILE`` is that of the file's positional embedding, if it has one.
+
+    Args:
+        spec: the model's name, folder or file, as for :func:`load_model`.
+        model: the model that was loaded from it, not patched.
+
+    Example:
+        >>> tdk.checkpoints.difference_from_checkpoint("vit_tiny_patch16_224", model) is None
+        True
+        >>> spec = "vit_small_patch14_dinov2=mine.safetensors"
+        >>> print(tdk.checkpoints.difference_from_checkpoint(spec, load_model(spec)))  # doctest: +SKIP
+        'mine.safetensors' is for image size 224 x 224, and the model runs with image size 518 x 518
+    """
+    name, _, file = spec.partition("=")
+    if not (file or Path(spec).exists()):
+        return None
+    stated = _stated(file or spec, name.split(".")[0] if file else None)
+    size = tuple(model.patch_embed.img_size)
+    mean, std = normalization_of(model, model.in_chans)
+    own_size = _size_of_positions(file, model) if file else None
+    if own_size is None and "input_size" in stated:
+        side = stated.get("model_args", {}).get("img_size", stated["input_size"][1:])
+        own_size = (side, side) if isinstance(side, int) else tuple(side)
+    pairs = {
+        "image size": (own_size and " x ".join(map(str, own_size)), " x ".join(map(str, size))),
+        "mean": (stated.get("mean") and per_channel(stated["mean"], model.in_chans), mean),
+        "std": (stated.get("std") and per_channel(stated["std"], model.in_chans), std),
+    }
+    different = [(what, own, runs) for what, (own, runs) in pairs.items() if own and own != runs]
+    if not different:
+        return None
+    made_for, runs_with = (", ".join(f"{row[0]} {row[column]}" for row in different) for column in (1, 2))
+    return f"{file or spec!r} is for {made_for}, and the model runs with {runs_with}"
+
+
+def _stated(path: str, architecture: str | None) -> dict[str, Any]:
+    """Return ``config.json`` beside a checkpoint as one flat dict; an empty one if it is not for the architecture."""
+    config = _folder(path) / "config.json"
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # a folder of loose files may have none, or another program's
+        return {}
+    if not isinstance(content, dict) or architecture not in (None, content.get("architecture")):
+        return {}
+    stated: dict[str, Any] = content | content.get("pretrained_cfg", {})
+    return stated
+
+
+def _size_of_positions(file: str, model: TimmModule) -> tuple[int, int] | None:
+    """Return the image size of a file's positional embedding; None if it has none, or one of another shape."""
+    stored, own = load_state_dict(file).get("pos_embed"), getattr(model, "pos_embed", None)
+    if stored is None or own is None or stored.ndim != 3 or own.ndim != 3:
+        return None
+    if stored.shape[1] == own.shape[1]:  # also true of a grid that is not square
+        height, width = model.patch_embed.img_size
+        return height, width
+    patches = stored.shape[1] - (own.shape[1] - model.patch_embed.num_patches)
+    side = math.isqrt(max(patches, 0))
+    height, width = model.patch_embed.patch_size
+    return (side * height, side * width) if side * side == patches else None
 
 
 def class_names(model: TimmModule, classes: int | None = None) -> list[str]:

@@ -98,10 +98,12 @@ def test_labels_are_found_by_name_or_by_place(folder, tmp_path):
         (["bee", "eel"], [1, 4]),
         (list("vwxyz"), [0, 1, 2, 3, 4]),
         (["bee", "other"], None),
+        (["ant", "bee", "cat", "dog", "other"], None),
         ([""], None),
     ):
         files = [tmp_path / name / "image.png" for name in names]
         assert folder_labels(tmp_path, files, class_names(model)) == expected
+    assert folder_labels(tmp_path, [tmp_path / "bee" / "image.png"], ["bee", "cat", "bee"]) is None
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,11 @@
 """``tinydrop calibrate``, which writes a certified policy file for given images and a stated accuracy drop."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
-import torch
-from torch import Tensor
 
 from tinydrop_kernels.calibration.answers import COSTS, Answers, gather
 from tinydrop_kernels.calibration.frontier import check_drawable, draw, frontier, write_csv
@@ -19,16 +17,18 @@ from tinydrop_kernels.cli.options import (
     IMG_SIZE,
     TARGET,
     WORKERS,
+    check_writable,
     dtype_of,
     tell_skipped,
     usable,
+    with_options,
 )
-from tinydrop_kernels.engine.checks import check_classifier
+from tinydrop_kernels.cli.target import CLASSES_AND_IMAGES, load_target
 from tinydrop_kernels.engine.head import count_classes
 from tinydrop_kernels.guidance.model import DEFAULT_GUIDANCE
 from tinydrop_kernels.policy.calibrated import CalibratedPolicy
 from tinydrop_kernels.predict.images import image_files
-from tinydrop_kernels.predict.loading import ImageLoader, folder_labels
+from tinydrop_kernels.predict.loading import FolderBatches, ImageLoader, folder_labels
 
 
 @click.command()
@@ -42,6 +42,7 @@ from tinydrop_kernels.predict.loading import ImageLoader, folder_labels
     help="The tiny classifier, given like --target. Repeat the option to compare several.",
 )
 @IMG_SIZE
+@with_options(CLASSES_AND_IMAGES)
 @click.option(
     "--accuracy-drop",
     type=click.FloatRange(0, 100, min_open=True, max_open=True),
@@ -91,6 +92,7 @@ def calibrate(
     target: str,
     guidance: tuple[str, ...],
     img_size: int | None,
+    classes: list[str] | None,
     accuracy_drop: tuple[float, ...],
     confidence: float,
     cost: str,
@@ -103,6 +105,7 @@ def calibrate(
     device: str,
     dtype: str,
     workers: int,
+    **preprocessing: Any,
 ) -> None:
     """Find the cheapest policy with a certified limit on its accuracy loss.
 
@@ -123,17 +126,14 @@ def calibrate(
         target_device = usable(device)
         check_spec(target, "target")
         small = [load_model(spec, "guidance") for spec in guidance]
-        options: dict[str, Any] = {"img_size": img_size} if img_size else {}
-        vit = load_model(target, "target", **options).to(target_device, dtype_of(dtype, device))
-        classes = count_classes(vit)
-        check_classifier(classes)
+        vit = load_target(target, img_size, classes, **preprocessing).to(target_device, dtype_of(dtype, device))
         files = image_files([data], lambda path, reason: tell_skipped(str(path), reason))
-        labels = None if no_labels else folder_labels(data, files, class_names(vit, classes))
+        labels = None if no_labels else folder_labels(data, files, class_names(vit, count_classes(vit)))
         by = (
             "accuracy" if labels else "agreement with the dense model, which bounds the accuracy lost (no labels found)"
         )
         click.echo(f"{len(files)} images, judged by {by}")
-        batches = _Batches(files, labels, ImageLoader(vit, batch_size, workers, tell_skipped))
+        batches = FolderBatches(files, labels, ImageLoader(vit, batch_size, workers, tell_skipped))
         cache = cache or default_cache()
         answers = gather(vit, small, batches, cache=cache, names=batches.read, random_drop=random_drop)
         policies = [_best(answers, drop / 100, confidence, cost, guidance) for drop in accuracy_drop]
@@ -153,8 +153,8 @@ def calibrate(
 def _check_outputs(out: Path, picture: Path | None) -> None:
     """Raise an error if an output cannot be written, before the models run for hours."""
     for option, path in (("out", out), ("picture", picture)):
-        if path and not os.access(path.resolve().parent, os.W_OK):
-            raise ValueError(f"{option}: {str(path)!r} cannot be written: there is no such folder, or it is read-only")
+        if path:
+            check_writable(option, path)
     if picture and picture.suffix not in (".png", ".svg", ".csv"):
         raise ValueError(f"picture: got {str(picture)!r}, expected a name that ends in .png, .svg or .csv")
     if picture and picture.suffix != ".csv":
@@ -164,21 +164,6 @@ def _check_outputs(out: Path, picture: Path | None) -> None:
 def default_cache() -> Path:
     """Return the default folder for the models' answers."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinydrop_kernels"
-
-
-class _Batches:
-    """Batches of the readable images, with labels if the classes are known. ``read`` collects the images' names."""
-
-    def __init__(self, files: Sequence[Path], labels: Sequence[int] | None, loader: ImageLoader):
-        self.files, self.labels, self.loader, self.read = files, labels, loader, list[str]()
-
-    def __len__(self) -> int:
-        return -(-len(self.files) // self.loader.batch_size)
-
-    def __iter__(self) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
-        for images, indices, names in self.loader(self.files):
-            self.read += names
-            yield images if self.labels is None else (images, torch.tensor([self.labels[index] for index in indices]))
 
 
 def _best(answers: Answers, drop: float, confidence: float, cost: str, guidance: Sequence[str]) -> CalibratedPolicy:

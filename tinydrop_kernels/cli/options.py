@@ -1,7 +1,8 @@
 """The options of all commands that run a model, and the models, policy and predictor built from them."""
 
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,9 +14,9 @@ from tqdm import tqdm
 
 from tinydrop_kernels import ops
 from tinydrop_kernels.checkpoints import check_spec, load_model
-from tinydrop_kernels.engine.checks import check_classifier
-from tinydrop_kernels.engine.head import count_classes
+from tinydrop_kernels.cli.target import CLASSES_AND_IMAGES, load_target
 from tinydrop_kernels.guidance.model import DEFAULT_GUIDANCE
+from tinydrop_kernels.ops.types import TimmModule
 from tinydrop_kernels.patching import patch
 from tinydrop_kernels.policy.drop import UNMIXED, DropPolicy
 from tinydrop_kernels.predict.predictor import Predictor
@@ -80,6 +81,7 @@ OPTIONS = (
         help="Input size of the guidance model in pixels, if not its own. Smaller is cheaper but less accurate.",
     ),
     IMG_SIZE,
+    *CLASSES_AND_IMAGES,
     click.option(
         "--policy",
         "policy_file",
@@ -170,33 +172,22 @@ OPTIONS = (
 )
 
 
-def model_options(command: Command) -> Command:
-    """Give a command the options that :func:`make_predictor` takes."""
-    for option in reversed(OPTIONS):
-        command = option(command)
-    return command
+def with_options(options: Sequence[Callable[[Command], Command]]) -> Callable[[Command], Command]:
+    """Return a decorator that gives a command these options, in this order."""
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+model_options = with_options(OPTIONS)  # the options of make_predictor and make_patched
 
 
 def make_predictor(
-    context: click.Context,
-    *,
-    target: str,
-    guidance: str,
-    guidance_size: tuple[int, int] | None,
-    img_size: int | None,
-    policy_file: Path | None,
-    keep_ratio: float | None,
-    batch_size: int,
-    device: str,
-    dtype: str,
-    compile: bool,
-    graphs: bool,
-    prepack: bool,
-    workers: int,
-    stages: bool,
-    multi_label: bool,
-    compare_dense: bool,
-    **policy: Any,
+    context: click.Context, *, batch_size: int, workers: int, compare_dense: bool, **options: Any
 ) -> Predictor:
     """Return the predictor that the options describe.
 
@@ -204,20 +195,8 @@ def make_predictor(
         click.ClickException: the options contradict each other, or the models cannot be loaded.
     """
     try:
-        law = policy_file or chosen_policy(context, keep_ratio, multi_label, policy)
-        given = [name for name in ("keep_ratio", *policy) if _was_given(context, name)]
-        if policy_file and given:
-            option = f"--{given[0].replace('_', '-')}"
-            raise ValueError(f"{option}: has no effect together with --policy; give one of them")
-        options: dict[str, Any] = {"img_size": img_size} if img_size else {}
-        check_spec(target, "target")
-        small = load_model(guidance, "guidance")  # before the target, so that a mistake in it shows early
-        vit = load_model(target, "target", **options).to(usable(device), dtype_of(dtype, device))
-        check_classifier(count_classes(vit))  # here, because patch() would blame the guidance model
-        ways: dict[str, Any] = {"compile": compile, "graphs": graphs, "prepack": prepack, "multi_label": multi_label}
-        patch(vit, small, law, guidance_size=guidance_size, **ways).tinydrop.timed = stages
         return Predictor(
-            vit,
+            make_patched(context, **options),
             batch_size=batch_size,
             workers=workers,
             compare_dense=compare_dense,
@@ -226,6 +205,48 @@ def make_predictor(
         )
     except (ValueError, TypeError, RuntimeError) as error:
         raise click.ClickException(str(error)) from None
+
+
+def make_patched(
+    context: click.Context,
+    *,
+    target: str,
+    guidance: str,
+    guidance_size: tuple[int, int] | None,
+    img_size: int | None,
+    classes: list[str] | None,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+    crop_pct: float | None,
+    interpolation: str | None,
+    policy_file: Path | None,
+    keep_ratio: float | None,
+    device: str,
+    dtype: str,
+    compile: bool,
+    graphs: bool,
+    prepack: bool,
+    stages: bool,
+    multi_label: bool,
+    **policy: Any,
+) -> TimmModule:
+    """Return the patched model that the options describe.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: the options contradict each other, or the models cannot be loaded.
+    """
+    law = policy_file or chosen_policy(context, keep_ratio, multi_label, policy)
+    given = [name for name in ("keep_ratio", *policy) if _was_given(context, name)]
+    if policy_file and given:
+        option = f"--{given[0].replace('_', '-')}"
+        raise ValueError(f"{option}: has no effect together with --policy; give one of them")
+    check_spec(target, "target")
+    small = load_model(guidance, "guidance")  # before the target, so that a mistake in it shows early
+    images = {"mean": mean, "std": std, "crop_pct": crop_pct, "interpolation": interpolation}
+    vit = load_target(target, img_size, classes, **images).to(usable(device), dtype_of(dtype, device))
+    ways: dict[str, Any] = {"compile": compile, "graphs": graphs, "prepack": prepack, "multi_label": multi_label}
+    patch(vit, small, law, guidance_size=guidance_size, **ways).tinydrop.timed = stages
+    return vit
 
 
 def chosen_policy(
@@ -266,6 +287,12 @@ def usable(device: str) -> torch.device:
     if found.type == "meta":
         raise ValueError("device: got 'meta', on which nothing is computed")
     return torch.device(device)
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Raise ValueError if a file cannot be written, before the models run for hours."""
+    if not os.access(path.resolve().parent, os.W_OK):
+        raise ValueError(f"{option}: {str(path)!r} cannot be written: there is no such folder, or it is read-only")
 
 
 def tell_skipped(name: str, reason: str) -> None:

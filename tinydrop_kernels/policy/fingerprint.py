@@ -38,7 +38,11 @@ def fingerprint_of(model: TimmModule, classes: int) -> Fingerprint:
             tensor = tensor.bfloat16().view(torch.int16)
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(np.ascontiguousarray(tensor.cpu().numpy()).data)
-    config = getattr(model, "pretrained_cfg", None) or {}
-    name = ".".join(filter(None, (config.get("architecture"), config.get("tag")))) or type(model).__name__
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    return Fingerprint(name, classes, digest.hexdigest()[:16], dtype)
+    return Fingerprint(name_of(model), classes, digest.hexdigest()[:16], dtype)
+
+
+def name_of(model: TimmModule) -> str:
+    """Return timm's name of a model with its tag; the name of its class if timm did not build it."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    return ".".join(filter(None, (config.get("architecture"), config.get("tag")))) or type(model).__name__

@@ -96,11 +96,26 @@ class _Images(Dataset[Any]):
             return index, name, str(error) or type(error).__name__
 
 
+class FolderBatches:
+    """Batches of the readable images, with labels if the classes are known. ``read`` collects the images' names."""
+
+    def __init__(self, files: Sequence[Path], labels: Sequence[int] | None, loader: ImageLoader):
+        self.files, self.labels, self.loader, self.read = files, labels, loader, list[str]()
+
+    def __len__(self) -> int:
+        return -(-len(self.files) // self.loader.batch_size)
+
+    def __iter__(self) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
+        for images, indices, names in self.loader(self.files):
+            self.read += names
+            yield images if self.labels is None else (images, torch.tensor([self.labels[index] for index in indices]))
+
+
 def folder_labels(data: Path, files: Sequence[Path], class_names: Sequence[str]) -> list[int] | None:
     """Return the class of each file, taken from the name of its folder.
 
-    If every folder has the name of a class, folders are matched by name. Otherwise the sorted folders are matched with
-    the classes in order, provided that there are as many folders as classes.
+    If every folder has the name of a class, folders are matched by name. If no folder has, the sorted folders are
+    matched with the classes in order, provided that there are as many folders as classes.
 
     Args:
         data: the folder that contains the class folders.
@@ -108,15 +123,18 @@ def folder_labels(data: Path, files: Sequence[Path], class_names: Sequence[str])
         class_names: names of the model's classes, in their order.
 
     Returns:
-        Class indices; None if the folders do not match the classes.
+        Class indices; None if the folders do not match the classes, or a folder's name is that of several classes.
     """
     folders = [file.relative_to(data).parts[0] if file.parent != data else "" for file in files]
     names = sorted(set(folders) - {""})
     if "" in folders or not names:
         return None
-    if set(names) <= set(class_names):
+    named = [list(class_names).count(name) for name in names]
+    if max(named) > 1:
+        return None
+    if min(named) == 1:
         numbers = {name: class_names.index(name) for name in names}
-    elif len(names) == len(class_names):
+    elif max(named) == 0 and len(names) == len(class_names):
         numbers = {name: number for number, name in enumerate(names)}
     else:
         return None
