@@ -7,7 +7,7 @@ import click
 from tinydrop_kernels.version import __version__
 
 COMMANDS = {  # name: module, and line in the help
-    "classify": ("commands", "Classify images with a patched model, and report the savings."),
+    "classify": ("classify_command", "Classify images with a patched model, and report the savings."),
     "visualize": ("commands", "Write pictures of the kept patches, and an HTML page to browse them."),
     "calibrate": (
         "calibrate_command",
@@ -47,7 +47,7 @@ def main() -> None:
 
     \b
     Examples:
-      tinydrop classify photos/ --out results.jsonl --compare-dense
+      tinydrop classify photos/ --out rows.jsonl --compare-dense
       tinydrop visualize photos/ --out pictures/
       tinydrop calibrate labelled_photos/ --accuracy-drop 0.5
     """

@@ -196,6 +196,7 @@ def make_predictor(
     stages: bool,
     multi_label: bool,
     compare_dense: bool,
+    top: int = 5,
     **policy: Any,
 ) -> Predictor:
     """Return the predictor that the options describe.
@@ -220,6 +221,7 @@ def make_predictor(
             vit,
             batch_size=batch_size,
             workers=workers,
+            top=top,
             compare_dense=compare_dense,
             progress=True,
             on_unreadable=tell_skipped,
