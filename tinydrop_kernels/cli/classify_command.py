@@ -126,13 +126,14 @@ def _run(
             interruption.check()
         rows.finish()
         ended = "complete"
-    except KeyboardInterrupt:
+    except BaseException as error:
+        # The end of a loading process by the same signal may be the error that arrives here.
+        if not isinstance(error, KeyboardInterrupt) and interruption.status is None:
+            if record:
+                with suppress(RowFileError):  # because the disk may be full, and the first error says more
+                    record.end("failed")
+            raise
         ended = "interrupted"
-    except BaseException:
-        if record:
-            with suppress(RowFileError):  # because the disk may be full, and the first error says more
-                record.end("failed")
-        raise
     if record:
         record.end(ended)
     return ended

@@ -4,6 +4,7 @@ import signal
 from types import FrameType, TracebackType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+CHILD_ENDED = getattr(signal, "SIGCHLD", None)  # None on Windows
 
 
 class Interruption:
@@ -33,6 +34,10 @@ class Interruption:
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         self.status = 128 + number
+        if CHILD_ENDED is not None:
+            # Loading processes get SIGTERM too if it goes to the process group. Torch's handler would raise an error
+            # when they end, in the midst of the work that ends the run.
+            self._before.setdefault(CHILD_ENDED, signal.signal(CHILD_ENDED, signal.SIG_DFL))
         raise KeyboardInterrupt
 
     def check(self) -> None:

@@ -79,6 +79,19 @@ class RowFile(RowOutput):
     Raises:
         RowFileError: the file cannot be opened, written or continued. It is raised on entering, by :meth:`append` or by
             :meth:`finish`.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from tinydrop_kernels.predict.row_file import RowFile
+        >>> from tinydrop_kernels.predict.row_format import JsonLines
+        >>> path = Path(tempfile.mkdtemp()) / "rows.jsonl"
+        >>> with RowFile(path, JsonLines()) as rows:
+        ...     rows.append([{"path": "a.png", "error": "no image"}])
+        >>> with RowFile(path, JsonLines(), resume=True) as rows:
+        ...     rows.append([{"path": "b.png", "error": "no image"}])
+        ...     print(rows.done, rows.written)
+        Counter({'a.png': 1}) 1
     """
 
     def __init__(self, path: Path, rows: JsonLines | Csv, resume: bool = False):
@@ -231,6 +244,12 @@ def format_of(path: Path, given: str | None = None) -> str:
 
     Raises:
         ValueError: the ending stands for no format, or the format is Parquet and pyarrow is not installed.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tinydrop_kernels.predict.row_file import format_of
+        >>> format_of(Path("rows.ndjson")), format_of(Path("rows"), "csv")
+        ('jsonl', 'csv')
     """
     name = given or ENDINGS.get(path.suffix.lower())
     if name is None:
@@ -248,7 +267,14 @@ def file_of_rows(path: Path, form: str, top: int, resume: bool) -> RowFile:
 
 
 def remaining(names: Iterable[str], done: Counter[str]) -> list[int]:
-    """Return the positions of the inputs that have no row yet. An input that is given twice has two rows."""
+    """Return the positions of the inputs that have no row yet. An input that is given twice has two rows.
+
+    Example:
+        >>> from collections import Counter
+        >>> from tinydrop_kernels.predict.row_file import remaining
+        >>> remaining(["a.png", "b.png", "a.png"], Counter({"a.png": 1}))
+        [1, 2]
+    """
     left = done.copy()
     positions = []
     for position, name in enumerate(names):

@@ -14,6 +14,16 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Raises:
         OSError: the file cannot be replaced. The earlier one then stays as it is.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from tinydrop_kernels.predict.whole_file import replacing
+        >>> path = Path(tempfile.mkdtemp()) / "page.html"
+        >>> with replacing(path) as part:
+        ...     characters = part.write_text("a page")
+        >>> path.read_text()
+        'a page'
     """
     target = path.resolve()
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
