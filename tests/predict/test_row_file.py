@@ -161,7 +161,7 @@ def test_a_complete_file_is_continued(path):
 
 
 def test_a_file_cut_at_any_byte_is_continued(path):
-    """Whatever the last byte on the disk was, complete rows stay and a torn one is written again."""
+    """Complete rows stay, no matter which byte was the last, and a torn one is written again."""
     names = NAMES[1:6]
     write(path, [row(name) for name in names], finish=False)
     complete = growing(path).read_bytes()
