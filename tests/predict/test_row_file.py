@@ -142,6 +142,13 @@ def test_a_run_without_rows_leaves_nothing(path):
     assert path.exists()
 
 
+def test_a_resumed_run_without_rows_changes_nothing(path):
+    write(path, [row("a")])
+    before = path.read_bytes()
+    write(path, resume=True, finish=False)
+    assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
+
+
 def test_resumed_rows_follow(path):
     """The rows before are known by their paths, with all characters that paths can have."""
     write(path, [row(name) for name in NAMES[:4]], finish=False)

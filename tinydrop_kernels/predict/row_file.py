@@ -98,7 +98,7 @@ class RowFile(RowOutput):
         super().__init__()
         self.path, self.rows, self.resume = path, rows, resume
         self._end = 0  # number of bytes of complete rows
-        self._is_new = False
+        self._is_new = False  # made by this run, and so removed again if no row is written
         self._file: FileIO
 
     def append(self, rows: Sequence[Row]) -> None:
@@ -146,7 +146,7 @@ class RowFile(RowOutput):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
-        if self._is_new and not self._end:
+        if self._is_new and not self.written:
             self.path.unlink(missing_ok=True)
 
     def _lock(self) -> None:
@@ -207,12 +207,14 @@ class ParquetRows(RowFile):
 
     def __enter__(self) -> "ParquetRows":
         refuse_rows(self.parquet, self.resume)
-        if _has_content(self.parquet) and not _has_content(self.path):
+        is_copied = _has_content(self.parquet) and not _has_content(self.path)
+        if is_copied:
             try:
                 parquet.write_journal(self.parquet, self.path)
             except (OSError, ValueError) as error:
                 raise RowFileError(f"resume: {str(self.parquet)!r} cannot be read: {error}") from None
         super().__enter__()
+        self._is_new |= is_copied
         return self
 
     def finish(self) -> None:
