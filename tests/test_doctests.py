@@ -9,7 +9,7 @@ import torch
 
 import tinydrop_kernels as tdk
 from tinydrop_kernels import checkpoints, engine, families, ops, report
-from tinydrop_kernels.predict import images
+from tinydrop_kernels.predict import images, row_file, whole_file
 
 PUBLIC = {name: getattr(tdk, name) for name in tdk.__all__ if name not in ("__version__", "ops", "compare_with_dense")}
 PUBLIC |= {f"ops.{name}": getattr(ops, name) for name in ops.__all__}
@@ -22,6 +22,10 @@ PUBLIC |= {
     "checkpoints.difference_from_checkpoint": checkpoints.difference_from_checkpoint,
     "predict.images.load_image": images.load_image,
     "predict.images.image_files": images.image_files,
+    "predict.row_file.RowFile": row_file.RowFile,
+    "predict.row_file.format_of": row_file.format_of,
+    "predict.row_file.remaining": row_file.remaining,
+    "predict.whole_file.replacing": whole_file.replacing,
     "report.Call": report.Call,
     "report.Report": report.Report,
     "visualize.kept_patches": tdk.visualize.kept_patches,

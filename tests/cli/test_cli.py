@@ -3,10 +3,10 @@
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,8 +24,11 @@ from tinydrop_kernels.cli import commands as cli
 from tinydrop_kernels.cli import options
 from tinydrop_kernels.cli.main import COMMANDS, main
 from tinydrop_kernels.ops import registry
+from tinydrop_kernels.policy.fingerprint import fingerprint_of
+from tinydrop_kernels.predict.predictor import Predictor
 
 NAMES = ["ant", "bee", "cat", "dog", "eel"]
+FILES = ["a.jpg", "b.png", "broken.jpg", "e.webp", "c.bmp", "d.gif", "text.png"]  # in the order of the rows
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +85,10 @@ def test_classify(checkpoints, photos, tmp_path):
     )
     assert result.exit_code == 0, result.output
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [row["path"].rsplit("/", 1)[1] for row in rows] == ["a.jpg", "b.png", "e.webp", "c.bmp", "d.gif"]
-    for row in rows:
+    assert [row["path"].rsplit("/", 1)[1] for row in rows] == FILES
+    unreadable = [row for row in rows if "error" in row]
+    assert [sorted(row) for row in unreadable] == [["error", "path"]] * 2 and "text.png" in unreadable[1]["error"]
+    for row in (row for row in rows if row not in unreadable):
         assert row["kept"] == 8 and row["of"] == 16 and not row["exit"]
         assert sorted(entry["name"] for entry in row["top"]) == NAMES
         assert sum(entry["probability"] for entry in row["top"]) == pytest.approx(1, abs=1e-3)
@@ -170,6 +175,11 @@ def test_waiting_threads_sleep(given):
         (["PHOTOS/more", "--device", "toaster"], "device: got 'toaster'"),
         (["PHOTOS/more", "--device", "cuda:99"], "device: got 'cuda:99'"),
         (["PHOTOS/more", "--out", "/no/such/folder/results.jsonl"], "cannot be written: No such file or directory"),
+        (["PHOTOS/more", "--out", "rows.json"], "expected a name that ends in .jsonl, .ndjson, .csv, .parquet, or"),
+        (["PHOTOS/more", "--out", "/dev/null", "--format", "jsonl"], "'/dev/null' is not a regular file"),
+        (["PHOTOS/more", "--format", "csv"], "--format: has no effect without --out"),
+        (["PHOTOS/more", "--resume"], "--resume: has no effect without --out"),
+        (["PHOTOS/more", "--top", "0"], "0 is not in the range"),
     ],
 )
 def test_mistakes_are_one_clear_line(checkpoints, photos, arguments, message):
@@ -311,56 +321,183 @@ def test_guidance_is_loaded_before_the_large_model(photos, monkeypatch):
     assert loaded == ["guidance"]
 
 
-def interrupted_after(rows, monkeypatch):
-    predict = cli.Predictor.predict
+def stopped_after(batches, monkeypatch, stop):
+    """Call ``stop`` when this many batches have been yielded."""
+    original = Predictor.batches
 
-    def interrupted(self, files):
-        for i, row in enumerate(predict(self, files)):
-            if i == rows:
-                raise KeyboardInterrupt
-            yield row
+    def stopping(self, files):
+        for number, seen in enumerate(original(self, files)):
+            if number == batches:
+                stop()
+            yield seen
 
-    monkeypatch.setattr(cli.Predictor, "predict", interrupted)
+    monkeypatch.setattr(Predictor, "batches", stopping)
 
 
-def test_ctrl_c_keeps_what_was_done(checkpoints, photos, tmp_path, monkeypatch):
-    interrupted_after(2, monkeypatch)
+def rows_in(out):
+    return [json.loads(line)["path"].rsplit("/", 1)[1] for line in out.read_text().splitlines()]
+
+
+def record_of(out):
+    return json.loads(out.with_name(f"{out.name}.run.json").read_text())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_keeps_what_was_done(checkpoints, photos, tmp_path, monkeypatch, number):
+    before = signal.getsignal(number)
     out = tmp_path / "results.jsonl"
-    result = classify(checkpoints, photos, "--out", out, "--batch-size", 2)
-    assert result.exit_code == 130
-    assert len(out.read_text().splitlines()) == 2
-    assert f"interrupted after 2 of 7 images; their rows are in {out}" in result.output
+    with monkeypatch.context() as patch:
+        stopped_after(1, patch, lambda: signal.raise_signal(number))
+        result = classify(checkpoints, photos, "--out", out, "--batch-size", 2)
+    assert result.exit_code == 128 + number and signal.getsignal(number) is before
+    assert rows_in(out) == FILES[:2]
+    assert f"interrupted after 2 of 7 images; --resume continues {out}" in result.output
     assert "images       3, unreadable 1" in result.output
+    (run,) = record_of(out)["runs"]
+    assert (run["ended"], run["rows"]) == ("interrupted", 2)
+    result = classify(checkpoints, photos, "--out", out, "--batch-size", 2)
+    assert result.exit_code == 1 and f"{out}' exists; --resume continues it, or remove it" in result.output
+    result = classify(checkpoints, photos, "--out", out, "--resume")
+    assert result.exit_code == 0 and "2 rows are there, 5 of 7 images are left" in result.output
+    assert rows_in(out) == FILES
+    assert [run["ended"] for run in record_of(out)["runs"]] == ["interrupted", "complete"]
 
 
-def test_ctrl_c_before_the_first_row_keeps_an_earlier_file(checkpoints, photos, tmp_path, monkeypatch):
-    interrupted_after(0, monkeypatch)
+@pytest.mark.parametrize("error", [None, RuntimeError("a loading process was terminated")], ids=["alone", "error"])
+def test_a_signal_that_a_destructor_swallows_still_stops_the_run(checkpoints, photos, tmp_path, monkeypatch, error):
+    class Swallowing:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    def stop():
+        Swallowing()
+        if error:
+            raise error
+
+    monkeypatch.setattr(sys, "unraisablehook", lambda raised: None)
+    stopped_after(1, monkeypatch, stop)
     out = tmp_path / "results.jsonl"
-    out.write_text("earlier")
-    result = classify(checkpoints, photos, "--out", out)
-    assert result.exit_code == 130 and out.read_text() == "earlier"
+    assert classify(checkpoints, photos, "--out", out, "--batch-size", 2).exit_code == 143
+    assert rows_in(out) == (FILES[:2] if error else FILES[:4])
 
 
-def test_a_failing_run_keeps_an_earlier_file(checkpoints, photos, tmp_path):
-    out = tmp_path / "results.jsonl"
-    out.write_text("earlier")
-    for arguments in ([photos / "text.png"], [photos, "--gamma", -1], [photos, "--guidance", "resnet17"]):
-        assert classify(checkpoints, *arguments, "--out", out).exit_code == 1
-        assert out.read_text() == "earlier" and os.listdir(tmp_path) == ["results.jsonl"]
+def test_a_signal_before_the_first_row_leaves_no_file(checkpoints, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(options, "load_model", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    result = classify(checkpoints, photos, "--out", tmp_path / "results.jsonl")
+    assert result.exit_code == 143 and result.output.splitlines()[-1] == "interrupted"
+    assert os.listdir(tmp_path) == []
 
 
-def test_a_full_disk_is_one_clear_line(checkpoints, photos):
-    if not Path("/dev/full").is_char_device():
-        pytest.skip("there is no /dev/full on this system")
-    result = classify(checkpoints, photos, "--out", "/dev/full")
-    assert result.exit_code == 1 and "'/dev/full' cannot be written: No space left on device" in result.output
+def test_an_ignored_signal_stays_ignored(checkpoints, photos, tmp_path, monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        stopped_after(1, monkeypatch, lambda: signal.raise_signal(signal.SIGINT))
+        assert classify(checkpoints, photos, "--out", tmp_path / "rows.jsonl").exit_code == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
-def test_too_little_memory_is_one_clear_line(checkpoints, photos, monkeypatch):
-    def predict(self, files):
+def test_a_failing_run_keeps_its_rows(checkpoints, photos, tmp_path, monkeypatch):
+    def fail():
+        raise RuntimeError("out of luck")
+
+    out = tmp_path / "rows.jsonl"
+    with monkeypatch.context() as patch:
+        stopped_after(1, patch, fail)
+        result = classify(checkpoints, photos, "--out", out, "--batch-size", 2)
+    assert isinstance(result.exception, RuntimeError) and rows_in(out) == FILES[:2]
+    assert record_of(out)["runs"][0]["ended"] == "failed"
+    assert classify(checkpoints, photos, "--out", out, "--resume").exit_code == 0 and rows_in(out) == FILES
+
+
+def test_a_mistake_leaves_no_file(checkpoints, photos, tmp_path):
+    for arguments in ([photos, "--gamma", -1], [photos, "--guidance", "resnet17"]):
+        assert classify(checkpoints, *arguments, "--out", tmp_path / "rows.csv").exit_code == 1
+        assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 7])
+def test_unreadable_images_are_rows_in_their_places(checkpoints, photos, tmp_path, batch_size):
+    out = tmp_path / "rows.jsonl"
+    result = classify(
+        checkpoints, photos / "text.png", photos, photos / "text.png", "--out", out, "--batch-size", batch_size
+    )
+    assert result.exit_code == 0 and rows_in(out) == ["text.png", *FILES, "text.png"]
+    result = classify(checkpoints, photos / "text.png", photos, photos / "text.png", "--out", out, "--resume")
+    assert (
+        result.exit_code == 0 and "9 rows are there, 0 of 9 images are left" in result.output and len(rows_in(out)) == 9
+    )
+
+
+def test_unreadable_images_alone_are_an_error(checkpoints, photos, tmp_path):
+    result = classify(checkpoints, photos / "text.png", "--out", tmp_path / "rows.jsonl")
+    assert result.exit_code == 1 and "no image could be read" in result.output
+    assert rows_in(tmp_path / "rows.jsonl") == ["text.png"]
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+def test_other_formats_and_top(checkpoints, photos, tmp_path, form):
+    if form == "parquet":
+        pytest.importorskip("pyarrow")
+    out = tmp_path / "rows"
+    given = (photos, "--out", out, "--format", form, "--top", 2)
+    assert classify(checkpoints, *given).exit_code == 0
+    if form == "csv":
+        header, *lines = out.read_text().splitlines()
+        assert header.count("probability_") == 4 and len(lines) == 7
+    else:
+        table = pytest.importorskip("pyarrow.parquet").read_table(out)
+        assert [len(top) for top in table["top"].to_pylist() if top] == [2] * 5
+    assert sorted(os.listdir(tmp_path)) == ["rows", "rows.run.json"]
+    assert classify(checkpoints, *given, "--resume").exit_code == 0
+
+
+def test_the_record_of_a_run(checkpoints, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/tinydrop", "classify", "a b"])
+    out = tmp_path / "rows.jsonl"
+    given = (photos, "--out", out, "--guidance-size", 48, "--gamma", "inf")
+    classify(checkpoints, *given)
+    record = record_of(out)
+    target = load_model(str(checkpoints / "target"))
+    assert record["schema"] == 1 and record["top"] == 5 and record["policy"]["gamma"] == "inf"
+    assert record["target"] == {**fingerprint_of(target, 5)._asdict(), "input_size": [32, 32]}
+    assert record["guidance"]["weights"] == fingerprint_of(load_model(str(checkpoints / "guidance")), 5).weights
+    assert record["guidance"]["input_size"] == [48, 48]
+    (run,) = record["runs"]
+    assert run["command"] == ["tinydrop", "classify", "a b"] and run["versions"]["torch"] in torch.__version__
+    assert (run["ended"], run["rows"], run["images"], run["unreadable"], run["exits"]) == ("complete", 7, 5, 2, 0)
+    assert run["mean_keep"] == 1 and run["flops_saved"] < 0 and run["images_per_second"] > 0
+
+
+@pytest.mark.parametrize(
+    ("other", "name"),
+    [
+        (("--tau", 0.5), "policy"),
+        (("--guidance-size", 48), "guidance"),
+        (("--dtype", "bfloat16"), "target"),
+        (("--top", 3), "top"),
+    ],
+)
+def test_rows_of_other_runs_are_not_mixed(checkpoints, photos, tmp_path, other, name):
+    out = tmp_path / "rows.jsonl"
+    classify(checkpoints, photos / "more", "--out", out)
+    rows = out.read_text()
+    result = classify(checkpoints, photos, "--out", out, "--resume", *other)
+    assert result.exit_code == 1 and f"resume: the rows in {str(out)!r} are of another {name}: got" in result.output
+    assert out.read_text() == rows
+    record = out.with_name("rows.jsonl.run.json")
+    record.write_text("nonsense")
+    result = classify(checkpoints, photos, "--out", out, "--resume", *other)
+    assert result.exit_code == 1 and "is not the record of a run; remove it to go on without it" in result.output
+    record.unlink()
+    assert classify(checkpoints, photos, "--out", out, "--resume", *other).exit_code == 0 and len(rows_in(out)) == 7
+
+
+def test_an_error_that_ends_the_run_is_one_clear_line(checkpoints, photos, monkeypatch):
+    def run_out():
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(cli.Predictor, "predict", predict)
+    stopped_after(0, monkeypatch, run_out)
     result = classify(checkpoints, photos)
     assert result.exit_code == 1 and "CUDA out of memory." in result.output and "--batch-size" in result.output
 
@@ -428,13 +565,13 @@ def test_dense_is_asked_if_wanted(checkpoints, photos, tmp_path):
 
 
 def test_ctrl_c_keeps_what_was_drawn(checkpoints, photos, tmp_path, monkeypatch):
-    batches = cli.Predictor.batches
+    batches = Predictor.batches
 
     def interrupted(self, files):
         yield next(batches(self, files))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.Predictor, "batches", interrupted)
+    monkeypatch.setattr(Predictor, "batches", interrupted)
     result = visualize(checkpoints, photos, "--out", tmp_path, "--batch-size", 2)
     assert result.exit_code == 130 and "interrupted after 2 of 7 images" in result.output
     assert (tmp_path / "index.html").read_text().count("<article") == 2

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from tinydrop_kernels.batches import labelled_batches
 from tinydrop_kernels.calibration.provenance import versions
 from tinydrop_kernels.calibration.table import (
     BLENDS,
@@ -30,6 +29,7 @@ from tinydrop_kernels.calibration.table import (
     whole_reductions,
 )
 from tinydrop_kernels.engine import TinyDrop, steps
+from tinydrop_kernels.engine.batches import labelled_batches
 from tinydrop_kernels.engine.stopwatch import timed
 from tinydrop_kernels.families import family_of
 from tinydrop_kernels.families.flops import count_flops

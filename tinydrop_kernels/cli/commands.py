@@ -1,7 +1,5 @@
-"""``tinydrop classify``, ``visualize`` and ``info``."""
+"""``tinydrop visualize`` and ``tinydrop info``, and what commands that classify images share."""
 
-import importlib.metadata
-import json
 import platform
 from pathlib import Path
 from typing import Any
@@ -13,57 +11,11 @@ from tinydrop_kernels import ops
 from tinydrop_kernels.cli.options import DEFAULT_DEVICE, make_predictor, model_options, tell_skipped, usable
 from tinydrop_kernels.predict.images import image_files
 from tinydrop_kernels.predict.predictor import Predictor
-from tinydrop_kernels.predict.row_file import RowFile, RowFileError
-from tinydrop_kernels.version import __version__
+from tinydrop_kernels.predict.run_record import versions
 from tinydrop_kernels.visualize.gallery import Gallery
 
 INTERRUPTED = 130  # exit status that shells use for Ctrl-C
 PATHS = click.argument("paths", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
-
-
-@click.command()
-@PATHS
-@model_options
-@click.option(
-    "--out",
-    type=click.Path(dir_okay=False, writable=True, path_type=Path),
-    help="Write one JSON line per image to this file, not to standard output. It appears when the command ends.",
-)
-@click.option("--compare-dense", is_flag=True, help="Also run the dense model, and report speed-up and agreement.")
-@click.pass_context
-def classify(context: click.Context, /, paths: tuple[Path, ...], out: Path | None, **options: Any) -> None:
-    """Classify images with a patched model, and report the savings.
-
-    PATHS are image files, and folders that are searched for images with all their subfolders. Each image gives one
-    line of JSON with its most probable classes, its exit and its kept patches. A summary of all images follows.
-
-    \b
-    Examples:
-      tinydrop classify photos/ --out results.jsonl --compare-dense
-      tinydrop classify photo.jpg --target deit3_base_patch16_224.fb_in22k_ft_in1k
-      tinydrop classify photos/ --policy policy.json
-    """
-    files = found_images(paths)
-    interrupted = False
-    try:
-        with RowFile(out) as rows:  # before the models are loaded, so that an unwritable file fails at once
-            predictor = make_predictor(context, **options)
-            try:
-                for prediction in predictor.predict(files):
-                    rows.write(json.dumps(prediction.as_dict()))
-            except KeyboardInterrupt:
-                interrupted = True
-    except RowFileError as error:
-        raise click.ClickException(str(error)) from None
-    except torch.OutOfMemoryError as error:
-        raise out_of_memory(error) from None
-    if not (rows.written or interrupted):
-        raise click.ClickException("no image could be read")
-    click.echo(summary(predictor, machine(predictor, options)), err=out is None)
-    if interrupted:
-        kept = f"; their rows are in {click.format_filename(out)}" if out and rows.written else ""
-        click.echo(f"interrupted after {rows.written} of {len(files)} images{kept}", err=True)
-        context.exit(INTERRUPTED)
 
 
 @click.command()
@@ -101,8 +53,6 @@ def visualize(context: click.Context, /, paths: tuple[Path, ...], out: Path, **o
         if not (gallery.cards or interrupted):
             raise click.ClickException("no image could be read")
         page = gallery.write() if gallery.cards else None
-    except RowFileError as error:
-        raise click.ClickException(str(error)) from None
     except OSError as error:
         raise click.ClickException(f"out: {str(out)!r} cannot be written: {error.strerror or error}") from None
     except torch.OutOfMemoryError as error:
@@ -183,13 +133,8 @@ def info(device: str) -> None:
         running = {name: operator.explain(kind) for name, operator in ops.OPERATORS.items()}
     except (ValueError, RuntimeError) as error:
         raise click.ClickException(str(error)) from None
-    click.echo(f"{'tinydrop_kernels':22s}{__version__}")
-    for package in ("torch", "timm", "triton"):
-        try:
-            version = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            version = "not installed"
-        click.echo(f"{package:22s}{version}")
+    for package, version in versions().items():
+        click.echo(f"{package:22s}{version or 'not installed'}")
     click.echo(f"{'python':22s}{platform.python_version()}")
     hardware = torch.cuda.get_device_name(device) if kind == "cuda" else platform.processor() or platform.machine()
     click.echo(f"{'device':22s}{device} ({hardware})")

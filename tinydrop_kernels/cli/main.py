@@ -7,7 +7,7 @@ import click
 from tinydrop_kernels.version import __version__
 
 COMMANDS = {  # name: module, and line in the help
-    "classify": ("commands", "Classify images with a patched model, and report the savings."),
+    "classify": ("classify_command", "Classify images with a patched model, and report the savings."),
     "visualize": ("commands", "Write pictures of the kept patches, and an HTML page to browse them."),
     "evaluate": ("evaluate_command", "Measure accuracy and speed, patched and dense, on labelled images."),
     "calibrate": (
@@ -48,7 +48,7 @@ def main() -> None:
 
     \b
     Examples:
-      tinydrop classify photos/ --out results.jsonl --compare-dense
+      tinydrop classify photos/ --out rows.jsonl --compare-dense
       tinydrop visualize photos/ --out pictures/
       tinydrop evaluate labelled_photos/
       tinydrop calibrate labelled_photos/ --accuracy-drop 0.5

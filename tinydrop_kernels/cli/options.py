@@ -187,7 +187,7 @@ model_options = with_options(OPTIONS)  # the options of make_predictor and make_
 
 
 def make_predictor(
-    context: click.Context, *, batch_size: int, workers: int, compare_dense: bool, **options: Any
+    context: click.Context, *, batch_size: int, workers: int, compare_dense: bool, top: int = 5, **options: Any
 ) -> Predictor:
     """Return the predictor that the options describe.
 
@@ -199,6 +199,7 @@ def make_predictor(
             make_patched(context, **options),
             batch_size=batch_size,
             workers=workers,
+            top=top,
             compare_dense=compare_dense,
             progress=True,
             on_unreadable=tell_skipped,

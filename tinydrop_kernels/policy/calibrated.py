@@ -133,9 +133,9 @@ class CalibratedPolicy:
             OSError: the file cannot be written.
         """
         values = asdict(self) | {"target": self.target._asdict(), "guidance": self.guidance._asdict()}
-        values["policy"] = _plain(self.policy)
+        values["policy"] = plain_values(self.policy)
         if self.uncertified:
-            values["uncertified"]["policy"] = _plain(self.uncertified.policy)
+            values["uncertified"]["policy"] = plain_values(self.uncertified.policy)
         text = json.dumps({"format": FORMAT} | values | {"in_words": str(self)}, indent=2, allow_nan=False)
         Path(path).write_text(f"{text}\n", encoding="utf-8")
 
@@ -207,7 +207,8 @@ def _points(share: float) -> str:
     return f"{100 * share:.2f} points"
 
 
-def _plain(policy: DropPolicy) -> dict[str, Any]:
+def plain_values(policy: DropPolicy) -> dict[str, Any]:
+    """Return a policy as plain values for JSON."""
     values = asdict(policy) | {"saliency": policy.saliency._asdict()}
     return values | ({"gamma": "inf"} if math.isinf(policy.gamma) else {})  # because JSON has no infinity
 

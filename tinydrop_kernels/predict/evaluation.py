@@ -9,7 +9,7 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor
 
-from tinydrop_kernels.batches import labelled_batches
+from tinydrop_kernels.engine.batches import labelled_batches
 from tinydrop_kernels.engine.checks import check_classifier, check_eval, check_patched
 from tinydrop_kernels.engine.stopwatch import timed, warm_up_calls
 from tinydrop_kernels.ops.types import TimmModule

@@ -72,7 +72,8 @@ class Prediction:
     def as_dict(self) -> dict[str, Any]:
         """Return the row as plain values for JSON.
 
-        Probabilities and confidences are rounded to four digits, and are None if they are not finite.
+        Probabilities and confidences are rounded to four digits, and are None if they are not finite. docs/rows.md
+        describes the fields.
 
         Example:
             >>> row = tdk.Predictor(tdk.patch(model, guidance)).classify(images).rows[0].as_dict()
@@ -82,7 +83,7 @@ class Prediction:
             ['class', 'name', 'probability']
         """
         row = {
-            "path": self.name,
+            "path": as_text(self.name),
             "exit": self.exited,
             "confidence": _rounded(self.confidence),
             "kept": self.kept,
@@ -93,6 +94,16 @@ class Prediction:
         }
         others = {"guidance": self.guidance, "dense": self.dense}
         return row | {name: _candidate_as_dict(candidate) for name, candidate in others.items() if candidate}
+
+
+def unreadable_row(name: str, reason: str) -> dict[str, Any]:
+    """Return the row of an image that could not be read, as plain values for JSON."""
+    return {"path": as_text(name), "error": as_text(reason)}
+
+
+def as_text(name: str) -> str:
+    r"""Return a file name as valid Unicode. A byte that is not UTF-8 becomes an escape, such as ``\udce9``."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 class PredictedBatch(NamedTuple):

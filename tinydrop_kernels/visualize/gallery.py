@@ -9,7 +9,7 @@ from PIL import Image
 
 from tinydrop_kernels.predict.prediction import PredictedBatch
 from tinydrop_kernels.predict.predictor import Predictor
-from tinydrop_kernels.predict.row_file import RowFile
+from tinydrop_kernels.predict.whole_file import replacing
 from tinydrop_kernels.visualize.page import Card, render
 from tinydrop_kernels.visualize.pictures import as_pictures, on_own_grid, saliency, side_by_side
 
@@ -50,12 +50,12 @@ class Gallery:
         """Write the page and return its path.
 
         Raises:
-            RowFileError: the page cannot be written.
+            OSError: the page cannot be written. An earlier page then stays as it is.
         """
         path, predictor = self.folder / PAGE, self.predictor
         assert predictor.report is not None  # callers write only after a batch was added
-        with RowFile(path) as file:
-            file.write(render(predictor.model, predictor.report, self.cards))
+        with replacing(path) as part:
+            part.write_text(render(predictor.model, predictor.report, self.cards), encoding="utf-8")
         return path
 
 
