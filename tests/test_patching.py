@@ -2,6 +2,7 @@
 
 import copy
 import io
+from contextlib import suppress
 
 import pytest
 import timm
@@ -298,3 +299,20 @@ def test_stock_model_by_name_without_a_hub():
     with pytest.raises(tdk.CheckpointError, match="^guidance: the weights of 'efficientformer_l1.*NAME=FILE"):
         tdk.patch(model)
     assert_same(before, snapshot(model))
+
+
+def test_patched_for_a_block():
+    """Check that the model is as it was after the block, after an exception in it, and if it was unpatched there."""
+    model = tiny_vit()
+    before = dict(vars(model))
+    images = torch.randn(2, 3, 32, 32)
+    with tdk.patched(model, tiny_guidance(), tdk.DropPolicy.fixed(0.5)) as same:
+        assert same is model and tdk.is_patched(model)
+        assert model(images).shape == (2, 5) and model.tinydrop.last.counts.tolist() == [8, 8]
+    assert not tdk.is_patched(model) and vars(model).keys() == before.keys()
+    with suppress(ZeroDivisionError), tdk.patched(model, tiny_guidance()):
+        raise ZeroDivisionError
+    assert not tdk.is_patched(model)
+    with tdk.patched(model, tiny_guidance()):
+        tdk.unpatch(model)
+    assert not tdk.is_patched(model)

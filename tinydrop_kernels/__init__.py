@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tinydrop_kernels.families import UnsupportedModelError
     from tinydrop_kernels.guidance import Guidance, GuidanceError
     from tinydrop_kernels.ops import Saliency
-    from tinydrop_kernels.patching import dense, patch, unpatch
+    from tinydrop_kernels.patching import dense, is_patched, patch, patched, unpatch
     from tinydrop_kernels.policy import DropPolicy
     from tinydrop_kernels.policy.calibrated import CalibratedPolicy, PolicyFileError
     from tinydrop_kernels.predict import Evaluation, Prediction, Predictor, evaluate
@@ -46,8 +46,10 @@ __all__ = [
     "compare_with_dense",
     "dense",
     "evaluate",
+    "is_patched",
     "ops",
     "patch",
+    "patched",
     "unpatch",
 ]
 
@@ -70,7 +72,9 @@ _HOMES = {
     "compare_with_dense": "benchmarking",
     "dense": "patching",
     "evaluate": "predict",
+    "is_patched": "patching",
     "patch": "patching",
+    "patched": "patching",
     "unpatch": "patching",
 }
 _ROOMS = ("calibration", "checkpoints", "engine", "families", "guidance", "ops", "policy", "predict", "visualize")

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import timm
 import torch
@@ -196,7 +197,7 @@ def _supported(model: TimmModule) -> tuple[Family, int]:
     Raises:
         UnsupportedModelError, ValueError: it cannot.
     """
-    if isinstance(getattr(model, "tinydrop", None), TinyDrop):
+    if is_patched(model):
         raise ValueError("model: it is patched already; change model.tinydrop.policy, or unpatch it first")
     if isinstance(model, nn.Module) and hasattr(model, "_orig_mod"):
         raise UnsupportedModelError("model: it is compiled; patch the model, then compile it")
@@ -269,6 +270,41 @@ def _attributes(model: TimmModule, family: Family, tinydrop: TinyDrop, prepack: 
             *((linear, "forward", partial(run, linear)) for linear in (linears(model) if is_on_cpu else [])),
         ]
     )
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Return whether :func:`patch` has patched this model, and :func:`unpatch` has not undone it.
+
+    Example:
+        >>> tdk.is_patched(model)
+        False
+    """
+    return isinstance(getattr(model, "tinydrop", None), TinyDrop)
+
+
+@contextmanager
+def patched(model: TimmModule, *arguments: Any, **options: Any) -> Iterator[TimmModule]:
+    """Patch a model within the ``with`` block, and unpatch it afterwards, also after an exception.
+
+    Args:
+        model: see :func:`patch`.
+        *arguments, **options: the other arguments of :func:`patch`.
+
+    Raises:
+        UnsupportedModelError, GuidanceError, PolicyFileError, ValueError, TypeError: see :func:`patch`.
+
+    Example:
+        >>> with tdk.patched(model, guidance, tdk.DropPolicy.fixed(0.5)):
+        ...     answers = model(images)
+        >>> tdk.is_patched(model)
+        False
+    """
+    patch(model, *arguments, **options)
+    try:
+        yield model
+    finally:
+        if is_patched(model):
+            unpatch(model)
 
 
 @contextmanager
