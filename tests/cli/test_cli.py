@@ -392,7 +392,8 @@ def test_an_ignored_signal_stays_ignored(checkpoints, photos, tmp_path, monkeypa
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         stopped_after(1, monkeypatch, lambda: signal.raise_signal(signal.SIGINT))
-        assert classify(checkpoints, photos, "--out", tmp_path / "rows.jsonl").exit_code == 0
+        result = classify(checkpoints, photos, "--out", tmp_path / "rows.jsonl", "--batch-size", 2)
+        assert result.exit_code == 0 and rows_in(tmp_path / "rows.jsonl") == FILES
     finally:
         signal.signal(signal.SIGINT, before)
 

@@ -248,7 +248,7 @@ FAULTS = [
         "predict/whole_file.py",
         "    finally:\n        part.unlink(missing_ok=True)",
         "    finally:\n        pass",
-        "predict",
+        "predict/test_whole_file.py",
     ),
     Fault("predict/loading.py", "elif len(names) == len(class_names):", "elif names:", "cli/test_calibrate_command.py"),
     Fault(
