@@ -6,7 +6,7 @@ The guidance model runs once per input size and saliency, the target once per re
 import hashlib
 import os
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from tinydrop_kernels.batches import labelled_batches
 from tinydrop_kernels.calibration.provenance import versions
 from tinydrop_kernels.calibration.table import (
     BLENDS,
@@ -94,7 +95,8 @@ def collect(
         with torch.inference_mode(False):  # some guidance models need autograd, which refuses inference-mode tensors
             asking = _Collector(model, guidances, cache, random_drop)
         total = len(loader) if isinstance(loader, Sized) else None
-        for images, labels in tqdm(_batches(loader), total=total, unit="batch", disable=None if progress else True):
+        batches = labelled_batches(loader, asking.classes)
+        for images, labels in tqdm(batches, total=total, unit="batch", disable=None if progress else True):
             asking.add(images, labels)
         return asking.table(), asking.contents.hexdigest()[:16]
     finally:
@@ -128,13 +130,14 @@ class _Collector:
     def _key_of(self, guidance: Guidance) -> str:
         return _hash(self.key, guidance.fingerprint, guidance.input_size, guidance.mean, guidance.std)
 
-    def add(self, images: Tensor, labels: Tensor | None) -> None:
+    def add(self, images: Tensor, labels: NDArray[np.int32] | None) -> None:
         """Run the models on one batch, except for answers that are in the cache."""
         digest = hashlib.sha256(np.ascontiguousarray(images.float().numpy(force=True)).data)
         self.contents.update(digest.digest())
         batch = _Batch(images.to(self.weight.device, self.weight.dtype), digest.hexdigest()[:24], {})
         self.tinydrop.check(batch.images)
-        self._take(labels, len(images))
+        if labels is not None:
+            self.labels.append(labels)
         levels = self.tinydrop.levels(family_of(self.model).grid_size(self.model, batch.images))
         if self.levels not in ([], levels):
             raise ValueError(f"loader: got images of the grid {levels[0]} after others, expected images of one size")
@@ -206,18 +209,6 @@ class _Collector:
         _, *costs = answer
         self.costs.setdefault(subject, []).append(_Cost(len(batch.images), *costs))
         return answer
-
-    def _take(self, labels: Tensor | None, images: int) -> None:
-        if (labels is None) != (not self.labels) and self.dense:
-            raise ValueError("loader: got batches with labels and batches without, expected one kind")
-        if labels is None:
-            return
-        found = torch.as_tensor(labels).numpy(force=True)
-        if found.shape != (images,) or not np.issubdtype(found.dtype, np.integer):
-            raise ValueError(f"loader: got labels {found.dtype} {found.shape}, expected whole numbers ({images},)")
-        if found.min() < 0 or found.max() >= self.classes:
-            raise ValueError(f"loader: got labels {found.min()} to {found.max()}, expected 0 to {self.classes - 1}")
-        self.labels.append(found.astype(np.int32))
 
     def table(self) -> Table:
         """Return the answers on all batches."""
@@ -301,16 +292,6 @@ def _reduced(guidance: Tensor, targets: list[Tensor]) -> tuple[NDArray[Any], ...
     pairs = [[named_and_sure(target, guidance, blend) for blend in BLENDS] for target in targets]
     answers, sure = (torch.stack([torch.stack([pair[i] for pair in row]) for row in pairs]) for i in (0, 1))
     return tuple(tensor.numpy(force=True) for tensor in (predicted.int(), confidence, answers, sure))
-
-
-def _batches(loader: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor | None]]:
-    for batch in loader:
-        if isinstance(batch, Tensor):
-            yield batch, None
-        elif isinstance(batch, list | tuple) and len(batch) >= 2 and isinstance(batch[0], Tensor):
-            yield batch[0], batch[1]
-        else:
-            raise TypeError(f"loader: got a batch of {type(batch).__name__}, expected images, or (images, labels)")
 
 
 def _seconds(costs: list[_Cost]) -> float:

@@ -1,13 +1,11 @@
 """``tinydrop calibrate``, which writes a certified policy file for given images and a stated accuracy drop."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
-import torch
-from torch import Tensor
 
 from tinydrop_kernels.calibration.answers import COSTS, Answers, gather
 from tinydrop_kernels.calibration.frontier import check_drawable, draw, frontier, write_csv
@@ -28,7 +26,7 @@ from tinydrop_kernels.engine.head import count_classes
 from tinydrop_kernels.guidance.model import DEFAULT_GUIDANCE
 from tinydrop_kernels.policy.calibrated import CalibratedPolicy
 from tinydrop_kernels.predict.images import image_files
-from tinydrop_kernels.predict.loading import ImageLoader, folder_labels
+from tinydrop_kernels.predict.loading import FolderBatches, ImageLoader, folder_labels
 
 
 @click.command()
@@ -133,7 +131,7 @@ def calibrate(
             "accuracy" if labels else "agreement with the dense model, which bounds the accuracy lost (no labels found)"
         )
         click.echo(f"{len(files)} images, judged by {by}")
-        batches = _Batches(files, labels, ImageLoader(vit, batch_size, workers, tell_skipped))
+        batches = FolderBatches(files, labels, ImageLoader(vit, batch_size, workers, tell_skipped))
         cache = cache or default_cache()
         answers = gather(vit, small, batches, cache=cache, names=batches.read, random_drop=random_drop)
         policies = [_best(answers, drop / 100, confidence, cost, guidance) for drop in accuracy_drop]
@@ -164,21 +162,6 @@ def _check_outputs(out: Path, picture: Path | None) -> None:
 def default_cache() -> Path:
     """Return the default folder for the models' answers."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinydrop_kernels"
-
-
-class _Batches:
-    """Batches of the readable images, with labels if the classes are known. ``read`` collects the images' names."""
-
-    def __init__(self, files: Sequence[Path], labels: Sequence[int] | None, loader: ImageLoader):
-        self.files, self.labels, self.loader, self.read = files, labels, loader, list[str]()
-
-    def __len__(self) -> int:
-        return -(-len(self.files) // self.loader.batch_size)
-
-    def __iter__(self) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
-        for images, indices, names in self.loader(self.files):
-            self.read += names
-            yield images if self.labels is None else (images, torch.tensor([self.labels[index] for index in indices]))
 
 
 def _best(answers: Answers, drop: float, confidence: float, cost: str, guidance: Sequence[str]) -> CalibratedPolicy:

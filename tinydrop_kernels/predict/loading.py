@@ -96,6 +96,21 @@ class _Images(Dataset[Any]):
             return index, name, str(error) or type(error).__name__
 
 
+class FolderBatches:
+    """Batches of the readable images, with labels if the classes are known. ``read`` collects the images' names."""
+
+    def __init__(self, files: Sequence[Path], labels: Sequence[int] | None, loader: ImageLoader):
+        self.files, self.labels, self.loader, self.read = files, labels, loader, list[str]()
+
+    def __len__(self) -> int:
+        return -(-len(self.files) // self.loader.batch_size)
+
+    def __iter__(self) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
+        for images, indices, names in self.loader(self.files):
+            self.read += names
+            yield images if self.labels is None else (images, torch.tensor([self.labels[index] for index in indices]))
+
+
 def folder_labels(data: Path, files: Sequence[Path], class_names: Sequence[str]) -> list[int] | None:
     """Return the class of each file, taken from the name of its folder.
 
