@@ -9,6 +9,7 @@ import torch
 
 import tinydrop_kernels as tdk
 from tinydrop_kernels import checkpoints, engine, families, ops, report
+from tinydrop_kernels.guidance import fitting
 from tinydrop_kernels.predict import images
 
 PUBLIC = {name: getattr(tdk, name) for name in tdk.__all__ if name not in ("__version__", "ops", "compare_with_dense")}
@@ -19,6 +20,7 @@ PUBLIC |= {
     "families.find_mismatch": families.find_mismatch,
     "checkpoints.load_model": checkpoints.load_model,
     "checkpoints.class_names": checkpoints.class_names,
+    "guidance.fitting.fit_each": fitting.fit_each,
     "predict.images.load_image": images.load_image,
     "predict.images.image_files": images.image_files,
     "report.Call": report.Call,

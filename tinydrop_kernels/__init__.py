@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tinydrop_kernels.engine import Pipeline
     from tinydrop_kernels.families import UnsupportedModelError
     from tinydrop_kernels.guidance import Guidance, GuidanceError
+    from tinydrop_kernels.guidance.fitting import fit_guidance
     from tinydrop_kernels.ops import Saliency
     from tinydrop_kernels.patching import dense, patch, unpatch
     from tinydrop_kernels.policy import DropPolicy
@@ -44,6 +45,7 @@ __all__ = [
     "calibrate",
     "compare_with_dense",
     "dense",
+    "fit_guidance",
     "ops",
     "patch",
     "unpatch",
@@ -66,6 +68,7 @@ _HOMES = {
     "calibrate": "calibration",
     "compare_with_dense": "benchmarking",
     "dense": "patching",
+    "fit_guidance": "guidance.fitting",
     "patch": "patching",
     "unpatch": "patching",
 }
