@@ -9,6 +9,7 @@ from tinydrop_kernels.version import __version__
 COMMANDS = {  # name: module, and line in the help
     "classify": ("commands", "Classify images with a patched model, and report the savings."),
     "visualize": ("commands", "Write pictures of the kept patches, and an HTML page to browse them."),
+    "fit-guidance": ("fit_command", "Fit a guidance model to the target's own answers on your images."),
     "calibrate": (
         "calibrate_command",
         "Find the cheapest policy with a certified limit on its accuracy loss.",
@@ -28,7 +29,8 @@ class LazyGroup(click.Group):
         """Import and return a command; None if there is no command of this name."""
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = getattr(import_module(f"tinydrop_kernels.cli.{COMMANDS[cmd_name][0]}"), cmd_name)
+        module = import_module(f"tinydrop_kernels.cli.{COMMANDS[cmd_name][0]}")
+        command: click.Command = getattr(module, cmd_name.replace("-", "_"))
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
