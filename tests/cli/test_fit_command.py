@@ -62,7 +62,7 @@ def test_the_folder_is_for_classify(folder, tmp_path):
 
 
 def test_the_best_of_several_is_saved(folder, tmp_path):
-    """The random backbones differ in how often they agree. The saved one is the first in the order of the rule."""
+    """The backbone that agrees most often with the target is saved, or the cheapest of those."""
     both = ("--guidance", folder / "first", "--guidance", folder / "second")
     result = fit(folder, *both, "--out", tmp_path / "guidance")
     assert result.exit_code == 0, result.output

@@ -194,6 +194,13 @@ def test_saved_and_loaded(target, photos, name, tmp_path):
     assert patched(photos[:4]).shape == (4, 5)
 
 
+def test_a_model_that_cannot_be_loaded_is_noticed_when_it_is_saved(fitted, tmp_path):
+    model = copy.deepcopy(fitted.model)
+    model.extra = nn.Linear(2, 2)  # timm cannot know of it
+    with pytest.raises(tdk.CheckpointError, match="^guidance: the weights of .* could not be loaded: .*extra"):
+        fitted._replace(model=model).save(tmp_path / "guidance")
+
+
 @pytest.mark.slow
 def test_a_distilled_transformer(target, photos):
     """Each head sees its own token. Equal heads give the head of the mean token."""

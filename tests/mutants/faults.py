@@ -265,4 +265,24 @@ FAULTS = [
         "\n\n@click.command()\n@PATHS",
         "cli/test_cli.py",
     ),
+    # the fit of a guidance model
+    Fault("guidance/fitting.py", "bias.detach() - unscaled @ mean", "bias.detach()", "guidance/test_fitting.py"),
+    Fault("guidance/fitting.py", "+ decay / 2 * weight", "+ decay * weight", "guidance/test_fitting.py"),
+    Fault("guidance/fitting.py", "HELD_OUT == HELD_OUT - 1", "HELD_OUT == 0", "guidance/test_fitting.py"),
+    Fault(
+        "guidance/fitting.py",
+        "fit_heads(features[~held_out], wanted[~held_out], DECAYS)",
+        "fit_heads(features, wanted, DECAYS)",
+        "guidance/test_fitting.py",
+    ),
+    Fault("guidance/fitting.py", "F.one_hot(labels, classes)) / 2", "0 * probabilities)", "guidance/test_fitting.py"),
+    Fault("guidance/fitting.py", "images.float(), mean, std)", "images.float())", "guidance/test_fitting.py"),
+    Fault(
+        "guidance/fitting.py",
+        'model.tinydrop.dense if hasattr(model, "tinydrop") else model',
+        "model",
+        "guidance/test_fitting.py",
+    ),
+    Fault("guidance/fitting.py", "(one.agreement, -one.flops)", "one.agreement", "guidance/test_fitting.py"),
+    Fault("guidance/fitting.py", "backbone = copied(guidance)", "backbone = guidance", "guidance/test_fitting.py"),
 ]

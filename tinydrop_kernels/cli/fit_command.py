@@ -61,9 +61,9 @@ def fit_guidance(
 ) -> None:
     """Fit a guidance model to the target's own answers on your images.
 
-    IMAGES is a folder of images like those that the target will see. They need no labels, and a few hundred suffice.
-    Subfolders are used as labels if they have the names of the classes, or are as many as the classes and sorted in
-    their order. The backbone stays as it is. Only a linear head is fitted.
+    IMAGES is a folder of images like those that the target will see. They need no labels. Ten or more per class are a
+    good start. Subfolders are used as labels if they have the names of the classes, or are as many as the classes and
+    sorted in their order. The backbone stays as it is. Only a linear head is fitted.
 
     The result is a folder for `--guidance` of the other commands and `tdk.patch(model, guidance="FOLDER")`.
 

@@ -26,7 +26,7 @@ from tinydrop_kernels.guidance.model import DEFAULT_GUIDANCE, Guidance, Guidance
 from tinydrop_kernels.normalization import normalization_of
 from tinydrop_kernels.ops.types import TimmModule
 
-DECAYS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)  # from strong to weak, because each fit starts at the last
+DECAYS = (1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5)  # strong first, as each fit starts at the last
 HELD_OUT = 10  # every tenth image chooses the weight decay and judges the backbone
 MIN_IMAGES = 2 * HELD_OUT
 ITERATIONS = 100  # of L-BFGS, for each weight decay
