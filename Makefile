@@ -3,7 +3,7 @@ PYTHON ?= python3
 DATA ?= ../shared/data
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-avx2 test-all coverage mutants lint accuracy calibration models bench speedup end-to-end static clean
+.PHONY: demo test test-slow test-avx2 test-all coverage mutants lint accuracy calibration fit models bench speedup end-to-end static clean
 
 demo: .venv/demo
 	$(BIN)/python demo/run.py
@@ -52,6 +52,10 @@ models: .venv/test
 # Whether certificates hold, on the same answers.
 calibration: .venv/test
 	$(BIN)/python bench/calibration.py --data $(DATA) --cache build/accuracy --out bench/results/calibration_cpu.md
+
+# Guidance models fitted to the target's answers, on the same photographs.
+fit: .venv/test
+	$(BIN)/python bench/fit_guidance.py --data $(DATA) --cache build/fit --out bench/results/fit_guidance_cpu.md
 
 # Every operator against what a good PyTorch user would write; on a machine with a GPU: bench/gpu.sh.
 bench: .venv/test

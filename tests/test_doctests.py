@@ -9,6 +9,7 @@ import torch
 
 import tinydrop_kernels as tdk
 from tinydrop_kernels import checkpoints, engine, families, ops, report
+from tinydrop_kernels.guidance import fitting
 from tinydrop_kernels.predict import images, row_file, whole_file
 
 PUBLIC = {name: getattr(tdk, name) for name in tdk.__all__ if name not in ("__version__", "ops", "compare_with_dense")}
@@ -20,6 +21,7 @@ PUBLIC |= {
     "checkpoints.load_model": checkpoints.load_model,
     "checkpoints.class_names": checkpoints.class_names,
     "checkpoints.difference_from_checkpoint": checkpoints.difference_from_checkpoint,
+    "guidance.fitting.fit_each": fitting.fit_each,
     "predict.images.load_image": images.load_image,
     "predict.images.image_files": images.image_files,
     "predict.row_file.RowFile": row_file.RowFile,

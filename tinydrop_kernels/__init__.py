@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tinydrop_kernels.engine import Pipeline
     from tinydrop_kernels.families import UnsupportedModelError
     from tinydrop_kernels.guidance import Guidance, GuidanceError
+    from tinydrop_kernels.guidance.fitting import fit_guidance
     from tinydrop_kernels.ops import Saliency
     from tinydrop_kernels.patching import dense, is_patched, patch, patched, unpatch
     from tinydrop_kernels.policy import DropPolicy
@@ -46,6 +47,7 @@ __all__ = [
     "compare_with_dense",
     "dense",
     "evaluate",
+    "fit_guidance",
     "is_patched",
     "ops",
     "patch",
@@ -73,6 +75,7 @@ _HOMES = {
     "dense": "patching",
     "evaluate": "predict",
     "is_patched": "patching",
+    "fit_guidance": "guidance.fitting",
     "patch": "patching",
     "patched": "patching",
     "unpatch": "patching",

@@ -10,6 +10,7 @@ COMMANDS = {  # name: module, and line in the help
     "classify": ("classify_command", "Classify images with a patched model, and report the savings."),
     "visualize": ("commands", "Write pictures of the kept patches, and an HTML page to browse them."),
     "evaluate": ("evaluate_command", "Measure accuracy and speed, patched and dense, on labelled images."),
+    "fit-guidance": ("fit_command", "Fit a guidance model to the target's own answers on your images."),
     "calibrate": (
         "calibrate_command",
         "Find the cheapest policy with a certified limit on its accuracy loss.",
@@ -29,7 +30,8 @@ class LazyGroup(click.Group):
         """Import and return a command; None if there is no command of this name."""
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = getattr(import_module(f"tinydrop_kernels.cli.{COMMANDS[cmd_name][0]}"), cmd_name)
+        module = import_module(f"tinydrop_kernels.cli.{COMMANDS[cmd_name][0]}")
+        command: click.Command = getattr(module, cmd_name.replace("-", "_"))
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -187,6 +188,18 @@ class Guidance(nn.Module):
         return GuidanceOutput(
             logits, None, saliency_map(self._layout.cells(gradient), cells, self.feature_size, saliency)
         )
+
+    @torch.no_grad()
+    def pre_logits(
+        self, images: Tensor, mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None
+    ) -> Tensor:
+        """Return the pooled features before the classifier, ``(batch, dim)``, in float32 or float64.
+
+        Args:
+            images, mean, std: as for a call.
+        """
+        features = self.model.forward_features(self._prepared(images, mean, std))
+        return in_full_precision(partial(self.model.forward_head, pre_logits=True), features)
 
     def _trunk(self, images: Tensor) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
         """Return the feature map of Grad-CAM, and the other arguments of :meth:`_head`."""
