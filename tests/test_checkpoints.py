@@ -51,7 +51,37 @@ def test_a_file_for_other_images_is_noticed(weights):
     assert difference_from_checkpoint(spec, load_model(spec)) is None
     told = difference_from_checkpoint(spec, load_model(spec, img_size=96))
     assert told == f"{str(file)!r} is for image size 160 x 160, and the model runs with image size 96 x 96"
-    assert difference_from_checkpoint("test_vit", load_model(spec, img_size=96)) is None  # not a local checkpoint
+
+
+def test_a_name_is_no_local_checkpoint(weights, monkeypatch):
+    """The current folder happens to have a ``config.json``."""
+    model, file = weights
+    (file.parent / "config.json").write_text('{"architecture": "test_vit", "mean": [0.1, 0.2, 0.3]}')
+    monkeypatch.chdir(file.parent)
+    assert difference_from_checkpoint("test_vit", model) is None
+
+
+@pytest.mark.parametrize(
+    ("config", "own"),
+    [
+        ({"pretrained_cfg": {"input_size": [3, 96, 128]}}, "96 x 128"),
+        ({"pretrained_cfg": {"input_size": [3, 96, 96]}, "model_args": {"img_size": 64}}, "64 x 64"),
+        ({"pretrained_cfg": {"input_size": [3, 96, 96]}, "model_args": {"img_size": [160, 160]}}, None),
+        ({"pretrained_cfg": {"input_size": [3, 160, 160]}, "model_args": {"num_classes": 7}}, None),
+    ],
+)
+def test_the_size_of_a_folder_is_that_of_its_config(tmp_path, config, own):
+    """timm builds the model at the size in ``model_args``, if there is one."""
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    told = difference_from_checkpoint(str(tmp_path), timm.create_model("test_vit"))
+    expected = f"{str(tmp_path)!r} is for image size {own}, and the model runs with image size 160 x 160"
+    assert told == (expected if own else None)
+
+
+def test_a_grid_that_is_not_square_may_have_a_square_number_of_patches(tmp_path):
+    model = timm.create_model("test_vit", num_classes=7, img_size=(64, 144))  # 4 x 9 patches
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    assert difference_from_checkpoint(f"test_vit={tmp_path / 'w.safetensors'}", model) is None
 
 
 def test_a_file_without_square_positions_says_nothing(weights):

@@ -103,7 +103,8 @@ def test_labels_are_found_by_name_or_by_place(folder, tmp_path):
     ):
         files = [tmp_path / name / "image.png" for name in names]
         assert folder_labels(tmp_path, files, class_names(model)) == expected
-    assert folder_labels(tmp_path, [tmp_path / "bee" / "image.png"], ["bee", "cat", "bee"]) is None
+    files = [tmp_path / name / "image.png" for name in ("bee", "cat")]
+    assert folder_labels(tmp_path, files, ["bee", "cat", "bee"]) is None
 
 
 @pytest.mark.parametrize(

@@ -148,8 +148,9 @@ def test_outputs_are_checked_before_the_models_are_loaded(folder, monkeypatch, a
 
 
 def test_other_mistakes_are_one_clear_line(folder):
-    result = evaluate(folder, "--multi-label")
-    assert result.exit_code == 1 and "multi" in result.output and "Traceback" not in result.output
+    models = ("--target", folder / "target", "--guidance", folder / "guidance")
+    result = run("evaluate", folder / "data", *models, "--multi-label")
+    assert result.exit_code == 1 and "Error: model: it is multi-label, expected a model with one" in result.output
     result = evaluate(folder, "--policy", folder / "target" / "config.json")
     assert result.exit_code == 1 and "--tau: has no effect together with --policy" in result.output
 

@@ -130,11 +130,9 @@ def folder_labels(data: Path, files: Sequence[Path], class_names: Sequence[str])
     if "" in folders or not names:
         return None
     named = [list(class_names).count(name) for name in names]
-    if max(named) > 1:
-        return None
-    if min(named) == 1:
+    if set(named) == {1}:
         numbers = {name: class_names.index(name) for name in names}
-    elif max(named) == 0 and len(names) == len(class_names):
+    elif set(named) == {0} and len(names) == len(class_names):
         numbers = {name: number for number, name in enumerate(names)}
     else:
         return None
