@@ -250,7 +250,12 @@ FAULTS = [
         "    finally:\n        pass",
         "predict/test_whole_file.py",
     ),
-    Fault("predict/loading.py", "elif max(named) == 0 and len(names) == len(class_names):", "elif max(named) == 0:", "cli/test_calibrate_command.py"),
+    Fault(
+        "predict/loading.py",
+        "elif max(named) == 0 and len(names) == len(class_names):",
+        "elif max(named) == 0:",
+        "cli/test_calibrate_command.py",
+    ),
     Fault(
         "predict/prediction.py",
         "return round(value, 4) if math.isfinite(value) else None",
