@@ -256,6 +256,9 @@ FAULTS = [
         "elif max(named) == 0:",
         "cli/test_calibrate_command.py",
     ),
+    Fault("predict/evaluation.py", "images = self.images + 2", "images = self.images", "predict/test_evaluation.py"),
+    Fault("predict/evaluation.py", "            tinydrop.dense(images)\n", "", "predict/test_evaluation.py"),
+    Fault("cli/target.py", "model.pretrained_cfg | given", "model.pretrained_cfg", "cli/test_target.py"),
     Fault(
         "predict/prediction.py",
         "return round(value, 4) if math.isfinite(value) else None",

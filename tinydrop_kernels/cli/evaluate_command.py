@@ -32,10 +32,11 @@ ENDINGS = (".csv", ".json")
 def evaluate(
     context: click.Context, /, data: Path, out: Path | None, batch_size: int, workers: int, **options: Any
 ) -> None:
-    """Measure accuracy and speed, patched and dense, on labelled images.
+    """Measure accuracy and speed on labelled images, patched against dense.
 
-    IMAGEFOLDER has one subfolder of images per class. The subfolders have the names of the classes, or are as many as
-    the classes and sorted in their order. --classes gives the classes other names.
+    The accuracy of guidance alone is measured too. IMAGEFOLDER has one subfolder of images per class. The subfolders
+    have the names of the classes, or are as many as the classes and sorted in their order. --classes gives the classes
+    other names.
 
     \b
     Examples:
