@@ -98,6 +98,7 @@ def test_labels_are_found_by_name_or_by_place(folder, tmp_path):
         (["bee", "eel"], [1, 4]),
         (list("vwxyz"), [0, 1, 2, 3, 4]),
         (["bee", "other"], None),
+        (["wasp", "yak"], None),
         (["ant", "bee", "cat", "dog", "other"], None),
         ([""], None),
     ):
