@@ -10,6 +10,7 @@ COMMANDS = {  # name: module, and line in the help
     "classify": ("classify_command", "Classify images with a patched model, and report the savings."),
     "visualize": ("commands", "Write pictures of the kept patches, and an HTML page to browse them."),
     "evaluate": ("evaluate_command", "Measure accuracy and speed on labelled images, patched against dense."),
+    "fit-guidance": ("fit_command", "Fit a guidance model to the target's own answers on your images."),
     "calibrate": (
         "calibrate_command",
         "Find the cheapest policy with a certified limit on its accuracy loss.",
