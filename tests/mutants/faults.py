@@ -252,8 +252,8 @@ FAULTS = [
     ),
     Fault(
         "predict/loading.py",
-        "elif max(named) == 0 and len(names) == len(class_names):",
-        "elif max(named) == 0:",
+        "elif set(named) == {0} and len(names) == len(class_names):",
+        "elif names:",
         "cli/test_calibrate_command.py",
     ),
     Fault("predict/evaluation.py", "images = self.images + 2", "images = self.images", "predict/test_evaluation.py"),
