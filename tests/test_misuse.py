@@ -149,3 +149,21 @@ def test_reports_add_up(patched, images):
     assert (both.images, both.flops, both.kept_patches) == (8, 2 * one.flops, 2 * one.kept_patches)
     assert both.mean_keep == one.mean_keep and both.flops_saved == one.flops_saved
     assert both.seconds == {stage: 2 * spent for stage, spent in one.seconds.items()}
+
+
+class Mean(torch.nn.Module):
+    """A module that mixes tokens, so little that a trial in bfloat16 lets it pass."""
+
+    def forward(self, x):
+        return x - 0.003 * x.mean(dim=-2, keepdim=True)
+
+
+@torch.inference_mode()
+def test_what_passed_in_half_precision_is_tried_again_in_float32():
+    model = tdk.patch(tiny_vit(), tiny_guidance(), tdk.DropPolicy.fixed(0.5)).bfloat16()
+    images = torch.randn(2, 3, 32, 32)
+    model.set_submodule("blocks.0.mlp.drop1", Mean())
+    model(images.bfloat16())  # it passes, or nothing is tested
+    model.float()
+    with pytest.raises(tdk.UnsupportedModelError, match="mix tokens"):
+        model(images)
