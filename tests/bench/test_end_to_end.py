@@ -155,6 +155,7 @@ class TestMixes:
 
 
 class TestWays:
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", end_to_end.SMOKE["ways"])
     @torch.inference_mode()
     def test_runs_its_blocks(self, subject, name):

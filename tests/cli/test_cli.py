@@ -342,7 +342,16 @@ def record_of(out):
     return json.loads(out.with_name(f"{out.name}.run.json").read_text())
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT as in a terminal. A job in the background ignores it, and so do the tests there."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.usefixtures("interruptible")
 def test_a_signal_keeps_what_was_done(checkpoints, photos, tmp_path, monkeypatch, number):
     before = signal.getsignal(number)
     out = tmp_path / "results.jsonl"

@@ -100,6 +100,7 @@ def test_features_too_are_refused(patched, images):
         torch.func.jvp(lambda x: patched.tinydrop.features(x)[0], (images,), (images,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["test_byobnet", "mobilenetv3_small_050", "efficientvit_b0", "test_vit"])
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 def test_reverse_mode_with_every_kind_of_guidance(name, mode):

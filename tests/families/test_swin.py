@@ -79,6 +79,7 @@ def test_subsets_and_levels_are_timm_masked_at_those_sizes(key, coarsen):
 NAMES = [n for f in ("swin_*", "swinv2_*") for n in timm.list_models(f) if not n.startswith("swinv2_cr")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_name_of_timm(name):
     """Check each Swin name of timm at its own image size, with half of the cells of one image."""

@@ -312,6 +312,7 @@ def test_one_channel(images):
     torch.testing.assert_close(seen, (grey * 0.5 + 0.5 - guidance.mean[0]) / guidance.std[0])
 
 
+@pytest.mark.slow
 @every_kind
 def test_many_threads(cam):
     """Check 200 calls by 8 threads on one guidance model, each with its own images, statistics and saliency."""
