@@ -179,7 +179,8 @@ class PatchedState:
         return self.family.settings(self.model), linear_width(self.model), self._dtype()
 
     def _dtype(self) -> torch.dtype:
-        return next(self.model.parameters()).dtype
+        dtype: torch.dtype = next(self.model.parameters()).dtype
+        return dtype
 
     def _warn_of_packed_rows(self) -> None:
         """Warn, once per module, that hooks are given other shapes than in timm."""
