@@ -193,7 +193,7 @@ def scaled_inputs(module, args):
 
 TestWalks = Walk.TestCase
 TestWalks.settings = settings(
-    max_examples=int(os.environ.get("TINYDROP_WALKS", 12)),
+    max_examples=int(os.environ.get("TINYDROP_WALKS", 8)),
     stateful_step_count=8,
     deadline=None,
     suppress_health_check=list(HealthCheck),

@@ -149,6 +149,7 @@ def test_every_tile(attention_backend, head_dim, dtype):
         check(attention_backend, *qkv, own, own[1:] + own[:1])  # one segment without keys
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [577, 1370])
 def test_long_segments(attention_backend, length):
     qkv = projections([length, 3], 1, 64, torch.float16, attention_backend.device)
@@ -261,7 +262,7 @@ def test_scores_of_thousands(attention_backend, dtype):
     check(attention_backend, 30 * query, 30 * key, value, lengths, lengths, 1.0, tolerance=tolerance)
 
 
-@pytest.mark.parametrize("length", [16, 50, 197])
+@pytest.mark.parametrize("length", mostly_slow([16, 50, 197], 16, 50))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_bias_may_hide_keys(attention_backend, length, dtype):
     """Check a bias of -inf on whole tiles of keys, including the first. Zeros result if it hides all keys."""

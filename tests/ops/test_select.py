@@ -200,6 +200,7 @@ def test_sure_beyond_float32(backend):
         assert (selection.counts[0] == 0) == (tau == 0.99)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", [(5, 7), (14, 14)], ids=str)
 @pytest.mark.parametrize("size", [(5, 7), (14, 14), (5, 14)], ids=str)
 def test_ties_and_infinities(backend, grid, size):
