@@ -23,7 +23,7 @@ test-slow: .venv/test
 AVX2 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
 	TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/inductor-avx2
 test-avx2: .venv/test
-	$(AVX2) $(PYTEST) -k "not compile" tests/guidance tests/test_patching.py $(addprefix tests/, cli/test_precision.py cli/test_cli.py \
+	$(AVX2) $(PYTEST) -m "not slow" tests/guidance tests/test_patching.py $(addprefix tests/, cli/test_precision.py cli/test_cli.py \
 		engine/test_onednn.py engine/test_engine.py families/test_levels.py)
 
 test-all: test test-slow test-avx2

@@ -1,6 +1,6 @@
 """Runs of ``tinydrop classify`` that end at random moments. Resumed, they give the rows of a run that was not ended.
 
-The environment variable ``TINYDROP_KILLS`` is the number of runs that each signal ends; 6 by default.
+The environment variable ``TINYDROP_KILLS`` is the number of runs that each signal ends; 1 by default.
 """
 
 import csv
@@ -22,7 +22,7 @@ from PIL import Image
 from timm.models import save_for_hf
 
 pytestmark = pytest.mark.slow
-KILLS = int(os.environ.get("TINYDROP_KILLS", "6"))
+KILLS = int(os.environ.get("TINYDROP_KILLS", "1"))
 START_UP = 4.0  # seconds from the start of a process to its first image, about
 WORK = 2.0  # seconds for all images, about
 FORMATS = ("jsonl", "csv", "parquet")
