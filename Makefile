@@ -14,9 +14,10 @@ test: .venv/test
 	$(PYTEST) -m "not slow"
 
 # Compilers, the GPU emulator and other processes; with Triton 3.6 beside the installed one, if there is a wheel of it.
+SLOW ?= tests
 test-slow: .venv/test
 	-$(MAKE) --no-print-directory .venv/triton36
-	TINYDROP_TRITON36=$$(ls -d $(CURDIR)/.venv/triton36) $(PYTEST) -m slow
+	TINYDROP_TRITON36=$$(ls -d $(CURDIR)/.venv/triton36) $(PYTEST) -m slow $(SLOW)
 
 # What touches numbers, as on a CPU of AVX2 alone (no AVX512, and no bfloat16 in oneDNN). Inductor has a cache of its own
 # there, because it would take the code that it compiled for the real CPU.
