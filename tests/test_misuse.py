@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from helpers import tiny_guidance, tiny_vit
+from zoo import SWIN_V2, tiny_swin
 
 import tinydrop_kernels as tdk
 
@@ -167,3 +168,22 @@ def test_what_passed_in_half_precision_is_tried_again_in_float32():
     model.float()
     with pytest.raises(tdk.UnsupportedModelError, match="mix tokens"):
         model(images)
+
+
+class Double(torch.nn.Module):
+    """A module that computes something else, token by token."""
+
+    def forward(self, x):
+        return 2 * x
+
+
+@torch.inference_mode()
+def test_a_value_is_computed_again_when_a_module_on_its_way_is_exchanged():
+    model = tdk.patch(tiny_swin(SWIN_V2, img_size=128, window_size=4), tiny_guidance(), tdk.DropPolicy.fixed(1.0))
+    images = torch.randn(2, 3, 128, 128)
+    before = model(images)
+    model.set_submodule("layers.1.blocks.0.attn.cpb_mlp.1", Double())
+    with tdk.dense(model):
+        wanted = model(images)
+    assert (before - wanted).abs().max() > 1e-3
+    torch.testing.assert_close(model(images), wanted, atol=1e-4, rtol=1e-4)

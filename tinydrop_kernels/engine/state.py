@@ -16,6 +16,7 @@ from tinydrop_kernels.families import Family, UnsupportedModelError, family_of, 
 from tinydrop_kernels.families.checks import hooks_on_packed_rows
 from tinydrop_kernels.guidance import Guidance
 from tinydrop_kernels.normalization import Normalization
+from tinydrop_kernels.ops.derived import forget
 from tinydrop_kernels.ops.types import Grid, TimmModule
 from tinydrop_kernels.policy import DropPolicy
 from tinydrop_kernels.report import Call
@@ -167,6 +168,7 @@ class PatchedState:
         if not (reason or all(is_own(vars(attention).get("forward")) for attention in family.attentions(model))):
             reason = "an attention that was replaced"
         if not (reason or is_tried):
+            forget(model)  # the values were computed by modules that may have been exchanged
             with torch.inference_mode(), torch.autocast(next(model.parameters()).device.type, enabled=False):
                 reason = find_mismatch(family, model)
         if reason:

@@ -67,6 +67,18 @@ def settle(module: nn.Module) -> None:
         _kept[tensor] = _Kept(_training)
 
 
+def forget(module: nn.Module) -> None:
+    """Forget what was computed from a module's weights. This does not say that training is over.
+
+    Args:
+        module: a module in which another module was exchanged, through which values were computed.
+    """
+    for tensor in chain(module.parameters(), module.buffers()):
+        kept = _kept.get(tensor)
+        if kept is not None:
+            kept.values.clear()
+
+
 def keeps(*weights: Tensor) -> bool:
     """Return whether values computed from these weights may be cached.
 
