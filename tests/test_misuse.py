@@ -177,7 +177,7 @@ class Double(torch.nn.Module):
         return 2 * x
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode, in which no value is kept
 def test_a_value_is_computed_again_when_a_module_on_its_way_is_exchanged():
     model = tdk.patch(tiny_swin(SWIN_V2, img_size=128, window_size=4), tiny_guidance(), tdk.DropPolicy.fixed(1.0))
     images = torch.randn(2, 3, 128, 128)
