@@ -1,6 +1,5 @@
 """Small models of timm's own classes, and images that a random guidance model classifies differently."""
 
-import pytest
 import timm
 import torch
 
@@ -84,10 +83,3 @@ def spread_confidence(module, args, guided):
     logits = torch.zeros_like(guided.logits)
     logits[:, 0] = torch.linspace(0.0, 6.0, batch)
     return guided._replace(logits=logits)
-
-
-def mostly_slow(values, *quick):
-    """Return test parameters. All except the quick ones are marked slow, so ``make test`` leaves them out."""
-    slow = pytest.mark.slow
-    parameters = [(value, value if isinstance(value, tuple) else (value,)) for value in values]
-    return [value if value in quick else pytest.param(*unpacked, marks=slow) for value, unpacked in parameters]

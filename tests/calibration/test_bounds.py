@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from helpers import mostly_slow
+from slow import mostly_slow
 
 from tinydrop_kernels.calibration.bounds import counts_of, least_drop, p_value, upper_bound
 

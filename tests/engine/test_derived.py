@@ -5,7 +5,8 @@ import copy
 import pytest
 import timm
 import torch
-from helpers import mostly_slow, tiny_guidance, tiny_vit, with_random_weights
+from helpers import tiny_guidance, tiny_vit, with_random_weights
+from slow import mostly_slow
 
 import tinydrop_kernels as tdk
 from tinydrop_kernels.ops import derived as derived_module

@@ -5,7 +5,8 @@ import threading
 import pytest
 import timm
 import torch
-from helpers import mostly_slow, spread_confidence, tiny_guidance, tiny_vit, varied_images
+from helpers import spread_confidence, tiny_guidance, tiny_vit, varied_images
+from slow import mostly_slow
 
 import tinydrop_kernels as tdk
 from tinydrop_kernels.engine import steps

@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import timm
 import torch
-from helpers import mostly_slow, tiny_guidance, with_random_weights
+from helpers import tiny_guidance, with_random_weights
+from slow import mostly_slow
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils.flop_counter import FlopCounterMode

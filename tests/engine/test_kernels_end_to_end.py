@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 from counting import DEVICE, READS, SizesFromValues, assert_same_on_the_kernels
-from helpers import mostly_slow, tiny_guidance, tiny_vit, varied_images
+from helpers import tiny_guidance, tiny_vit, varied_images
+from slow import mostly_slow
 from zoo import make
 
 import tinydrop_kernels as tdk

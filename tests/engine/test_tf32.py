@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from helpers import mostly_slow, tiny_guidance, tiny_vit, with_random_weights
+from helpers import tiny_guidance, tiny_vit, with_random_weights
+from slow import mostly_slow
 from tensor_float32 import RoundingProducts, rounded
 from torch.nn.modules.batchnorm import _BatchNorm
 from zoo import make, tiny_swin

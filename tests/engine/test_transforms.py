@@ -6,7 +6,8 @@ import pickle
 import pytest
 import timm
 import torch
-from helpers import mostly_slow, tiny_guidance, tiny_vit, varied_images
+from helpers import tiny_guidance, tiny_vit, varied_images
+from slow import mostly_slow
 from torch import nn
 from torch.autograd import forward_ad
 from zoo import tiny_swin

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from helpers import close, masked_features, mostly_slow, tiny_guidance, tiny_vit, varied_images
+from helpers import close, masked_features, tiny_guidance, tiny_vit, varied_images
+from slow import mostly_slow
 from zoo import MODELS, QUICK, make
 
 import tinydrop_kernels as tdk

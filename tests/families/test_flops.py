@@ -3,7 +3,8 @@
 import pytest
 import torch
 from counting import counted
-from helpers import mostly_slow, tiny_guidance, tiny_vit, varied_images
+from helpers import tiny_guidance, tiny_vit, varied_images
+from slow import mostly_slow
 from zoo import MODELS, QUICK, make
 
 import tinydrop_kernels as tdk

@@ -8,7 +8,8 @@ import copy
 
 import pytest
 import torch
-from helpers import close, masked_features, mostly_slow, spread_confidence, tiny_guidance, tiny_vit, varied_images
+from helpers import close, masked_features, spread_confidence, tiny_guidance, tiny_vit, varied_images
+from slow import mostly_slow
 from zoo import MODELS, QUICK, make
 
 import tinydrop_kernels as tdk

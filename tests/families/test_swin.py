@@ -11,7 +11,8 @@ import pytest
 import timm
 import torch
 from counting import DEVICE, READS, SizesFromValues, assert_same_on_the_kernels, counted
-from helpers import close, mostly_slow, spread_confidence, tiny_guidance, varied_images, with_random_weights
+from helpers import close, spread_confidence, tiny_guidance, varied_images, with_random_weights
+from slow import mostly_slow
 from timm.models.swin_transformer import window_partition
 from torch.utils.flop_counter import FlopCounterMode
 from zoo import SMALL_SWIN, SWIN, SWIN_V2, SWINS, make_swin, tiny_swin

@@ -12,7 +12,8 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from helpers import mostly_slow, tiny_guidance, tiny_vit, with_random_weights
+from helpers import tiny_guidance, tiny_vit, with_random_weights
+from slow import mostly_slow
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 

@@ -5,7 +5,6 @@ import os
 from itertools import accumulate
 from typing import NamedTuple
 
-import pytest
 import torch
 
 GPU = torch.cuda.is_available()
@@ -73,8 +72,3 @@ def packed_by_hand(embedded: torch.Tensor, prefix: torch.Tensor, indices: torch.
         if kept:
             rows += [own_prefix, image[kept]]
     return torch.cat(rows)
-
-
-def mostly_slow(values, *quick):
-    """Return test parameters. All except the quick ones are marked slow, so ``make test`` leaves them out."""
-    return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values]

@@ -12,12 +12,13 @@ Head dimensions: 64 is usual, 8 is less than a tile, 16 and 128 fill a tile, and
 
 import pytest
 import torch
+from slow import mostly_slow
 
 from tinydrop_kernels import ops
 from tinydrop_kernels.ops.attention_reference import attend_padded
 
 from .attention_oracle import exact
-from .cases import DTYPES, GPU, SANITIZED, cu_seqlens_of, mostly_slow
+from .cases import DTYPES, GPU, SANITIZED, cu_seqlens_of
 
 # Errors relative to the norm of the float64 result. For float32, 16 units in the last place: two each for a GPU's
 # approximate exponential and reciprocal, three for rounding exponents of up to 16, and a margin. In half precision,
