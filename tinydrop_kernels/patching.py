@@ -21,7 +21,7 @@ from torch.jit import is_tracing  # type: ignore[attr-defined]
 from tinydrop_kernels.checkpoints import load_model
 from tinydrop_kernels.engine import TinyDrop
 from tinydrop_kernels.engine.attributes import InstanceAttributes, reduced
-from tinydrop_kernels.engine.checks import check_patched
+from tinydrop_kernels.engine.checks import check_channels, check_patched
 from tinydrop_kernels.engine.cuda_graphs import Graphs, has_graphs
 from tinydrop_kernels.engine.head import count_classes, in_eval_mode
 from tinydrop_kernels.families import Family, UnsupportedModelError, family_of, find_mismatch
@@ -248,8 +248,7 @@ def _own_guidance(
             raise ValueError("guidance_size: got one beside a Guidance, which has its own; expected None")
         else:
             own = copy.deepcopy(guidance)
-    if own.in_chans != model.in_chans:
-        raise ValueError(f"guidance: it sees {own.in_chans} channels and the model {model.in_chans}")
+    check_channels(own.in_chans, model.in_chans)
     return own
 
 

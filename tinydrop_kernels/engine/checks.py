@@ -75,6 +75,12 @@ def check_answers(policy: DropPolicy, target: Tensor, guidance: Tensor) -> None:
         )
 
 
+def check_channels(guidance: int, target: int) -> None:
+    """Raise ValueError if the guidance model's images have another number of channels than the target's."""
+    if guidance != target:
+        raise ValueError(f"guidance: it sees {guidance} channels and the model {target}")
+
+
 def check_patched(model: TimmModule) -> None:
     """Raise ValueError if a model is not patched."""
     if not hasattr(model, "tinydrop"):

@@ -64,7 +64,6 @@ class PatchedState:
         self.graphs = graphs
         self.timed = False
         self.guidance_watch: Watch | None = None
-        self._inspected_dtype: torch.dtype | None = None
         self._watch: Watch | None = None  # the model as it was inspected last
         self._levels: dict[Grid, list[Grid]] = {}
         self._warned: set[str] = set()  # names of modules that a warning was given for
@@ -145,8 +144,7 @@ class PatchedState:
         watch = self._watch
         if watch is not None and watch.same_parts() and watch.same_state() and watch.same_hooks():
             return watch
-        # A trial in half precision is coarser. What it let pass is tried again when the model is cast.
-        is_tried = watch is not None and watch.same_parts() and self._inspected_dtype == self._dtype()
+        is_tried = watch is not None and watch.same_parts()
         self._refuse_changes(is_tried)
         if watch is None or not (is_tried and watch.same_state()):
             return self.remember()
@@ -158,7 +156,6 @@ class PatchedState:
         """Record that the model as it is now has been inspected, and return the new watch on it."""
         self._warn_of_packed_rows()
         self._watch = Watch(self.model, self._settings)
-        self._inspected_dtype = self._dtype()
         return self._watch
 
     def _refuse_changes(self, is_tried: bool) -> None:
@@ -178,11 +175,7 @@ class PatchedState:
         self._levels = {}
 
     def _settings(self) -> tuple[Any, ...]:
-        return self.family.settings(self.model), linear_width(self.model), self._dtype()
-
-    def _dtype(self) -> torch.dtype:
-        dtype: torch.dtype = next(self.model.parameters()).dtype
-        return dtype
+        return self.family.settings(self.model), linear_width(self.model)
 
     def _warn_of_packed_rows(self) -> None:
         """Warn, once per module, that hooks are given other shapes than in timm."""

@@ -20,8 +20,9 @@ _is_training = itemgetter("training")
 class Watch:
     """A record of a model at the time when the watch was made, to compare the model with.
 
-    Each module's children, ``forward`` on the instance, number of attributes, mode and hooks are compared, and torch's
-    global hooks. A ViT-B has 276 modules, so their dictionaries are read directly, in loops that run in C.
+    Each module's children, ``forward`` on the instance, number of attributes, mode and hooks are compared, the dtype of
+    the model, and torch's global hooks. A ViT-B has 276 modules, so their dictionaries are read directly, in loops that
+    run in C.
 
     Args:
         model: any module.
@@ -40,7 +41,11 @@ class Watch:
         self._parts, self._state, self._seen_hooks = self._read_parts(), self._read_state(), self._read_hooks()
 
     def same_parts(self) -> bool:
-        """Return whether no module was added, removed or exchanged, and no instance's ``forward`` has changed."""
+        """Return whether no module was added, removed or exchanged, no ``forward`` set, and the model not cast.
+
+        What a trial on noise found holds as long as this is True. A cast counts, because a trial in half precision is
+        coarser.
+        """
         return self._parts == self._read_parts()
 
     def same_state(self) -> bool:
@@ -68,9 +73,10 @@ class Watch:
         tensors = chain.from_iterable(named.values() for named in self._tensors)
         return [tensor.data_ptr() for tensor in tensors if tensor is not None]
 
-    def _read_parts(self) -> tuple[list[Any], list[Any]]:
+    def _read_parts(self) -> tuple[Any, ...]:
         children = [*chain.from_iterable(map(dict.values, self._children))]
-        return children, [*map(dict.get, self._attributes, repeat("forward"))]
+        weight = next(self.model.parameters(), None)
+        return children, [*map(dict.get, self._attributes, repeat("forward"))], None if weight is None else weight.dtype
 
     def _read_state(self) -> tuple[Any, ...]:
         return [*map(len, self._attributes)], [*map(_is_training, self._attributes)], self._settings()

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from tinydrop_kernels.checkpoints import class_names, load_model
 from tinydrop_kernels.engine.batches import labelled_batches
-from tinydrop_kernels.engine.checks import check_images
+from tinydrop_kernels.engine.checks import check_channels, check_images
 from tinydrop_kernels.engine.head import count_classes
 from tinydrop_kernels.families import family_of
 from tinydrop_kernels.families.flops import count_flops
@@ -195,8 +195,7 @@ def _checked(backbone: TimmModule, model: TimmModule) -> Guidance:
         ValueError: it has another number of image channels than the target.
     """
     guidance = Guidance(backbone)
-    if guidance.in_chans != model.in_chans:
-        raise ValueError(f"guidance: it sees {guidance.in_chans} channels and the model {model.in_chans}")
+    check_channels(guidance.in_chans, model.in_chans)
     head, kind = _heads(backbone)[0], type(backbone).__name__
     draws = torch.Generator().manual_seed(0)
     noise = torch.randn(2, guidance.in_chans, *guidance.input_size, generator=draws).to(head.weight.device)
@@ -226,8 +225,9 @@ def _collect(
     batches = labelled_batches(loader, classes)
     for images, own in tqdm(batches, total=total, unit="batch", disable=None if progress else True):
         images = images.to(weight.device)
-        check_images(model, images.to(weight.dtype))
-        probabilities.append(dense(images.to(weight.dtype)).float().softmax(dim=1))
+        cast = images.to(weight.dtype)
+        check_images(model, cast)
+        probabilities.append(dense(cast).float().softmax(dim=1))
         labels += [] if own is None else [own]
         for guidance, found in zip(guidances, features, strict=True):
             found.append(guidance.pre_logits(images.float(), mean, std))
