@@ -10,6 +10,7 @@ import click
 from tinydrop_kernels.calibration.answers import COSTS, Answers, gather
 from tinydrop_kernels.calibration.frontier import check_drawable, draw, frontier, write_csv
 from tinydrop_kernels.checkpoints import check_spec, class_names, load_model
+from tinydrop_kernels.cli.interruption import INTERRUPTED
 from tinydrop_kernels.cli.options import (
     BATCH_SIZE,
     DEVICE,
@@ -19,13 +20,13 @@ from tinydrop_kernels.cli.options import (
     WORKERS,
     check_writable,
     dtype_of,
+    guidances,
     tell_skipped,
     usable,
     with_options,
 )
 from tinydrop_kernels.cli.target import CLASSES_AND_IMAGES, load_target
 from tinydrop_kernels.engine.head import count_classes
-from tinydrop_kernels.guidance.model import DEFAULT_GUIDANCE
 from tinydrop_kernels.policy.calibrated import CalibratedPolicy
 from tinydrop_kernels.predict.images import image_files
 from tinydrop_kernels.predict.loading import FolderBatches, ImageLoader, folder_labels
@@ -34,13 +35,7 @@ from tinydrop_kernels.predict.loading import FolderBatches, ImageLoader, folder_
 @click.command()
 @click.argument("data", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @TARGET
-@click.option(
-    "--guidance",
-    multiple=True,
-    default=(DEFAULT_GUIDANCE,),
-    metavar="NAME",
-    help="The tiny classifier, given like --target. Repeat the option to compare several.",
-)
+@guidances("The tiny classifier")
 @IMG_SIZE
 @with_options(CLASSES_AND_IMAGES)
 @click.option(
@@ -145,7 +140,7 @@ def calibrate(
             _show(answers, policies, picture, guidance)
     except KeyboardInterrupt:
         click.echo("interrupted; run the same command again to continue", err=True)
-        context.exit(130)
+        context.exit(INTERRUPTED)
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         raise click.ClickException(str(error)) from None
 

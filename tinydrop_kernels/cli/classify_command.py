@@ -9,8 +9,8 @@ from typing import Any
 import click
 import torch
 
-from tinydrop_kernels.cli.commands import PATHS, found_images, machine, out_of_memory, summary
-from tinydrop_kernels.cli.interruption import Interruption
+from tinydrop_kernels.cli.commands import PATHS, found_images, machine_of, out_of_memory, summary
+from tinydrop_kernels.cli.interruption import INTERRUPTED, Interruption
 from tinydrop_kernels.cli.options import make_predictor, model_options
 from tinydrop_kernels.predict.prediction import as_text, unreadable_row
 from tinydrop_kernels.predict.predictor import Predictor
@@ -85,16 +85,16 @@ def classify(
             ended = _run(predictor, left, rows, record, interruption)
     except KeyboardInterrupt:  # before the first image, or again while the run was ending
         click.echo("interrupted", err=True)
-        context.exit(interruption.status or 130)
+        context.exit(interruption.status or INTERRUPTED)
     except RowFileError as error:
         raise click.ClickException(str(error)) from None
     except torch.OutOfMemoryError as error:
         raise out_of_memory(error) from None
-    click.echo(summary(predictor, machine(predictor, options)), err=out is None)
+    click.echo(summary(predictor, machine_of(predictor, options)), err=out is None)
     if ended == "interrupted":
         how = f"; --resume continues {click.format_filename(out)}" if out and rows.written else ""
         click.echo(f"interrupted after {rows.written} of {len(left)} images{how}", err=True)
-        context.exit(interruption.status or 130)
+        context.exit(interruption.status or INTERRUPTED)
     if predictor.report is None and not rows.done:
         raise click.ClickException("no image could be read")
 

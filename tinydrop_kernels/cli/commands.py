@@ -8,13 +8,15 @@ import click
 import torch
 
 from tinydrop_kernels import ops
+from tinydrop_kernels.cli.interruption import INTERRUPTED
 from tinydrop_kernels.cli.options import DEFAULT_DEVICE, make_predictor, model_options, tell_skipped, usable
+from tinydrop_kernels.ops.types import TimmModule
 from tinydrop_kernels.predict.images import image_files
 from tinydrop_kernels.predict.predictor import Predictor
 from tinydrop_kernels.predict.run_record import versions
+from tinydrop_kernels.report import Report
 from tinydrop_kernels.visualize.gallery import Gallery
 
-INTERRUPTED = 130  # exit status that shells use for Ctrl-C
 PATHS = click.argument("paths", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
 
 
@@ -57,7 +59,7 @@ def visualize(context: click.Context, /, paths: tuple[Path, ...], out: Path, **o
         raise click.ClickException(f"out: {str(out)!r} cannot be written: {error.strerror or error}") from None
     except torch.OutOfMemoryError as error:
         raise out_of_memory(error) from None
-    click.echo(summary(predictor, machine(predictor, options)))
+    click.echo(summary(predictor, machine_of(predictor, options)))
     if page:
         click.echo(f"page         {click.format_filename(page)} ({page.stat().st_size / 1e6:.1f} MB)")
     if interrupted:
@@ -82,13 +84,24 @@ def out_of_memory(error: torch.OutOfMemoryError) -> click.ClickException:
     return click.ClickException(f"{error}\nA smaller --batch-size needs less memory.")
 
 
-def machine(predictor: Predictor, options: dict[str, Any]) -> str:
+def machine(model: TimmModule, device: str, batch_size: int) -> str:
     """Return the device, dtype and batch size of a run in words."""
-    dtype = str(next(predictor.model.parameters()).dtype).removeprefix("torch.")
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return f"{device}, {dtype}, batches of {batch_size}"
+
+
+def machine_of(predictor: Predictor, options: dict[str, Any]) -> str:
+    """Return :func:`machine`, whether loading is included in the time, and the calls from CUDA graphs."""
     graphs = predictor.model.tinydrop.graphs
     replayed = "" if graphs is None else f", CUDA graphs of {graphs}"
     beside = "loading included" if predictor.overlaps else "models only"
-    return f"{options['device']}, {dtype}, batches of {options['batch_size']}, {beside}{replayed}"
+    return f"{machine(predictor.model, options['device'], options['batch_size'])}, {beside}{replayed}"
+
+
+def stages_and_notes(report: Report) -> tuple[list[str], list[str]]:
+    """Return the line of the stages' times, if they were timed, and the lines of the notes."""
+    stages = (f"{stage} {1e3 * spent / report.images:.2f}" for stage, spent in report.seconds.items())
+    return [f"ms per image {', '.join(stages)}"] if report.seconds else [], [f"note: {note}" for note in report.notes]
 
 
 def summary(predictor: Predictor, machine: str) -> str:
@@ -108,16 +121,15 @@ def summary(predictor: Predictor, machine: str) -> str:
     ]
     if report.second_looks:
         lines.insert(3, f"second looks {report.second_looks} ({report.second_looks / report.images:.1%})")
-    if report.seconds:
-        stages = (f"{stage} {1e3 * spent / report.images:.2f}" for stage, spent in report.seconds.items())
-        lines.append(f"ms per image {', '.join(stages)}")
+    stages, notes = stages_and_notes(report)
+    lines += stages
     if report.speed_up and report.dense_seconds:
         lines += [
             f"dense        {report.images / report.dense_seconds:.1f} images/s",
             f"speed-up     {report.speed_up:.2f} x",
             f"agreement    {predictor.agreeing / report.images:.1%} of the images have the dense model's top class",
         ]
-    return "\n".join([*lines, *(f"note: {note}" for note in report.notes)])
+    return "\n".join([*lines, *notes])
 
 
 @click.command()

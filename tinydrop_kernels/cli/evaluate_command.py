@@ -11,7 +11,8 @@ import click
 import torch
 
 from tinydrop_kernels.checkpoints import class_names
-from tinydrop_kernels.cli.commands import INTERRUPTED, found_images, out_of_memory
+from tinydrop_kernels.cli.commands import found_images, machine, out_of_memory, stages_and_notes
+from tinydrop_kernels.cli.interruption import INTERRUPTED
 from tinydrop_kernels.cli.options import check_writable, make_patched, model_options, tell_skipped
 from tinydrop_kernels.predict.evaluation import Evaluation
 from tinydrop_kernels.predict.evaluation import evaluate as evaluate_model
@@ -51,17 +52,14 @@ def evaluate(
         files = found_images((data,))
         model = make_patched(context, **options)
         labels = labels_of(data, files, class_names(model, model.tinydrop.num_classes))
-        weight = next(model.parameters())
-        load = ImageLoader(model, batch_size, workers, tell_skipped, progress=True, pin_memory=weight.is_cuda)
+        is_on_gpu = next(model.parameters()).is_cuda
+        load = ImageLoader(model, batch_size, workers, tell_skipped, progress=True, pin_memory=is_on_gpu)
         found = evaluate_model(model, FolderBatches(files, labels, load))
-        dtype = str(weight.dtype).removeprefix("torch.")
-        machine = f"{options['device']}, {dtype}, batches of {batch_size}, models only"
-        click.echo(f"images {found.images}, unreadable {len(files) - found.images} ({machine})\n{found}")
-        if found.report.seconds:
-            stages = (f"{stage} {1e3 * spent / found.images:.2f}" for stage, spent in found.report.seconds.items())
-            click.echo(f"ms per image {', '.join(stages)}")
-        for note in found.report.notes:
-            click.echo(f"note: {note}")
+        where = f"{machine(model, options['device'], batch_size)}, models only"
+        click.echo(f"images {found.images}, unreadable {len(files) - found.images} ({where})\n{found}")
+        stages, notes = stages_and_notes(found.report)
+        for line in (*stages, *notes):
+            click.echo(line)
         if out:
             out.write_text(as_text(found, out.suffix), encoding="utf-8")
     except KeyboardInterrupt:

@@ -1,7 +1,6 @@
 """``tinydrop fit-guidance``, which writes a guidance model for the target's classes to a folder."""
 
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -14,13 +13,13 @@ from tinydrop_kernels.cli.options import (
     TARGET,
     WORKERS,
     dtype_of,
+    guidances,
     tell_skipped,
     usable,
 )
-from tinydrop_kernels.engine.checks import check_classifier
+from tinydrop_kernels.cli.target import load_target
 from tinydrop_kernels.engine.head import count_classes
 from tinydrop_kernels.guidance.fitting import HELD_OUT, best, fit_each
-from tinydrop_kernels.guidance.model import DEFAULT_GUIDANCE
 from tinydrop_kernels.predict.images import image_files
 from tinydrop_kernels.predict.loading import FolderBatches, ImageLoader, folder_labels
 
@@ -28,13 +27,7 @@ from tinydrop_kernels.predict.loading import FolderBatches, ImageLoader, folder_
 @click.command("fit-guidance")
 @click.argument("images", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @TARGET
-@click.option(
-    "--guidance",
-    multiple=True,
-    default=(DEFAULT_GUIDANCE,),
-    metavar="NAME",
-    help="The pretrained backbone, given like --target. Repeat the option to compare several.",
-)
+@guidances("The pretrained backbone")
 @IMG_SIZE
 @click.option("--no-labels", is_flag=True, help="Ignore the folders' names, and learn from the target's answers alone.")
 @click.option(
@@ -80,12 +73,9 @@ def fit_guidance(
             raise ValueError(f"out: {str(out)!r} has files in it, expected a new or an empty folder")
         check_spec(target, "target")
         backbones = [load_model(spec, "guidance") for spec in guidance]
-        options: dict[str, Any] = {"img_size": img_size} if img_size else {}
-        vit = load_model(target, "target", **options).to(usable(device), dtype_of(dtype, device))
-        classes = count_classes(vit)
-        check_classifier(classes)
+        vit = load_target(target, img_size, None).to(usable(device), dtype_of(dtype, device))
         files = image_files([images], lambda path, reason: tell_skipped(str(path), reason))
-        labels = None if no_labels else folder_labels(images, files, class_names(vit, classes))
+        labels = None if no_labels else folder_labels(images, files, class_names(vit, count_classes(vit)))
         by = "the target's answers and the folders' labels" if labels else "the target's answers alone"
         click.echo(f"{len(files)} images; the guidance model learns from {by}")
         batches = FolderBatches(files, labels, ImageLoader(vit, batch_size, workers, tell_skipped))

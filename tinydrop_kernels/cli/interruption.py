@@ -4,6 +4,7 @@ import signal
 from types import FrameType, TracebackType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+INTERRUPTED = 128 + signal.SIGINT  # exit status that shells use for Ctrl-C
 CHILD_ENDED = getattr(signal, "SIGCHLD", None)  # None on Windows
 
 

@@ -71,6 +71,18 @@ WORKERS = click.option(
     help="Processes that load images. 0 loads them in the main process.",
 )
 
+
+def guidances(what: str) -> Callable[[Command], Command]:
+    """Return the option ``--guidance`` of a command that compares several models."""
+    return click.option(
+        "--guidance",
+        multiple=True,
+        default=(DEFAULT_GUIDANCE,),
+        metavar="NAME",
+        help=f"{what}, given like --target. Repeat the option to compare several.",
+    )
+
+
 OPTIONS = (
     TARGET,
     click.option("--guidance", default=DEFAULT_GUIDANCE, help="The tiny classifier, given like --target."),
