@@ -2,13 +2,11 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from folders import save_images, save_model
 from helpers import tiny_guidance, tiny_vit
-from PIL import Image
-from timm.models import save_for_hf
 
 import tinydrop_kernels as tdk
 from tinydrop_kernels.checkpoints import class_names, load_model
@@ -16,25 +14,15 @@ from tinydrop_kernels.cli import calibrate_command as calibrating
 from tinydrop_kernels.cli.main import main
 from tinydrop_kernels.predict.loading import folder_labels
 
-NAMES = ["ant", "bee", "cat", "dog", "eel"]
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Return a folder with a target, two guidance models and images in class folders. One image is unreadable."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("calibrating")
-    config = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0, "input_size": (3, 32, 32)}
     for name, model in (("target", tiny_vit()), ("first", tiny_guidance()), ("second", tiny_guidance())):
-        options = {"model_config": {"label_names": NAMES}, "data_config": config, "safe_serialization": True}
-        save_for_hf(model, folder / name, **options)
-    rng = np.random.default_rng(0)
-    for name in NAMES:
-        (folder / "data" / name).mkdir(parents=True)
-        for number in range(6):
-            pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / "data" / name / f"{number}.png")
-    (folder / "data" / "ant" / "broken.png").write_text("no image")
+        save_model(model, folder / name)
+    save_images(folder / "data", [6] * 5)
     return folder
 
 

@@ -7,14 +7,12 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from folders import save_images, save_model
 from helpers import tiny_guidance, tiny_vit
 from PIL import Image
-from timm.models import save_for_hf
 
 from tinydrop_kernels.cli import evaluate_command
 from tinydrop_kernels.cli.main import main
-
-NAMES = ["ant", "bee", "cat", "dog", "eel"]
 
 
 @pytest.fixture(scope="module")
@@ -22,17 +20,9 @@ def folder(tmp_path_factory):
     """Return a folder with a target, a guidance model and images in class folders. One image is unreadable."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("evaluating")
-    config = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0, "input_size": (3, 32, 32)}
     for name, model in (("target", tiny_vit()), ("guidance", tiny_guidance())):
-        options = {"model_config": {"label_names": NAMES}, "data_config": config, "safe_serialization": True}
-        save_for_hf(model, folder / name, **options)
-    rng = np.random.default_rng(0)
-    for number, name in enumerate(NAMES):
-        (folder / "data" / name).mkdir(parents=True)
-        for image in range(2 + number):  # as many images of no two classes
-            pixels = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
-            Image.fromarray(pixels).resize((40, 48)).save(folder / "data" / name / f"{image}.png")
-    (folder / "data" / "ant" / "broken.png").write_text("no image")
+        save_model(model, folder / name)
+    save_images(folder / "data", range(2, 7), side=4, size=(40, 48))  # as many images of no two classes
     return folder
 
 

@@ -3,21 +3,17 @@
 import json
 import shutil
 
-import numpy as np
 import pytest
 import timm
 import torch
 from click.testing import CliRunner
+from folders import NAMES, save_images, save_model
 from helpers import tiny_vit
-from PIL import Image
-from timm.models import save_for_hf
 
 from tinydrop_kernels.checkpoints import class_names, load_model
 from tinydrop_kernels.cli import fit_command
 from tinydrop_kernels.cli.main import main
 from tinydrop_kernels.guidance import fitting
-
-NAMES = ["ant", "bee", "cat", "dog", "eel"]
 
 
 @pytest.fixture(scope="module")
@@ -25,19 +21,11 @@ def folder(tmp_path_factory):
     """Return a folder with a target, two backbones of other classes and images in class folders. One is unreadable."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("fitting")
-    config = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0, "input_size": (3, 32, 32)}
     models = {"target": tiny_vit(), "first": timm.create_model("test_byobnet", num_classes=3)}
     models["second"] = timm.create_model("test_resnet", num_classes=7)
     for name, model in models.items():
-        options = {"model_config": {"label_names": NAMES} if name == "target" else {}, "data_config": config}
-        save_for_hf(model, folder / name, **options, safe_serialization=True)
-    rng = np.random.default_rng(0)
-    for name in NAMES:
-        (folder / "data" / name).mkdir(parents=True)
-        for number in range(6):
-            pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / "data" / name / f"{number}.png")
-    (folder / "data" / "ant" / "broken.png").write_text("no image")
+        save_model(model, folder / name, NAMES if name == "target" else None)
+    save_images(folder / "data", [6] * 5)
     return folder
 
 
