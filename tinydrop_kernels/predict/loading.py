@@ -63,20 +63,17 @@ class ImageLoader:
             batch_size=self.batch_size,
             sampler=enumerate(inputs),  # yields inputs in place of indices, because a stream has no indices
             num_workers=self.workers if workers is None else workers,
-            collate_fn=list,
+            collate_fn=_collate,
             pin_memory=self.pin_memory,
         )
         total = len(inputs) if isinstance(inputs, Sized) else None
         with tqdm(total=total, unit="image", disable=None if self.progress else True) as bar:
-            for loaded in loader:
-                for _, name, reason in loaded:
-                    if isinstance(reason, str):
-                        self.on_unreadable(name, reason)
-                readable = [(index, name, image) for index, name, image in loaded if isinstance(image, Tensor)]
-                if readable:
-                    indices, names, images = zip(*readable, strict=True)
-                    yield LoadedBatch(torch.stack(images), list(indices), list(names))
-                bar.update(len(loaded))
+            for batch, unreadable in loader:
+                for name, reason in unreadable:
+                    self.on_unreadable(name, reason)
+                if batch is not None:
+                    yield batch
+                bar.update((0 if batch is None else len(batch.names)) + len(unreadable))
 
 
 class _Images(Dataset[Any]):
@@ -94,6 +91,21 @@ class _Images(Dataset[Any]):
             return index, name, self.transform(load_image(source, self.channels))
         except Exception as error:  # Pillow's decoders raise errors of many types
             return index, name, str(error) or type(error).__name__
+
+
+def _collate(
+    loaded: list[tuple[int, str, Tensor | str]],
+) -> tuple[LoadedBatch | None, list[tuple[str, str]]]:
+    """Return the readable images as one batch, None if there is none, and name and reason of each unreadable image.
+
+    It runs in the process that loads, before the batch is pinned: memory that is joined later would not be pinned.
+    """
+    unreadable = [(name, reason) for _, name, reason in loaded if isinstance(reason, str)]
+    readable = [(index, name, image) for index, name, image in loaded if isinstance(image, Tensor)]
+    if not readable:
+        return None, unreadable
+    indices, names, images = zip(*readable, strict=True)
+    return LoadedBatch(torch.stack(images), list(indices), list(names)), unreadable
 
 
 class FolderBatches:
